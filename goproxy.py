@@ -1,0 +1,4276 @@
+#!/usr/bin/env python3
+"""goproxy.py: a Go module proxy in one file, with nothing but Python's standard library.
+
+    python3 goproxy.py -port 12345            # then: export GOPROXY=http://localhost:12345,direct
+
+The house, room by room. A room uses the rooms above it, never one below, so the file reads
+downward from vocabulary to plot, and a request is followed from the last page upward.
+
+    1. Errors: one class per status word
+    2. Names: escaping, path and version checks, semver order, pseudo-versions, globs
+    3. Settings: flags, variables, defaults: one table
+    4. Artifacts: what is asked for, and what may be kept
+    5. Tools: blobs, drafts, flights, lanes, memory with a time limit, the log
+    6. Network: strict HTTP heads, the dialer, the pooled client
+    7. Storage: where bytes live
+    8. Sources: where modules come from
+    9. Mirror: sources remembered in a store; policy; the checksum database
+    11. HTTP: requests, replies, routes, the front loop
+    12. Daemon: wiring, signals, main
+
+The life of a request:
+
+    warm    11 Server reads the head -> Route -> 9 Policy -> Mirror -> Cache -> 7 Storage -> Reply
+    cold    ... Cache misses -> 5 Flights -> 8 Source.open -> 6 Client -> Draft grows on disk, every
+            waiting client reads it as it grows -> 4 check -> 7 Storage.adopt -> its tail is let go
+    query   list, @latest, branch: fresh for -ttl, then stale while one refresh runs; stale for a
+            day when upstream fails; always united with what is stored
+    error   a ProxyError becomes its status in one place (respond); anything else is a 500 and a
+            traceback in the log
+
+To add a storage, write a class in room 7 and a row in STORAGES; a source, a class in room 8 and a
+row in _SOURCES; an endpoint, a function in room 11 and a row in ROUTES; a setting, one line in
+Settings. A mutex is never held over I/O; a flight exists for I/O. Order: flight, lane, pool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import contextlib
+import dataclasses
+import datetime
+import enum
+import errno
+import functools
+import hashlib
+import io
+import itertools
+import json
+import netrc
+import operator
+import os
+import queue
+import random
+import re
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import stat
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import unicodedata
+import urllib.parse
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, BinaryIO, Callable, Generic, NamedTuple, Optional, Protocol, TypeVar
+
+__version__ = "0.1.0"
+
+T = TypeVar("T")
+
+# =============================================================================
+# 1. Errors: one class per status word
+# =============================================================================
+# The go command acts on the status: 404 and 410 send it on to the next proxy or to the internet,
+# anything else stops it. So only a true absence may be a NotFound; an outage never is.
+
+
+class ProxyError(Exception):
+    """A failure with an HTTP status. Its text is shown to clients, so it holds no secret."""
+
+    status = 500
+    retry_after: int | None = None  # seconds
+
+    def headers(self) -> list[tuple[str, str]]:
+        return [] if self.retry_after is None else [("Retry-After", str(self.retry_after))]
+
+
+class BadRequest(ProxyError):
+    status = 400
+
+
+class Forbidden(ProxyError):
+    status = 403
+
+
+class NotFound(ProxyError):
+    status = 404
+
+
+class BadName(NotFound):
+    """A path, version or escape that no module can have."""
+
+
+class Gone(NotFound):
+    status = 410
+
+
+class MethodNotAllowed(ProxyError):
+    status = 405
+
+    def headers(self) -> list[tuple[str, str]]:
+        return [("Allow", "GET, HEAD")]
+
+
+class HeadTooSlow(ProxyError):
+    status = 408
+
+
+class BodyTooLarge(ProxyError):
+    status = 413
+
+
+class TargetTooLong(ProxyError):
+    status = 414
+
+
+class BadRange(ProxyError):
+    """A range outside the body; `size` is the body's length in bytes."""
+
+    status = 416
+
+    def __init__(self, size: int) -> None:
+        super().__init__("range not satisfiable")
+        self.size = size
+
+    def headers(self) -> list[tuple[str, str]]:
+        return [("Content-Range", f"bytes */{self.size}")]
+
+
+class ExpectationFailed(ProxyError):
+    status = 417
+
+
+class HeadTooLarge(ProxyError):
+    status = 431
+
+
+class UnknownMethod(ProxyError):
+    status = 501
+
+
+class BadUpstream(ProxyError):
+    """An upstream sent something invalid."""
+
+    status = 502
+
+
+class Unreachable(BadUpstream):
+    """An upstream refused, broke off, cut short or answered 5xx: the next try may go well."""
+
+
+class UpstreamTimeout(Unreachable):
+    status = 504
+
+
+class Overloaded(ProxyError):
+    """Not now: too busy, draining, or told so by an upstream."""
+
+    status = 503
+
+    def __init__(self, text: str, retry_after: int = 1) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+class StoreDown(Overloaded):
+    """The store cannot read or write: what upstream has can still be passed through."""
+
+
+class VersionNotSupported(ProxyError):
+    status = 505
+
+
+class UsageError(Exception):
+    """A setting that cannot be used: one line that names it, its value and what is allowed."""
+
+
+class StartError(Exception):
+    """The settings are fine, but the machine is not: one line with the remedy."""
+
+
+# =============================================================================
+# 2. Names: escaping, path and version checks, semver order, pseudo-versions, globs
+# =============================================================================
+
+# Facts of golang.org/x/mod/module and semver. A name is a str; whoever decodes bytes does it
+# strictly, and a lone surrogate is refused here like any other character that is no letter.
+
+_RESERVED = frozenset(
+    ["CON", "PRN", "AUX", "NUL"]
+    + [port + digit for port in ("COM", "LPT") for digit in "123456789"]
+)
+_NOT_IN_MODULE = re.compile(r"[^-._~0-9A-Za-z]")
+_NOT_PLAIN_IN_FILE = re.compile(r"[^-!#$%&()+,.=@\[\]^_{}~ 0-9A-Za-z]")
+_NOT_IN_DOMAIN = re.compile(r"[^-.0-9a-z]")
+_SHORT_NAME = re.compile(r"~[0-9]+\Z")
+_UPPER = re.compile(r"[A-Z]")
+_ESCAPE = re.compile(r"!([a-z])")
+_BAD_ESCAPE = re.compile(r"[A-Z]|!(?![a-z])")
+_DIGITS = "0123456789"
+
+
+def quoted(text: str) -> str:
+    """`text` in double quotes: printable ASCII, one line, cut to what an error message can hold."""
+    return json.dumps(text if len(text) <= 200 else text[:200] + "...")
+
+
+def check_path(path: str) -> None:
+    """Raise BadName unless `path` is a module path (module.CheckPath)."""
+    try:
+        if path.startswith("-"):
+            raise ValueError("leading dash")
+        for element in _elements(path):
+            _check_module_element(element)
+        _check_domain(path.partition("/")[0])
+        _split_major(path)
+    except ValueError as error:
+        raise BadName(f"malformed module path {quoted(path)}: {error}") from None
+
+
+def check_file_path(name: str) -> None:
+    """Raise BadName unless `name` may stand in a module zip (module.CheckFilePath)."""
+    try:
+        for element in _elements(name):
+            _check_file_element(element)
+    except ValueError as error:
+        raise BadName(f"malformed file path {quoted(name)}: {error}") from None
+
+
+def check_version(version: str) -> None:
+    """Raise BadName unless `version` can be written in a URL: a version, branch or commit.
+
+    This is module.EscapeVersion: one file name element, ASCII, without `!`.
+    """
+    try:
+        _check_file_element(version)
+        if "!" in version or not version.isascii():
+            raise ValueError("disallowed version string")
+    except ValueError as error:
+        raise BadName(f"version {quoted(version)} invalid: {error}") from None
+
+
+def check_module(path: str, version: str) -> None:
+    """Raise BadName unless `version` is canonical and of the major version that `path` names.
+
+    This is module.Check together with the canonical form that .mod and .zip are asked for by.
+    """
+    check_path(path)
+    parsed = _parse(version)
+    if not parsed:
+        raise BadName(f"{path}@{quoted(version)}: not a semantic version")
+    exact = canonical(version)
+    if version != exact:
+        raise BadName(f"version {quoted(version)} is not canonical (should be {quoted(exact)})")
+    _, major = split_path_version(path)
+    if not _major_fits(parsed, major):
+        want = major[1:] or "v0 or v1"
+        raise BadName(f"{path}@{version}: invalid version: should be {want}, not v{parsed.major}")
+
+
+def split_path_version(path: str) -> tuple[str, str]:
+    """`path` as (prefix, major): major is "", "/vN" or, on gopkg.in, ".vN" or ".vN-unstable".
+
+    Raises BadName for a path that ends in an impossible major version (module.SplitPathVersion).
+    """
+    try:
+        return _split_major(path)
+    except ValueError as error:
+        raise BadName(f"malformed module path {quoted(path)}: {error}") from None
+
+
+def escape_path(path: str) -> str:
+    """`path` as it stands in URLs and file names: each capital X as !x. Raises BadName."""
+    check_path(path)
+    return _escape(path)
+
+
+def unescape_path(escaped: str) -> str:
+    """The module path that `escaped` stands for. Raises BadName."""
+    path = _unescape(escaped, "module path")
+    check_path(path)
+    return path
+
+
+def escape_version(version: str) -> str:
+    """`version` as it stands in URLs and file names: each capital X as !x. Raises BadName."""
+    check_version(version)
+    return _escape(version)
+
+
+def unescape_version(escaped: str) -> str:
+    """The version, branch or commit that `escaped` stands for. Raises BadName."""
+    version = _unescape(escaped, "version")
+    check_version(version)
+    return version
+
+
+def _escape(name: str) -> str:
+    return _UPPER.sub(lambda upper: "!" + upper[0].lower(), name)
+
+
+def _unescape(escaped: str, noun: str) -> str:
+    if not escaped.isascii() or _BAD_ESCAPE.search(escaped):
+        raise BadName(f"invalid escaped {noun} {quoted(escaped)}")
+    return _ESCAPE.sub(lambda lower: lower[1].upper(), escaped)
+
+
+def _elements(path: str) -> list[str]:
+    if not path:
+        raise ValueError("empty string")
+    if "//" in path:
+        raise ValueError("double slash")
+    if path.endswith("/"):
+        raise ValueError("trailing slash")
+    return path.split("/")
+
+
+def _check_module_element(element: str) -> None:
+    _check_element(element, _NOT_IN_MODULE.search(element))
+    if element.startswith("."):
+        raise ValueError("leading dot in path element")
+    if _SHORT_NAME.search(element.partition(".")[0]):
+        raise ValueError("trailing tilde and digits in path element")
+
+
+def _check_file_element(element: str) -> None:
+    odd = _NOT_PLAIN_IN_FILE.finditer(element)
+    _check_element(element, next((found for found in odd if not _is_letter(found[0])), None))
+
+
+def _check_element(element: str, odd: re.Match[str] | None) -> None:
+    if not element:
+        raise ValueError("empty path element")
+    if not element.strip("."):
+        raise ValueError(f"invalid path element {quoted(element)}")
+    if element.endswith("."):
+        raise ValueError("trailing dot in path element")
+    if odd:
+        raise ValueError(f"invalid char {quoted(odd[0])}")
+    stem = element.partition(".")[0]
+    if stem.upper() in _RESERVED:
+        raise ValueError(f"{quoted(stem)} disallowed as path element component on Windows")
+
+
+def _is_letter(char: str) -> bool:
+    # Go may know a newer Unicode than this Python: what is unassigned here can be a letter there,
+    # and refusing it would break a module that works.
+    category = unicodedata.category(char)
+    return not char.isascii() and (category.startswith("L") or category == "Cn")
+
+
+def _check_domain(element: str) -> None:
+    if "." not in element:
+        raise ValueError("missing dot in first path element")
+    odd = _NOT_IN_DOMAIN.search(element)
+    if odd:
+        raise ValueError(f"invalid char {quoted(odd[0])} in first path element")
+
+
+def _split_major(path: str) -> tuple[str, str]:
+    if path.startswith("gopkg.in/"):
+        return _split_gopkg(path)
+    stem = path.rstrip(_DIGITS + ".")
+    number = path[len(stem) :]
+    if not number or not stem.endswith("/v"):
+        return path, ""
+    if "." in number or number.startswith("0") or number == "1":
+        raise ValueError("invalid version")
+    return stem[:-2], "/v" + number
+
+
+def _split_gopkg(path: str) -> tuple[str, str]:
+    suffix = "-unstable"
+    base = path[: -len(suffix)] if path.endswith(suffix) else path
+    stem = base.rstrip(_DIGITS)
+    major = path[len(stem) - 2 :]
+    if not stem.endswith(".v") or major == ".v" or (major.startswith(".v0") and major != ".v0"):
+        raise ValueError("invalid version")
+    return stem[:-2], major
+
+
+class _Semver(NamedTuple):
+    """The parts of a version; `pre` and `build` keep their leading - and +, "" if absent."""
+
+    major: str
+    minor: str
+    patch: str
+    pre: str
+    build: str
+
+
+_NUMBER = r"(0|[1-9][0-9]*)"
+_TAIL = r"(-[-.0-9A-Za-z]+)?(\+[-.0-9A-Za-z]+)?"
+_SEMVER = re.compile(rf"v{_NUMBER}(?:\.{_NUMBER}(?:\.{_NUMBER}{_TAIL})?)?")
+_STAMP = re.compile(r"[0-9]{14}-[0-9A-Za-z]+")
+
+
+def _parse(version: str) -> _Semver | None:
+    found = _SEMVER.fullmatch(version)
+    if not found:
+        return None
+    major, minor, patch, pre, build = found.groups(default="")
+    if pre and not all(map(_is_identifier, pre[1:].split("."))):
+        return None
+    if build and not all(build[1:].split(".")):
+        return None
+    return _Semver(major, minor or "0", patch or "0", pre, build)
+
+
+def _is_identifier(text: str) -> bool:
+    return bool(text) and (text == "0" or not text.startswith("0") or not text.isdigit())
+
+
+def is_semver(version: str) -> bool:
+    """Whether `version` is a semantic version with a v in front, as v1 and v1.2 are, too."""
+    return _parse(version) is not None
+
+
+def canonical(version: str) -> str:
+    """vX.Y.Z[-pre][+incompatible] of a version, "" if it is none (module.CanonicalVersion)."""
+    parsed = _parse(version)
+    if not parsed:
+        return ""
+    kept = parsed.build if parsed.build == "+incompatible" else ""
+    return f"v{parsed.major}.{parsed.minor}.{parsed.patch}{parsed.pre}{kept}"
+
+
+def is_canonical(version: str) -> bool:
+    """Whether `version` names one immutable release, so that its .mod and .zip may be asked for."""
+    return bool(version) and canonical(version) == version
+
+
+def is_prerelease(version: str) -> bool:
+    """Whether `version` is a valid version before a release; pseudo-versions are, too."""
+    parsed = _parse(version)
+    return bool(parsed and parsed.pre)
+
+
+def is_pseudo(version: str) -> bool:
+    """Whether `version` names a commit by time and hash (module.IsPseudoVersion)."""
+    parsed = _parse(version)
+    if not parsed:
+        return False
+    base, _, stamp = parsed.pre[1:].rpartition(".")
+    untagged = not base and parsed.minor == parsed.patch == "0"
+    based = base == "0" or base.endswith(".0")
+    return (untagged or based) and bool(_STAMP.fullmatch(stamp))
+
+
+_Number = tuple[int, str]
+SemverKey = tuple[bool, tuple[_Number, ...], bool, tuple[tuple[bool, int, str], ...], str]
+
+
+def semver_key(version: str) -> SemverKey:
+    """Sort key in the order of semver.Sort: invalid ones first, equal ones by their spelling.
+
+    Numbers are compared as (length, digits): they may be longer than int() accepts.
+    """
+    parsed = _parse(version)
+    if not parsed:
+        return (False, (), False, (), version)
+    numbers = tuple((len(number), number) for number in parsed[:3])
+    identifiers = parsed.pre[1:].split(".") if parsed.pre else []
+    order = tuple((not text.isdigit(), text.isdigit() and len(text), text) for text in identifiers)
+    return (True, numbers, not parsed.pre, order, version)
+
+
+def _major_fits(version: _Semver, path_major: str) -> bool:
+    # module.CheckPathMajor. gopkg.in/check.v1 has pseudo-versions v0.0.0-... from an old bug.
+    if path_major == ".v1" and version[:3] == ("0", "0", "0") and version.pre:
+        return True
+    if not path_major:
+        return version.major in ("0", "1") or version.build == "+incompatible"
+    unstable = path_major.startswith(".") and path_major.endswith("-unstable")
+    return "v" + version.major == path_major[1 : -len("-unstable") if unstable else None]
+
+
+# Capital letters of Unicode 14 as (first, last, distance to the small one): Python 3.9 and 3.10
+# do not know them, Go does.
+_LATER_CAPITALS = (
+    (0x2C2F, 0x2C2F, 0x30),
+    (0xA7C0, 0xA7C0, 1),
+    (0xA7D0, 0xA7D0, 1),
+    (0xA7D6, 0xA7D6, 1),
+    (0xA7D8, 0xA7D8, 1),
+    (0x10570, 0x1057A, 0x27),
+    (0x1057C, 0x1058A, 0x27),
+    (0x1058C, 0x10592, 0x27),
+    (0x10594, 0x10595, 0x27),
+)
+_LATER_SMALL = {
+    capital: capital + distance
+    for first, last, distance in _LATER_CAPITALS
+    for capital in range(first, last + 1)
+}
+
+
+def fold(name: str) -> str:
+    """A string that is equal for names equal but for case (zip.strToFold, strings.EqualFold)."""
+    if name.isascii():
+        return name.lower()
+    return "".join(map(_fold_char, name.translate(_LATER_SMALL)))
+
+
+def _fold_char(char: str) -> str:
+    # Go folds one rune to one rune; where Python makes several of it (ß, İ), the rune has no
+    # partner, or one that lower() finds.
+    return next((form for form in (char.casefold(), char.lower()) if len(form) == 1), char)
+
+
+_Test = Callable[[str], bool]
+_Pattern = tuple[Optional[_Test], ...]  # None stands for any number of items
+
+
+def parse_globs(text: str) -> tuple[str, ...]:
+    """The globs of a comma-separated list as in GOPRIVATE, blanks and a last slash trimmed.
+
+    Raises ValueError naming the first malformed one: a rule that can never match protects nobody.
+    """
+    trimmed = (glob.strip() for glob in text.split(","))
+    globs = tuple(glob[:-1] if glob.endswith("/") else glob for glob in trimmed)
+    for glob in filter(None, globs):
+        try:
+            _compile_glob(glob)
+        except ValueError as error:
+            raise ValueError(f"malformed glob {quoted(glob)}: {error}") from None
+    return tuple(filter(None, globs))
+
+
+def matches(globs: Sequence[str], path: str) -> bool:
+    """Whether one of the globs from parse_globs matches `path` or the beginning of it.
+
+    Each element is matched like path.Match and the whole like module.MatchPrefixPatterns; besides,
+    an element ** stands for any number of elements.
+    """
+    elements = path.split("/")
+    return any(_fits(_compile_glob(glob), True, elements) for glob in globs)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile_glob(glob: str) -> _Pattern:
+    return tuple(
+        None if element == "**" else functools.partial(_fits, _compile_element(element), False)
+        for element in glob.split("/")
+    )
+
+
+def _compile_element(glob: str) -> _Pattern:
+    if not glob:
+        raise ValueError("empty path element")
+    chars = iter(glob)
+    return tuple(_compile_char(char, chars) for char in chars)
+
+
+def _compile_char(char: str, chars: Iterator[str]) -> _Test | None:
+    if char == "*":
+        return None
+    if char == "?":
+        return bool
+    if char == "[":
+        return _compile_class(chars)
+    return functools.partial(operator.eq, _literal(char, chars))
+
+
+def _compile_class(chars: Iterator[str]) -> _Test:
+    char = next(chars, "")
+    negated = char == "^"
+    if negated:
+        char = next(chars, "")
+    ranges: list[tuple[str, str]] = []
+    while char != "]" or not ranges:
+        low = high = _class_char(char, chars)
+        char = next(chars, "")
+        if char == "-":
+            high = _class_char(next(chars, ""), chars)
+            char = next(chars, "")
+        ranges.append((low, high))
+    return lambda item: negated != any(low <= item <= high for low, high in ranges)
+
+
+def _class_char(char: str, chars: Iterator[str]) -> str:
+    if char in ("", "-", "]"):
+        raise ValueError("syntax error in [...]")
+    return _literal(char, chars)
+
+
+def _literal(char: str, chars: Iterator[str]) -> str:
+    if char != "\\":
+        return char
+    escaped = next(chars, "")
+    if not escaped:
+        raise ValueError("nothing after the last backslash")
+    return escaped
+
+
+def _fits(pattern: _Pattern, prefix: bool, items: Sequence[str]) -> bool:
+    # Only the latest "any number" is ever widened, which is enough, and keeps the time below
+    # len(pattern) * len(items). With `prefix`, items may be left over.
+    at = item = widened = 0
+    wild = -1
+    while at < len(pattern) or (item < len(items) and not prefix):
+        test = pattern[at] if at < len(pattern) else _never
+        if test is None:
+            wild, widened, at = at, item, at + 1
+        elif item < len(items) and test(items[item]):
+            at, item = at + 1, item + 1
+        elif wild < 0 or widened == len(items):
+            return False
+        else:
+            widened += 1
+            at, item = wild + 1, widened
+    return True
+
+
+def _never(_item: str) -> bool:
+    return False
+
+
+# =============================================================================
+# 3. Settings: flags, variables, defaults: one table
+# =============================================================================
+
+
+def mask(text: str) -> str:
+    """Hides the password of every URL in text."""
+    return re.sub(r"(://[^/@\s:]*):[^/@\s]*@", r"\1:***@", text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Url:
+    """Where an upstream lives. `path` has no trailing slash; `port` defaults to the scheme's."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str = ""
+    user: str = ""
+    password: str = dataclasses.field(default="", repr=False)
+
+    def __str__(self) -> str:
+        """The URL without its credentials."""
+        return f"{self.scheme}://{self.authority}{self.path}"
+
+    @property
+    def authority(self) -> str:
+        """What stands in a Host header."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORTS.get(self.scheme) else f"{host}:{self.port}"
+
+    @property
+    def origin(self) -> tuple[str, str, int]:
+        return (self.scheme, self.host, self.port)
+
+
+_PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?|\[[0-9A-Fa-f:.]+\]")
+_URL = re.compile(
+    r"(https?)://(?:([^/@\s]*)@)?([^/@\s?#]*?)(?::([0-9]*))?(/[\x21\x24-\x3e\x40-\x7e]*)?"
+)
+
+
+def parse_url(text: str) -> Url:
+    """An http or https URL without query and fragment. Raises ValueError saying what is wrong."""
+    match = _URL.fullmatch(text)
+    if not match:
+        raise ValueError("want http(s)://[user:password@]host[:port][/path]")
+    scheme, userinfo, host, port, path = match.groups(default="")
+    if not _HOST.fullmatch(host):
+        raise ValueError("the host is missing or malformed")
+    if port and not 0 < int(port[:6]) < 65536:
+        raise ValueError("the port must be from 1 to 65535")
+    user, _, password = userinfo.partition(":")
+    return Url(
+        scheme,
+        host.strip("[]").lower(),
+        int(port) if port else _PORTS[scheme],
+        path.rstrip("/"),
+        urllib.parse.unquote(user),
+        urllib.parse.unquote(password),
+    )
+
+
+class Hop(NamedTuple):
+    """One item of an upstream list: what it is ("http", "file" or "off"), where, and whether any
+    error of it (not just absence) moves on to the next item."""
+
+    kind: str
+    url: Url | None
+    folder: str
+    any_error: bool
+
+    def __str__(self) -> str:
+        return str(self.url) if self.url else f"file://{self.folder}" if self.folder else self.kind
+
+
+def _hop(text: str, any_error: bool) -> Hop:
+    if text == "off":
+        return Hop("off", None, "", any_error)
+    if text == "direct":
+        raise ValueError("direct is not available in this version: it needs version control")
+    if text.startswith("file://"):
+        if not text.startswith("file:///"):
+            raise ValueError("want file:///absolute/folder")
+        return Hop("file", None, urllib.parse.unquote(text[len("file://") :]), any_error)
+    if "://" not in text and any(mark in text for mark in ".:/"):
+        text = "https://" + text  # as the go command reads it
+    return Hop("http", parse_url(text), "", any_error)
+
+
+def _upstreams(text: str) -> tuple[Hop, ...]:
+    """GOPROXY syntax (Go reference, "Environment variables"): `,` moves on at 404 and 410, `|` at
+    any error; off ends the list."""
+    hops: list[Hop] = []
+    for item, mark in re.findall(r"([^,|]*)([,|]?)", text):
+        if item.strip():
+            hops.append(_hop(item.strip(), mark == "|"))
+            if hops[-1].kind == "off":
+                break
+    if not hops:
+        raise ValueError("want at least one URL, or off")
+    return tuple(hops)
+
+
+class SumDbName(NamedTuple):
+    """A checksum database that may be asked through us, and where it lives."""
+
+    name: str
+    url: Url
+
+
+def _sumdbs(text: str) -> tuple[SumDbName, ...]:
+    """`NAME` or `NAME URL`, separated by commas; off for none."""
+    databases = []
+    for item in text.split(","):
+        fields = item.split()
+        if not fields or fields == ["off"]:
+            continue
+        if len(fields) > 2 or not _HOST.fullmatch(fields[0]):
+            raise ValueError("want NAME or 'NAME URL', separated by commas, or off")
+        databases.append(SumDbName(fields[0], parse_url(([*fields, f"https://{fields[0]}"])[1])))
+    return tuple(databases)
+
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|d)")
+
+
+def _seconds(text: str) -> float:
+    """60s, 5m, 1h30m; a bare number counts seconds."""
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        return float(text)
+    if not text or _DURATION.sub("", text):
+        raise ValueError("want a duration such as 60s, 5m or 1h30m")
+    return sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(text))
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError("want a port number from 0 to 65535 (0 picks a free one)")
+    return int(text)
+
+
+def _switch(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError("want true or false")
+    return words[text.lower()]
+
+
+def _host(text: str) -> str:
+    if text.startswith("unix:"):
+        if not text[len("unix:") :].startswith("/"):
+            raise ValueError("want unix:/absolute/path")
+    elif text and not _HOST.fullmatch(text) and not re.fullmatch(r"[0-9A-Fa-f:.]+", text):
+        raise ValueError("want a host name, an IP address or unix:/path (empty: all interfaces)")
+    return text.strip("[]")
+
+
+def _folder(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("want a folder")
+    if re.match(r"[a-z0-9]{2,}:", text):
+        raise ValueError("want a folder: other kinds of store are not available in this version")
+    return text
+
+
+def _log_format(text: str) -> str:
+    if text not in ("json", "text"):
+        raise ValueError("want text or json")
+    return text
+
+
+def _option(
+    variable: str, default: str, parse: Callable[[str], Any], metavar: str, text: str
+) -> Any:
+    """One row of the table; `default` is written as a user would write it."""
+    row = {
+        "variable": variable,
+        "default": default,
+        "parse": parse,
+        "metavar": metavar,
+        "text": text,
+    }
+    return dataclasses.field(default_factory=lambda: parse(default), metadata=row)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything an operator may set. Flags, variables, -help and the README come from here."""
+
+    cache: str = _option("CACHE_DIR", "./cache", _folder, "FOLDER", "where modules are kept")
+    exclude: tuple[str, ...] = _option(
+        "GOPROXY_EXCLUDE", "", parse_globs, "GLOBS", "module paths that always answer 404"
+    )
+    host: str = _option(
+        "GOPROXY_HOST", "", _host, "ADDRESS", "listen on it: name, IP or unix:/path (default: all)"
+    )
+    log_format: str = _option("GOPROXY_LOG_FORMAT", "text", _log_format, "FORMAT", "text or json")
+    offline: bool = _option("GOPROXY_OFFLINE", "false", _switch, "", "answer from the store alone")
+    port: int = _option("PORT", "12345", _port, "PORT", "listen on it; 0 picks a free one")
+    quiet: bool = _option("GOPROXY_QUIET", "false", _switch, "", "no log line per request")
+    sumdb: tuple[SumDbName, ...] = _option(
+        "GOPROXY_SUMDB",
+        "sum.golang.org",
+        _sumdbs,
+        "NAMES",
+        "checksum databases to proxy: NAME or 'NAME URL', by commas; off for none",
+    )
+    ttl: float = _option(
+        "GOPROXY_TTL",
+        "60s",
+        _seconds,
+        "TIME",
+        "how long list, @latest and branch answers are fresh",
+    )
+    upstream: tuple[Hop, ...] = _option(
+        "UPSTREAM_PROXY",
+        "https://proxy.golang.org",
+        _upstreams,
+        "LIST",
+        "GOPROXY syntax: http(s)://, file:// or off; ',' moves on at 404, '|' at any error",
+    )
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+
+    @classmethod
+    def load(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+        """Reads flags and variables; a variable that is set wins over its flag.
+        Raises UsageError; -help and -version print and raise SystemExit."""
+        flags = vars(_parser().parse_args(argv))
+        values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for row in _rows():
+            variable = row.metadata["variable"]
+            if environ.get(variable):
+                text, origin = environ[variable], variable
+            elif flags[row.name] is not None:
+                text, origin = flags[row.name], _flag(row.name)
+            else:
+                continue
+            values[row.name] = _parsed(row, text, origin)
+            origins[row.name] = origin
+        return cls(origins=origins, **values)
+
+
+def _rows() -> list[dataclasses.Field[Any]]:
+    return [row for row in dataclasses.fields(Settings) if row.metadata]
+
+
+def _flag(name: str) -> str:
+    return "-" + name.replace("_", "-")
+
+
+def _parsed(row: dataclasses.Field[Any], text: str, origin: str) -> Any:
+    try:
+        return row.metadata["parse"](text)
+    except ValueError as error:
+        shown = mask(text).encode("unicode_escape").decode()
+        raise UsageError(f"{origin}={shown}: {error}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}; goproxy.py -help lists the flags")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Flags in Go's manner: -flag value, -flag=value and --flag value."""
+    parser = _Parser(
+        prog="goproxy.py",
+        usage="goproxy.py [flags]",
+        description="A Go module proxy. A variable that is set wins over its flag.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    for row in _rows():
+        meta = row.metadata
+        default = f" (default {meta['default']})" if meta["default"] not in ("", "false") else ""
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if meta["parse"] is _switch else {}
+        parser.add_argument(
+            _flag(row.name),
+            "-" + _flag(row.name),
+            metavar=meta["metavar"] or "BOOL",
+            help=f"{meta['text']}{default} [{meta['variable']}]".replace("%", "%%"),
+            **switch,
+        )
+    parser.add_argument("-h", "-help", "--help", action="help", help="print this and exit")
+    parser.add_argument(
+        "-version", "--version", action="version", version=__version__, help="print it and exit"
+    )
+    return parser
+
+
+# =============================================================================
+# 4. Artifacts: what is asked for and what may be kept
+# =============================================================================
+
+MAX_INFO = 64 << 10
+MAX_GO_MOD = 16 << 20
+MAX_LICENSE = 16 << 20
+MAX_ZIP = 500 << 20  # of the file, and of all it holds (x/mod/zip)
+_MAX_ENTRIES = 1_000_000
+_MAX_DIRECTORY = 64 << 20  # bounds the memory that names can take
+_CHUNK = 256 << 10
+
+
+class Artifact(NamedTuple):
+    """One immutable file of a module version, named unescaped; `kind` is info, mod or zip."""
+
+    path: str
+    version: str
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """URL path and storage key. Raises BadName."""
+        return f"{escape_path(self.path)}/@v/{escape_version(self.version)}.{self.kind}"
+
+
+class Info(NamedTuple):
+    """A checked .info file: `time` is RFC 3339 or "", `raw` the bytes as they came."""
+
+    version: str
+    time: str
+    raw: bytes
+
+
+def read_info(raw: bytes, want: str | None = None) -> Info:
+    """Check an .info file, which must be about the version `want` if that is given.
+
+    Keys are matched as Go's encoding/json does: case-insensitive, null ignored, the last one wins.
+    Raises BadUpstream.
+    """
+    if len(raw) > MAX_INFO:
+        raise BadUpstream(f"info file too large (max size is {MAX_INFO} bytes)")
+    fields = _json_object(raw)
+    version, moment = fields.get("version", ""), fields.get("time", "")
+    if not isinstance(version, str) or not is_canonical(version):
+        raise BadUpstream("info file has no valid Version")
+    if want not in (None, version):
+        raise BadUpstream(f"got info for version {quoted(version)} instead of requested version")
+    if not isinstance(moment, str) or ("time" in fields and not _is_rfc3339(moment)):
+        raise BadUpstream("info file has a malformed Time")
+    if not isinstance(fields.get("origin", {}), dict):
+        raise BadUpstream("info file has a malformed Origin")
+    return Info(version, moment, raw)
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
+    # Numbers are read as floats because int() is slow, or refuses, when there are very many digits.
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_last_values, parse_int=float, parse_constant=_no_constant
+    )
+    try:
+        value = decoder.decode(raw.decode())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise BadUpstream("info file is not a JSON object")
+    return value
+
+
+def _last_values(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {fold(key): value for key, value in pairs if value is not None}
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_RFC3339 = re.compile(
+    r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.[0-9]+)?"
+    r"(?:Z|[-+](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+)
+
+
+def _is_rfc3339(text: str) -> bool:
+    found = _RFC3339.fullmatch(text)
+    if not found:
+        return False
+    year, month, day, hour, minute, second = map(int, found.groups())
+    try:
+        # Go has a year 0, a leap year, and Python has not.
+        datetime.datetime(year or 4, month, day, hour, minute, second)
+    except ValueError:
+        return False
+    return True
+
+
+# A string in double quotes as strconv.Unquote reads it; Python's unicode_escape knows all of these.
+_GO_STRING = re.compile(
+    r'"([^"\\]*(?:\\(?:[abfnrtv\\"]|[0-3][0-7]{2}|x[0-9A-Fa-f]{2}|u(?![Dd][89A-Fa-f])[0-9A-Fa-f]{4}'
+    r'|U00(?:0[0-9A-Fa-f]|10)[0-9A-Fa-f]{4})[^"\\]*)*)"'
+)
+_MAX_QUOTED = 64 << 10  # bounds what the expression can cost
+
+
+def check_go_mod(raw: bytes) -> None:
+    """Raise BadUpstream unless `raw` can be a go.mod: not too large, with a module line.
+
+    `module (` counts: cmd/go reads the path from the block, and only cmd/go has to.
+    """
+    if len(raw) > MAX_GO_MOD:
+        raise BadUpstream(f"go.mod file too large (max size is {MAX_GO_MOD} bytes)")
+    if not module_path(raw):
+        raise BadUpstream("parsing go.mod: missing module line")
+
+
+def module_path(raw: bytes) -> str:
+    """The path in the first module line of a go.mod, "" if there is none (modfile.ModulePath)."""
+    for line in io.BytesIO(raw):
+        words = line.partition(b"//")[0].strip()
+        path = words[len(b"module") :].strip()
+        if words.startswith(b"module") and path and words[len(b"module")] in b" \t\v\f\r":
+            return _unquote(path.decode(errors="replace"))
+    return ""
+
+
+def _unquote(text: str) -> str:
+    if text.startswith("`"):
+        return text[1:-1] if len(text) > 1 and text.find("`", 1) == len(text) - 1 else ""
+    if not text.startswith('"'):
+        return text
+    found = _GO_STRING.fullmatch(text) if len(text) <= _MAX_QUOTED else None
+    return found[1].encode("latin-1", "backslashreplace").decode("unicode_escape") if found else ""
+
+
+_NOT_A_ZIP = "zip: not a valid zip file"
+
+
+class _Cursor:
+    """Reads one stretch of a file forwards, in large steps; several may share the file."""
+
+    def __init__(self, file: BinaryIO, start: int, stop: int) -> None:
+        self._file = file
+        self._next = start
+        self._stop = stop
+        self._ahead = b""
+        self._used = 0
+
+    @property
+    def position(self) -> int:
+        """Offset in the file of the first byte not taken yet."""
+        return self._next - len(self._ahead) + self._used
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes, which should be few. Raises BadUpstream at the end."""
+        while len(self._ahead) - self._used < size:
+            self._fill()
+        start = self._used
+        self._used += size
+        return self._ahead[start : self._used]
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """The next `size` bytes, however many. Raises BadUpstream at the end."""
+        while size:
+            if self._used == len(self._ahead):
+                self._fill()
+            piece = self.take(min(size, len(self._ahead) - self._used))
+            size -= len(piece)
+            yield piece
+
+    def _fill(self) -> None:
+        self._file.seek(self._next)
+        more = self._file.read(min(_CHUNK, self._stop - self._next))
+        if not more:
+            raise BadUpstream(_NOT_A_ZIP)
+        self._ahead = self._ahead[self._used :] + more
+        self._used = 0
+        self._next += len(more)
+
+
+# Layouts of the records of a zip file (APPNOTE.TXT 4.3), each with its signature first.
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_END64_LOCATOR = struct.Struct("<4sLQL")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_MAX16 = 0xFFFF
+_MAX32 = 0xFFFFFFFF
+_DESCRIBED = 0x8  # flag: CRC and sizes follow the data
+_ENCRYPTED = 0x2041  # flags: encrypted data, strongly or not, or directory
+
+
+class _Directory(NamedTuple):
+    """Where the central directory is, and how many entries it has."""
+
+    entries: int
+    start: int
+    stop: int
+
+
+class _Entry(NamedTuple):
+    """One entry of the central directory."""
+
+    name: bytes
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    offset: int
+
+
+def check_zip(file: BinaryIO, path: str, version: str) -> str:
+    """Check a module zip and return its h1: hash, as in go.sum. `file` must be seekable.
+
+    Refuses what zip.CheckZip of x/mod refuses, and all that readers may take differently: wrong
+    CRCs or sizes, entries out of order, bytes that belong to no entry. Reads the directory twice
+    and the data once, in pieces. Raises BadUpstream, and BadName for a bad path or version.
+    """
+    check_module(path, version)
+    directory = _find_directory(file)
+    prefix = f"{path}@{version}/"
+    _check_names(_entries(file, directory), prefix.encode())
+    return _hash1(_digests(file, directory))
+
+
+def _find_directory(file: BinaryIO) -> _Directory:
+    size = file.seek(0, io.SEEK_END)
+    if size > MAX_ZIP:
+        raise BadUpstream(f"module zip file is too large ({size} bytes; limit is {MAX_ZIP} bytes)")
+    tail = _Cursor(file, max(0, size - _END.size - _MAX16), size)
+    start = tail.position
+    found = tail.take(size - start).rfind(b"PK\5\6", 0, max(0, size - start - _END.size + 4))
+    if found < 0:
+        raise BadUpstream(_NOT_A_ZIP)
+    end = start + found
+    *_, count, length, offset, comment = _END.unpack(_Cursor(file, end, size).take(_END.size))
+    if end + _END.size + comment != size:
+        raise BadUpstream(_NOT_A_ZIP)
+    directory = _Directory(count, offset, end)
+    # A length of 0xFFFF is odd, but archive/zip has it, and both must find the same directory.
+    if _MAX16 in (count, length) or offset == _MAX32:
+        directory, length = _find_directory64(file, directory, length)
+    return _check_directory(directory, length)
+
+
+def _find_directory64(file: BinaryIO, small: _Directory, length: int) -> tuple[_Directory, int]:
+    at = small.stop - _END64_LOCATOR.size
+    if at < 0:
+        return small, length
+    locator = _Cursor(file, at, small.stop).take(_END64_LOCATOR.size)
+    signature, disk, end, disks = _END64_LOCATOR.unpack(locator)
+    if signature != b"PK\6\7":
+        return small, length
+    if (disk, end, disks) != (0, at - _END64.size, 1):
+        raise BadUpstream(_NOT_A_ZIP)
+    signature, *_, count, length, offset = _END64.unpack(_Cursor(file, end, at).take(_END64.size))
+    if signature != b"PK\6\6":
+        raise BadUpstream(_NOT_A_ZIP)
+    return _Directory(count, offset, end), length
+
+
+def _check_directory(directory: _Directory, length: int) -> _Directory:
+    if directory.start + length != directory.stop:
+        raise BadUpstream(_NOT_A_ZIP)
+    if directory.entries > _MAX_ENTRIES or length > _MAX_DIRECTORY:
+        raise BadUpstream(f"module zip file has too many entries (limit is {_MAX_ENTRIES})")
+    return directory
+
+
+def _entries(file: BinaryIO, directory: _Directory) -> Iterator[_Entry]:
+    cursor = _Cursor(file, directory.start, directory.stop)
+    for _ in range(directory.entries):
+        yield _read_entry(cursor)
+    if cursor.position != directory.stop:
+        raise BadUpstream(_NOT_A_ZIP)
+
+
+def _read_entry(cursor: _Cursor) -> _Entry:
+    # Of the fields, those not named here are versions, times, disk numbers and file modes.
+    (signature, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length,
+     comment_length, _, _, _, offset) = _CENTRAL.unpack(cursor.take(_CENTRAL.size))  # fmt: skip
+    if signature != b"PK\1\2":
+        raise BadUpstream(_NOT_A_ZIP)
+    name = cursor.take(name_length)
+    extra = cursor.take(extra_length)
+    cursor.take(comment_length)
+    if _MAX32 in (size, packed, offset):
+        size, packed, offset = _widened(extra, (size, packed, offset))
+    return _Entry(name, flags, method, crc, packed, size, offset)
+
+
+def _widened(extra: bytes, values: tuple[int, int, int]) -> Iterator[int]:
+    # Zip64: each field that is all ones has its value in the extra field, in this order.
+    wide = struct.iter_unpack("<Q", _zip64_field(extra))
+    for value in values:
+        actual = next(wide, None) if value == _MAX32 else (value,)
+        if actual is None:
+            raise BadUpstream(_NOT_A_ZIP)
+        yield actual[0]
+
+
+def _zip64_field(extra: bytes) -> bytes:
+    at = 0
+    while at + 4 <= len(extra):
+        tag, length = struct.unpack_from("<2H", extra, at)
+        at += 4
+        if at + length > len(extra):
+            break
+        if tag == 1:
+            return extra[at : at + length // 8 * 8]
+        at += length
+    return b""
+
+
+def _check_names(entries: Iterable[_Entry], prefix: bytes) -> None:
+    names = []
+    left = MAX_ZIP
+    for entry in entries:
+        if not entry.name.startswith(prefix):
+            reason = f"path does not have prefix {quoted(prefix.decode())}"
+            raise BadUpstream(f"{_shown(entry.name)}: {reason}")
+        name = entry.name[len(prefix) :]
+        if name:
+            names.append(name)
+            left -= _check_name(entry, name)
+        if left < 0:
+            limit = f"max size is {MAX_ZIP} bytes"
+            raise BadUpstream(f"total uncompressed size of module contents too large ({limit})")
+    _check_collisions(names)
+
+
+def _shown(name: bytes) -> str:
+    return quoted(name.decode(errors="replace"))[1:-1]
+
+
+def _check_name(entry: _Entry, name: bytes) -> int:
+    """Raise BadUpstream unless the file may be in a module; return its size."""
+    try:
+        text = name.decode()
+        directory = text.endswith("/")
+        _check_clean(text[:-1] if directory else text)
+        if directory:
+            return 0
+        _check_special(text, entry.size)
+    except UnicodeDecodeError:
+        raise BadUpstream(f"{_shown(entry.name)}: malformed file path: invalid UTF-8") from None
+    except (BadName, ValueError) as error:
+        raise BadUpstream(f"{_shown(entry.name)}: {error}") from None
+    return entry.size
+
+
+_UNCLEAN = re.compile(r"(?:\A|/)\.{0,2}(?:/|\Z)")
+
+
+def _check_clean(name: str) -> None:
+    if _UNCLEAN.search(name):
+        raise ValueError("file path is not clean")
+    check_file_path(name)
+
+
+_LIMITS = {
+    "LICENSE": MAX_LICENSE,
+    "go.mod": MAX_GO_MOD,
+}
+
+
+def _check_special(name: str, size: int) -> None:
+    folder, _, base = name.rpartition("/")
+    if fold(base) == "go.mod" and folder:
+        raise ValueError("go.mod file not in module root directory")
+    if fold(base) == "go.mod" != base:
+        raise ValueError("go.mod files must have lowercase names")
+    limit = _LIMITS.get(name, MAX_ZIP)
+    if size > limit:
+        raise ValueError(f"{name} file too large (max size is {limit} bytes)")
+
+
+def _check_collisions(names: list[bytes]) -> None:
+    # Sorted by folded elements, names that share a folded folder are neighbours, a file comes just
+    # before what lies below a folder of its name, and so comparing neighbours finds every clash.
+    names.sort(key=lambda name: fold(name.decode()).replace("/", "\0").encode())
+    for left, right in zip(names, itertools.islice(names, 1, None)):
+        _check_neighbours(left.decode(), right.decode())
+
+
+def _check_neighbours(left: str, right: str) -> None:
+    for ours, theirs in zip(left.split("/"), right.split("/")):
+        if ours != theirs:
+            if fold(ours) != fold(theirs):
+                return
+            names = f"{quoted(left)} and {quoted(right)}"
+            raise BadUpstream(f"case-insensitive file name collision: {names}")
+    if left == right and not left.endswith("/"):
+        raise BadUpstream(f"multiple entries for file {quoted(left)}")
+    if left != right:
+        raise BadUpstream(f"entry {quoted(left)} is both a file and a directory")
+
+
+def _digests(file: BinaryIO, directory: _Directory) -> Iterator[tuple[bytes, bytes]]:
+    """Check all data from the first byte of the file to the directory; yield names and SHA-256s."""
+    cursor = _Cursor(file, 0, directory.start)
+    entries = _entries(file, directory)
+    entry = next(entries, None)
+    while entry:
+        following = next(entries, None)
+        stop = following.offset if following else directory.start
+        yield entry.name, _check_entry(cursor, entry, stop)
+        entry = following
+    if cursor.position != directory.start:
+        raise BadUpstream(_NOT_A_ZIP)
+
+
+def _check_entry(cursor: _Cursor, entry: _Entry, stop: int) -> bytes:
+    try:
+        _check_local(cursor, entry)
+        digest = _check_data(_unpacked(cursor, entry), entry)
+        _check_descriptor(cursor, entry, stop)
+    except (ValueError, zlib.error) as error:
+        raise BadUpstream(f"{_shown(entry.name)}: {error}") from None
+    return digest
+
+
+def _check_local(cursor: _Cursor, entry: _Entry) -> None:
+    if cursor.position != entry.offset:
+        raise ValueError("zip: entries overlap or leave a gap")
+    (signature, _, flags, method, _, _, crc, packed, size, name_length,
+     extra_length) = _LOCAL.unpack(cursor.take(_LOCAL.size))  # fmt: skip
+    if signature != b"PK\3\4":
+        raise ValueError(_NOT_A_ZIP)
+    name = cursor.take(name_length)
+    cursor.take(extra_length)
+    if (name, method) != (entry.name, entry.method):
+        raise ValueError("zip: local header differs from the directory")
+    if (flags | entry.flags) & _ENCRYPTED:
+        raise ValueError("zip: encrypted entry")
+    if (flags ^ entry.flags) & _DESCRIBED:
+        raise ValueError("zip: local header differs from the directory")
+    if not flags & _DESCRIBED:
+        _check_values(entry, crc, (packed, size), (_MAX32,))
+
+
+def _check_values(
+    entry: _Entry, crc: int, sizes: tuple[int, int], elsewhere: tuple[int, ...] = ()
+) -> None:
+    for found, declared in zip(sizes, (entry.packed, entry.size)):
+        if found != declared and found not in elsewhere:
+            raise ValueError("zip: sizes differ from the directory")
+    if crc != entry.crc:
+        raise ValueError("zip: checksum error")
+
+
+def _stored(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    return pieces
+
+
+def _inflated(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    for piece in pieces:
+        data = inflater.decompress(piece, _CHUNK)
+        while data:
+            yield data
+            data = inflater.decompress(inflater.unconsumed_tail, _CHUNK)
+        if inflater.unused_data:
+            raise ValueError("zip: data after the end of the compressed stream")
+    if not inflater.eof:
+        raise ValueError("unexpected EOF")
+
+
+_METHODS = {
+    0: _stored,
+    8: _inflated,
+}
+
+
+def _unpacked(cursor: _Cursor, entry: _Entry) -> Iterator[bytes]:
+    if entry.method not in _METHODS:
+        raise ValueError("zip: unsupported compression algorithm")
+    if entry.name.endswith(b"/") and not entry.packed:
+        return iter(())  # a folder has no data, not even an empty stream
+    return _METHODS[entry.method](cursor.pieces(entry.packed))
+
+
+def _check_data(pieces: Iterator[bytes], entry: _Entry) -> bytes:
+    folder = entry.name.endswith(b"/")
+    digest, crc, left = hashlib.sha256(), 0, 0 if folder else entry.size
+    for piece in pieces:
+        left -= len(piece)
+        if left < 0:
+            raise ValueError(f"uncompressed size is larger than declared size ({entry.size} bytes)")
+        crc = zlib.crc32(piece, crc)
+        digest.update(piece)
+    if left or (folder and entry.size):
+        raise ValueError("unexpected EOF")
+    if crc != entry.crc:
+        raise ValueError("zip: checksum error")
+    return digest.digest()
+
+
+# Length of a data descriptor: with or without a signature, with sizes of 32 or of 64 bits.
+_DESCRIPTORS = {
+    12: struct.Struct("<LLL"),
+    16: struct.Struct("<4xLLL"),
+    20: struct.Struct("<LQQ"),
+    24: struct.Struct("<4xLQQ"),
+}
+
+
+def _check_descriptor(cursor: _Cursor, entry: _Entry, stop: int) -> None:
+    length = stop - cursor.position
+    if not entry.flags & _DESCRIBED and length == 0:
+        return
+    if not entry.flags & _DESCRIBED or length not in _DESCRIPTORS:
+        raise ValueError("zip: entries overlap or leave a gap")
+    crc, packed, size = _DESCRIPTORS[length].unpack(cursor.take(length))
+    _check_values(entry, crc, (packed, size))
+
+
+_SHA256 = hashlib.sha256().digest_size
+
+
+def _hash1(digests: Iterable[tuple[bytes, bytes]]) -> str:
+    """The h1: hash of files by name (dirhash.Hash1)."""
+    # Name and digest as one bytes object halve the memory of a million files. A line feed is in no
+    # name and sorts before all that is, so the order is that of the names.
+    lines = sorted(name + b"\n" + digest for name, digest in digests)
+    total = hashlib.sha256()
+    for line in lines:
+        name, digest = line[: -_SHA256 - 1], line[-_SHA256:]
+        total.update(digest.hex().encode() + b"  " + name + b"\n")
+    return "h1:" + base64.b64encode(total.digest()).decode()
+
+
+class Kind(NamedTuple):
+    """What an artifact of a kind may be: its type on the wire, its size limit in bytes, and what
+    its bytes must pass (zips are checked by check_zip, as files)."""
+
+    content_type: str
+    limit: int
+    check: Callable[[Artifact, bytes], None]
+
+
+def _check_info(artifact: Artifact, raw: bytes) -> None:
+    read_info(raw, artifact.version)
+
+
+def _check_mod(artifact: Artifact, raw: bytes) -> None:
+    check_go_mod(raw)
+
+
+def _check_zip(artifact: Artifact, raw: bytes) -> None:
+    check_zip(io.BytesIO(raw), artifact.path, artifact.version)
+
+
+KINDS = {
+    "info": Kind("application/json", MAX_INFO, _check_info),
+    "mod": Kind("text/plain; charset=utf-8", MAX_GO_MOD, _check_mod),
+    "zip": Kind("application/zip", MAX_ZIP, _check_zip),
+}
+
+
+# =============================================================================
+# 5. Tools: blobs, drafts, flights, lanes, memory with a time limit, the log
+# =============================================================================
+
+CHUNK = 256 * 1024
+WITHHELD = 64 * 1024  # bytes of a growing body that no client sees before the whole is checked
+
+
+class Blob:
+    """Bytes to be read once: `size` in bytes (None: not known yet), `modified` in seconds since
+    the epoch. `read` blocks; `ready` tells how much can be had without blocking."""
+
+    size: int | None = None
+    modified = 0.0
+
+    def read(self, count: int) -> bytes:
+        """At most `count` bytes, b"" at the end. Raises ProxyError when the rest cannot be had."""
+        raise NotImplementedError
+
+    def read_all(self, limit: int) -> bytes:
+        """All bytes; raises BadUpstream beyond `limit` bytes."""
+        parts: list[bytes] = []
+        total = 0
+        while True:
+            part = self.read(CHUNK)
+            if not part:
+                return b"".join(parts)
+            total += len(part)
+            if total > limit:
+                raise BadUpstream(f"longer than {limit} bytes")
+            parts.append(part)
+
+    def close(self) -> None:
+        """Gives back what the blob holds; closing twice is fine."""
+
+
+class BytesBlob(Blob):
+    """A blob in memory."""
+
+    def __init__(self, data: bytes, modified: float = 0.0) -> None:
+        self._data = io.BytesIO(data)
+        self.size = len(data)
+        self.modified = modified
+
+    def read(self, count: int) -> bytes:
+        return self._data.read(count)
+
+
+class FileBlob(Blob):
+    """A whole file, by descriptor: it stays readable when the name is removed or replaced."""
+
+    def __init__(self, descriptor: int, size: int | None, modified: float) -> None:
+        self.descriptor = descriptor
+        self.size = size
+        self.modified = modified
+        self.offset = 0
+
+    @property
+    def etag(self) -> str:
+        """A strong validator: a stored artifact keeps its time and size for ever."""
+        return "" if self.size is None else f'"{int(self.modified * 1000):x}-{self.size:x}"'
+
+    def ready(self) -> int | None:
+        """Bytes that can be read now without waiting; None when there are none and never will be.
+        Raises the error that ended a growing file."""
+        assert self.size is not None
+        return (self.size - self.offset) or None
+
+    def when_ready(self, wake: Callable[[], None]) -> None:
+        """Calls wake once there is more to read, or an end."""
+        wake()
+
+    def wait(self) -> int | None:
+        """As ready, but blocks instead of answering 0."""
+        woken = threading.Event()
+        while True:
+            count = self.ready()
+            if count != 0:
+                return count
+            woken.clear()
+            self.when_ready(woken.set)
+            woken.wait()
+
+    def read(self, count: int) -> bytes:
+        available = self.wait()
+        if available is None:
+            return b""
+        data = pread(self.descriptor, min(count, available), self.offset)
+        if not data:
+            raise StoreDown("a stored file became shorter while it was read")
+        self.offset += len(data)
+        return data
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def pread(descriptor: int, count: int, offset: int) -> bytes:
+    """os.pread, or its like where the platform has none (then a blob must not be shared)."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, count, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    return os.read(descriptor, count)
+
+
+class Draft:
+    """A temporary file that grows while readers follow it, and becomes an artifact if it is good.
+
+    The last WITHHELD bytes stay hidden until `finish`, so that a reader of a body that fails its
+    check at the end always gets a short body, which the go command can recover from, and never a
+    complete but bad one, which it cannot."""
+
+    def __init__(self, folder: str) -> None:
+        self.descriptor, self.path = tempfile.mkstemp(prefix="draft-", dir=folder)
+        self.size: int | None = None
+        self.modified = time.time()
+        self.written = 0
+        self.error: BaseException | None = None
+        self._visible = 0
+        self._ended = False
+        self._mutex = threading.Lock()
+        self._wakes: list[Callable[[], None]] = []
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.descriptor, view) :]
+        self.written += len(data)
+        if self.written - WITHHELD > self._visible:
+            self._visible = self.written - WITHHELD
+            self._wake()
+
+    def finish(self) -> None:
+        """All bytes are right: readers may have the tail."""
+        self.size = self._visible = self.written
+        self._end(None)
+
+    def fail(self, error: BaseException) -> None:
+        """The rest never comes: readers get the error, and the file goes."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        with self._mutex:
+            self.error = error
+            self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._mutex:
+            wakes, self._wakes = self._wakes, []
+        for wake in wakes:
+            wake()
+
+    def ready(self, offset: int) -> int | None:
+        """As FileBlob.ready."""
+        ended = self._ended  # read before _visible: finish sets them in the other order
+        if self._visible > offset:
+            return self._visible - offset
+        if self.error is not None:
+            raise self.error
+        return None if ended else 0
+
+    def when_ready(self, offset: int, wake: Callable[[], None]) -> None:
+        with self._mutex:
+            waiting = not self._ended and self._visible <= offset
+            if waiting:
+                self._wakes.append(wake)
+        if not waiting:
+            wake()
+
+    def reader(self) -> GrowingBlob:
+        return GrowingBlob(self)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class GrowingBlob(FileBlob):
+    """A reader of a draft: it keeps its own descriptor, so that the draft may be renamed."""
+
+    def __init__(self, draft: Draft) -> None:
+        super().__init__(os.dup(draft.descriptor), draft.size, draft.modified)
+        self._draft = draft
+
+    def ready(self) -> int | None:
+        return self._draft.ready(self.offset)
+
+    def when_ready(self, wake: Callable[[], None]) -> None:
+        self._draft.when_ready(self.offset, wake)
+
+    def settle(self) -> None:
+        """Blocks until there is something to send. Raises what ended the draft before that."""
+        self.wait()
+        self.size = self._draft.size
+
+
+class Lane:
+    """Threads made at the start, taking work in the order it came."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Queues work, which must not raise."""
+        self._queue.put(work)
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Queues work and promises its result."""
+        promise: Future[T] = Future()
+        self.do(lambda: _keep_promise(promise, work))
+        return promise
+
+    def _run(self) -> None:
+        while True:
+            work = self._queue.get()
+            if work is None:
+                return
+            work()
+            del work  # a thread that waits must not keep a client's socket alive
+
+    def close(self) -> None:
+        """Threads end after the work they have; nobody waits for them."""
+        for _ in self._threads:
+            self._queue.put(None)
+
+
+def _keep_promise(promise: Future[T], work: Callable[[], T]) -> None:
+    try:
+        promise.set_result(work())
+    except BaseException as error:
+        promise.set_exception(error)
+
+
+class Flights(Generic[T]):
+    """One piece of work per key at a time; whoever comes meanwhile shares what it is."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._flights: dict[str, T] = {}
+
+    def join(self, key: str, start: Callable[[], T]) -> tuple[T, bool]:
+        """The flight of key, and whether this call started it. `start` must not block."""
+        with self._mutex:
+            if key in self._flights:
+                return self._flights[key], False
+            flight = self._flights[key] = start()
+            return flight, True
+
+    def land(self, key: str) -> None:
+        with self._mutex:
+            del self._flights[key]
+
+
+class TtlCache(Generic[T]):
+    """At most `limit` values, each for its own number of seconds; the oldest go first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._mutex = threading.Lock()
+        self._values: collections.OrderedDict[str, tuple[float, T]] = collections.OrderedDict()
+
+    def get(self, key: str) -> T | None:
+        with self._mutex:
+            until, value = self._values.get(key, (0.0, None))
+            if time.monotonic() < until:
+                return value
+            self._values.pop(key, None)
+            return None
+
+    def put(self, key: str, value: T, seconds: float) -> None:
+        with self._mutex:
+            self._values.pop(key, None)
+            self._values[key] = (time.monotonic() + seconds, value)
+            if len(self._values) > self._limit:
+                self._values.popitem(last=False)
+
+    def drop(self, key: str) -> None:
+        with self._mutex:
+            self._values.pop(key, None)
+
+
+def printable(text: str) -> str:
+    """Text that cannot forge a log line or move a terminal: control characters, line and
+    paragraph separators and bidirectional marks are shown as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Log:
+    """Lines on a descriptor, written by a thread of its own: a full pipe or a dead reader costs
+    lines (counted), never a request. Text lines have the form of Go's log package."""
+
+    _LIMIT = 10_000
+
+    def __init__(self, descriptor: int, as_json: bool) -> None:
+        self._descriptor = descriptor
+        self._as_json = as_json
+        self._lines: collections.deque[str | threading.Event] = collections.deque()
+        self._dropped = 0
+        self._second = 0
+        self._stamp = ""
+        self._wake = threading.Event()
+        threading.Thread(target=self._run, name="log", daemon=True).start()
+
+    def line(self, text: str, level: str = "info", **fields: Any) -> None:
+        """One line; as JSON with the fields, as text without them."""
+        if len(self._lines) >= self._LIMIT:
+            self._dropped += 1
+            return
+        if self._as_json:
+            moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            entry = {"time": moment, "level": level, "message": text, **fields}
+            self._lines.append(json.dumps(entry) + "\n")
+        else:
+            self._lines.append(f"{self._now()} {printable(text)}\n")
+        self._wake.set()
+
+    def error(self, text: str, **fields: Any) -> None:
+        self.line(text, "error", **fields)
+
+    @property
+    def as_json(self) -> bool:
+        return self._as_json
+
+    def _now(self) -> str:
+        second = int(time.time())
+        if second != self._second:
+            self._stamp = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(second))
+            self._second = second
+        return self._stamp
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            batch = [self._lines.popleft() for _ in range(len(self._lines))]
+            if self._dropped:
+                batch.append(f"{self._now()} {self._dropped} log lines dropped\n")
+                self._dropped = 0
+            self._write("".join(line for line in batch if isinstance(line, str)).encode())
+            for mark in batch:
+                if isinstance(mark, threading.Event):
+                    mark.set()
+
+    def _write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+
+    def flush(self, seconds: float) -> None:
+        """Waits until the lines so far are out, at most so long."""
+        mark = threading.Event()
+        self._lines.append(mark)
+        self._wake.set()
+        mark.wait(seconds)
+
+
+# =============================================================================
+# 6. Network: strict HTTP heads, the dialer, the pooled client
+# =============================================================================
+# http.client is not used to read: it takes a cut body for a whole one, waits for ever on a byte a
+# second, and hands heads to the email package, which one line can keep busy for seconds.
+
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_NOT_IN_VALUES = bytes(set(range(32)) - {9}) + b"\x7f"
+# Two of these in one head mean that two readers would see two messages (RFC 9112, section 6.3).
+_SINGLE = frozenset(
+    [
+        "authorization",
+        "content-length",
+        "expect",
+        "host",
+        "if-none-match",
+        "if-range",
+        "range",
+        "transfer-encoding",
+    ]
+)
+
+
+class Fields(dict[str, str]):
+    """Header fields by lower-case name; repeated ones joined by commas (RFC 9110, section 5.2)."""
+
+    def add(self, name: str, value: str) -> None:
+        """Raises BadRequest for a second field of a kind that may stand only once."""
+        if name not in self:
+            self[name] = value
+        elif name in _SINGLE:
+            raise BadRequest(f"two {name} fields")
+        else:
+            self[name] += ", " + value
+
+    def tokens(self, name: str) -> list[str]:
+        return [token.strip().lower() for token in self.get(name, "").split(",")]
+
+
+def parse_fields(lines: Iterable[bytes]) -> Fields:
+    """Field lines without their CRLF, as RFC 9112 section 5 wants them and nothing else.
+    Linear in the length. Raises BadRequest."""
+    fields = Fields()
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon or not _TOKEN.fullmatch(name):
+            raise BadRequest("malformed header line")
+        if len(value.translate(None, _NOT_IN_VALUES)) != len(value):
+            raise BadRequest("control character in a header")
+        fields.add(name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1"))
+    return fields
+
+
+def content_length(fields: Fields) -> int | None:
+    """The declared length in bytes, None if there is none. Raises BadRequest."""
+    text = fields.get("content-length")
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise BadRequest("malformed content-length")
+    return int(text)
+
+
+class Patience(NamedTuple):
+    """How long an exchange may take, in seconds: to the first header, between two bytes, in all."""
+
+    header: float
+    stall: float
+    total: float
+
+
+METADATA = Patience(10.0, 30.0, 30.0)
+TRANSFER = Patience(10.0, 30.0, 600.0)
+_CONNECT = 5.0
+_HANDSHAKE = 5.0
+
+
+@contextlib.contextmanager
+def _blaming(peer: str) -> Iterator[None]:
+    """The one door where the network's errors become ours."""
+    try:
+        yield
+    except socket.timeout as error:
+        raise UpstreamTimeout(f"{peer}: {error or 'timed out'}") from None
+    except ssl.SSLCertVerificationError as error:
+        raise Unreachable(f"{peer}: certificate: {error.verify_message}") from None
+    except (OSError, EOFError) as error:
+        raise Unreachable(f"{peer}: {getattr(error, 'strerror', None) or error}") from None
+    except BadRequest as error:
+        raise BadUpstream(f"{peer}: invalid answer: {error}") from None
+
+
+class Dialer:
+    """Opens TCP connections."""
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        """A connected socket. Raises OSError; addresses are tried in order within the limit."""
+        return socket.create_connection((host, port), _CONNECT)
+
+
+class _Wire:
+    """One connection to a server, and what was read ahead from it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.until = 0.0  # monotonic time at which the exchange has taken too long
+        self.idle_since = 0.0
+        self._ahead = b""
+
+    def receive(self, stall: float) -> bytes:
+        """Some bytes, b"" at the end. Raises socket.timeout."""
+        if self._ahead:
+            data, self._ahead = self._ahead, b""
+            return data
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("took too long")
+        self.sock.settimeout(min(stall, left))
+        return self.sock.recv(CHUNK)
+
+    def unread(self, data: bytes) -> None:
+        self._ahead = data + self._ahead
+
+    def lines(self, limit: int, stall: float) -> list[bytes]:
+        """Lines up to an empty one. Raises BadRequest beyond limit bytes, EOFError."""
+        data = b""
+        while True:
+            end = data.find(b"\r\n\r\n") if not data.startswith(b"\r\n") else -2
+            if end != -1:
+                self.unread(data[end + 4 :])
+                return data[:end].split(b"\r\n") if end > 0 else []
+            if len(data) > limit:
+                raise BadRequest("head too large")
+            data += self._more(stall)
+
+    def line(self, limit: int, stall: float) -> bytes:
+        """One line, without its CRLF. Raises as lines does."""
+        data = b""
+        while b"\r\n" not in data:
+            if len(data) > limit:
+                raise BadRequest("line too long")
+            data += self._more(stall)
+        line, _, rest = data.partition(b"\r\n")
+        self.unread(rest)
+        return line
+
+    def _more(self, stall: float) -> bytes:
+        data = self.receive(stall)
+        if not data:
+            raise EOFError("connection closed early")
+        return data
+
+    def is_dead(self) -> bool:
+        """Whether an idle connection has been closed, or has said something out of turn."""
+        if self._ahead:
+            return True
+        self.sock.settimeout(0)
+        try:
+            self.sock.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        except OSError:
+            pass
+        return True
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class Response(Blob):
+    """An answer's head, and its body as a blob that knows when it was cut short."""
+
+    _HEAD_LIMIT = 64 * 1024
+    _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: .*)?")
+
+    def __init__(
+        self, wire: _Wire, peer: str, patience: Patience, release: Callable[[], None]
+    ) -> None:
+        self._wire = wire
+        self._peer = peer
+        self._patience = patience
+        self._release = release
+        self._read_head()
+        self._frame()
+
+    def _read_head(self) -> None:
+        stall = self._patience.header
+        for _ in range(8):  # a server may send a few interim answers, not an endless row of them
+            lines = self._wire.lines(self._HEAD_LIMIT, stall)
+            match = self._STATUS_LINE.fullmatch(lines[0]) if lines else None
+            if not match:
+                raise BadRequest("not HTTP")
+            self.status = int(match[1])
+            if self.status >= 200:
+                self.fields = parse_fields(lines[1:])
+                self._keep = lines[0].startswith(b"HTTP/1.1")
+                return
+        raise BadRequest("too many interim answers")
+
+    def _frame(self) -> None:
+        """How long the body is: RFC 9112, section 6.3, with every doubtful case refused."""
+        coding = self.fields.get("transfer-encoding")
+        self.size = content_length(self.fields)
+        if coding is not None and (self.size is not None or coding.lower() != "chunked"):
+            raise BadRequest("ambiguous body length")
+        if self.fields.get("content-encoding", "identity").lower() != "identity":
+            raise BadRequest("compressed although nobody asked for it")
+        if self.status in (204, 304):
+            self.size = 0
+        self.whole = coding is not None or self.size is not None  # else it ends when it ends
+        self._keep = self._keep and self.whole and "close" not in self.fields.tokens("connection")
+        self._left: int | None = 0 if coding else self.size
+        self._chunked = coding is not None
+        self._ended = False
+        if self.size == 0:
+            self._end()
+
+    def read(self, count: int) -> bytes:
+        if self._ended:
+            return b""
+        with _blaming(self._peer):
+            if self._chunked and self._left == 0 and not self._next_chunk():
+                return b""
+            data = self._wire.receive(self._patience.stall)
+            want = count if self._left is None else min(count, self._left)
+            if len(data) > want:
+                self._wire.unread(data[want:])
+                data = data[:want]
+            if not data and self._left is not None:
+                raise EOFError(f"body cut short, {self._left} bytes missing")
+            self._took(data)
+            return data
+
+    def _took(self, data: bytes) -> None:
+        if not data:
+            self._end()
+        elif self._left is not None:
+            self._left -= len(data)
+            if self._left == 0 and self._chunked:
+                if self._wire.line(2, self._patience.stall):
+                    raise BadRequest("malformed chunk")
+            elif self._left == 0:
+                self._end()
+
+    def _next_chunk(self) -> bool:
+        """Reads a chunk's size line; at the last chunk, the trailers too (RFC 9112, 7.1)."""
+        line = self._wire.line(256, self._patience.stall)
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?", line)
+        if not match:
+            raise BadRequest("malformed chunk size")
+        self._left = int(match[1], 16)
+        if self._left == 0:
+            self._wire.lines(16 * 1024, self._patience.stall)
+            self._end()
+        return not self._ended
+
+    def _end(self) -> None:
+        self._ended = True
+        if self._keep:
+            self._release()
+        else:
+            self._wire.close()
+
+    def close(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._wire.close()  # the rest of the body is in the way of the next exchange
+
+
+class Client:
+    """GET over pooled connections: 100 idle ones in all, 10 to a host, for 90 seconds.
+
+    Redirects are followed ten times at most, never from https to http, and credentials never
+    follow to another scheme, host or port."""
+
+    _IDLE_SECONDS, _IDLE_PER_HOST, _IDLE_IN_ALL, _REDIRECTS = 90.0, 10, 100, 10
+
+    def __init__(self, dialer: Dialer, credentials: Mapping[str, str]) -> None:
+        """`credentials`: Authorization values by host or host:port (see read_netrc)."""
+        self._dialer = dialer
+        self._credentials = credentials
+        self._mutex = threading.Lock()
+        self._idle: dict[tuple[str, str, int], list[_Wire]] = {}
+        self._context: ssl.SSLContext | None = None
+
+    def get(
+        self,
+        url: Url,
+        patience: Patience,
+        headers: Sequence[tuple[str, str]] = (),
+        until: float = 0.0,
+    ) -> Response:
+        """The final answer, whatever its status. `until` (monotonic) shortens patience.total.
+        Raises BadUpstream, Unreachable, UpstreamTimeout."""
+        limit = time.monotonic() + patience.total
+        until = min(limit, until or limit)
+        authorization = self._authorization(url)
+        target = url
+        for _ in range(self._REDIRECTS + 1):
+            extra = [("Authorization", authorization)] if authorization else []
+            response = self._exchange(target, [*headers, *extra], patience, until)
+            if response.status not in (301, 302, 303, 307, 308):
+                return response
+            response.close()
+            following = _redirect(target, response.fields.get("location", ""))
+            if following.origin != target.origin:
+                authorization = ""
+            target = following
+        raise BadUpstream(f"{url.authority}: more than {self._REDIRECTS} redirects")
+
+    def _authorization(self, url: Url) -> str:
+        if url.user or url.password:
+            return _basic(url.user, url.password)
+        return self._credentials.get(f"{url.host}:{url.port}") or self._credentials.get(
+            url.host, ""
+        )
+
+    def _exchange(
+        self, url: Url, headers: Sequence[tuple[str, str]], patience: Patience, until: float
+    ) -> Response:
+        request = _request_head(url, headers)
+        wire = self._lend(url)
+        if wire:
+            # An idle connection may be closed under our hands; nothing was answered then, and a
+            # GET may be sent again.
+            with contextlib.suppress(Unreachable):
+                return self._send(wire, url, request, patience, until)
+        return self._send(self._connect(url), url, request, patience, until)
+
+    def _send(
+        self, wire: _Wire, url: Url, request: bytes, patience: Patience, until: float
+    ) -> Response:
+        wire.until = until
+        try:
+            with _blaming(url.authority):
+                wire.sock.settimeout(patience.header)
+                wire.sock.sendall(request)
+                return Response(wire, url.authority, patience, lambda: self._give_back(url, wire))
+        except BaseException:
+            wire.close()
+            raise
+
+    def _connect(self, url: Url) -> _Wire:
+        with _blaming(url.authority):
+            sock = self._dialer.connect(url.host, url.port)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if url.scheme == "http":
+                return _Wire(sock)
+            sock.settimeout(_HANDSHAKE)
+            try:
+                return _Wire(self._tls().wrap_socket(sock, server_hostname=url.host))
+            except BaseException:
+                sock.close()
+                raise
+
+    def _tls(self) -> ssl.SSLContext:
+        """Certificates of the system or of SSL_CERT_FILE; read once, at the first use."""
+        with self._mutex:
+            if self._context is None:
+                self._context = ssl.create_default_context()
+            return self._context
+
+    def _lend(self, url: Url) -> _Wire | None:
+        while True:
+            with self._mutex:
+                wires = self._idle.get(url.origin)
+                if not wires:
+                    return None
+                wire = wires.pop()
+            if time.monotonic() - wire.idle_since < self._IDLE_SECONDS and not wire.is_dead():
+                return wire
+            wire.close()
+
+    def _give_back(self, url: Url, wire: _Wire) -> None:
+        wire.idle_since = time.monotonic()
+        with self._mutex:
+            wires = self._idle.setdefault(url.origin, [])
+            in_all = sum(map(len, self._idle.values()))
+            keep = len(wires) < self._IDLE_PER_HOST and in_all < self._IDLE_IN_ALL
+            if keep:
+                wires.append(wire)
+        if not keep:
+            wire.close()
+
+    def close(self) -> None:
+        with self._mutex:
+            wires = [wire for wires in self._idle.values() for wire in wires]
+            self._idle.clear()
+        for wire in wires:
+            wire.close()
+
+
+def _basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
+
+
+def _request_head(url: Url, headers: Sequence[tuple[str, str]]) -> bytes:
+    """The bytes of a GET. Nothing in it may break a line: six CVEs of http.client say why."""
+    lines = [
+        f"GET {url.path or '/'} HTTP/1.1",
+        f"Host: {url.authority}",
+        f"User-Agent: goproxy.py/{__version__}",
+        "Accept-Encoding: identity",
+        *(f"{name}: {value}" for name, value in headers),
+    ]
+    for line in lines:
+        if not re.fullmatch(r"[\x20-\x7e]+", line):
+            raise BadUpstream(f"{url.authority}: unsafe character in a request")
+    return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+
+def _redirect(url: Url, location: str) -> Url:
+    """Where a redirect leads. Raises BadUpstream for what must not be followed."""
+    if not re.fullmatch(r"[\x21-\x7e]+", location):
+        raise BadUpstream(f"{url.authority}: redirect without a usable location")
+    joined = urllib.parse.urljoin(str(url) or "/", location).partition("#")[0]
+    base, mark, query = joined.partition("?")
+    try:
+        target = parse_url(base)
+    except ValueError:
+        raise BadUpstream(f"{url.authority}: redirect to something that is not http") from None
+    if url.scheme == "https" and target.scheme != "https":
+        raise BadUpstream(f"{url.authority}: redirect from https to http refused")
+    path = urllib.parse.urlsplit(base).path
+    return dataclasses.replace(target, path=path + mark + query)
+
+
+def read_netrc(path: str) -> dict[str, str]:
+    """Authorization values by machine of a netrc file; a missing file has none.
+    Raises UsageError naming the file. (Go: cmd/go/internal/auth/netrc.go; `default` is ignored.)"""
+    try:
+        hosts = netrc.netrc(path).hosts
+    except FileNotFoundError:
+        return {}
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
+        raise UsageError(f"NETRC={path}: cannot be read: {error}") from None
+    return {
+        machine.lower(): _basic(login, password or "")
+        for machine, (login, _, password) in hosts.items()
+        if machine != "default"
+    }
+
+
+# =============================================================================
+# 7. Storage: where bytes live
+# =============================================================================
+
+
+class Shelf(Protocol):
+    """The half of a storage that only reads."""
+
+    def open(self, name: str) -> Blob:
+        """Raises NotFound, StoreDown."""
+
+    def names(self, prefix: str) -> list[str]:
+        """What stands directly below a prefix that ends in a slash, without the prefix."""
+
+
+class Storage(Shelf, Protocol):
+    """Bytes by name, where a name is at once URL path, key and log field. What `put` and `adopt`
+    have stored appears whole or not at all, and is durable when they return.
+
+    Every verb raises StoreDown when the store cannot do it at all."""
+
+    drafts: str  # a folder for drafts, best on the same file system
+
+    def put(self, name: str, data: bytes) -> None:
+        """Stores small bytes, in place of what may be there."""
+
+    def adopt(self, name: str, draft: Draft) -> None:
+        """Stores a finished draft."""
+
+    def close(self) -> None:
+        """Gives back what the storage holds."""
+
+
+@contextlib.contextmanager
+def _store_errors(name: str) -> Iterator[None]:
+    """The one door where a file system's errors become ours."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise NotFound("not in the store") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise NotFound("not in the store") from None
+        raise StoreDown(f"the store fails: {error.strerror} ({name})") from None
+
+
+# A link or a pipe in the place of an artifact is not an artifact; O_NONBLOCK so that opening a
+# pipe does not wait for its other end.
+_READ_FLAGS = (
+    os.O_RDONLY
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+
+
+class Folder(Shelf):
+    """A folder laid out as GOMODCACHE/cache/download, only read."""
+
+    def __init__(self, folder: str) -> None:
+        self._root = os.path.abspath(folder)
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._root, name)
+
+    def open(self, name: str) -> Blob:
+        with _store_errors(name):
+            descriptor = os.open(self._path(name), _READ_FLAGS)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                os.close(descriptor)
+                raise FileNotFoundError
+            return FileBlob(descriptor, status.st_size, status.st_mtime)
+
+    def names(self, prefix: str) -> list[str]:
+        try:
+            with _store_errors(prefix):
+                return os.listdir(self._path(prefix))
+        except NotFound:
+            return []
+
+
+class DiskStorage(Folder, Storage):
+    """A folder in the layout that file:// and nginx read as well.
+
+    Files appear by rename, after fsync, and their folder is synced too: of 200 files written and
+    renamed without, a power cut left none."""
+
+    _OWN = ".goproxy-drafts"
+
+    def __init__(self, folder: str) -> None:
+        """Creates the folder and sweeps drafts of dead processes. Raises StartError."""
+        super().__init__(folder)
+        self.drafts = os.path.join(self._root, self._OWN)
+        try:
+            self._make_folder(self.drafts)
+            self._sweep()
+            descriptor, probe = tempfile.mkstemp(dir=self.drafts)
+            os.close(descriptor)
+            os.unlink(probe)
+        except OSError as error:
+            raise StartError(
+                f"cannot write to the cache folder {folder}: {error.strerror}; "
+                "make it writable for this user or choose another one with -cache"
+            ) from None
+
+    def _sweep(self) -> None:
+        for leftover in os.listdir(self.drafts):
+            os.unlink(os.path.join(self.drafts, leftover))
+
+    def put(self, name: str, data: bytes) -> None:
+        with _store_errors(name):
+            draft = Draft(self.drafts)
+            try:
+                draft.write(data)
+                self._publish(name, draft)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(draft.path)
+                raise
+            finally:
+                draft.close()
+
+    def adopt(self, name: str, draft: Draft) -> None:
+        with _store_errors(name):
+            self._publish(name, draft)
+
+    def _publish(self, name: str, draft: Draft) -> None:
+        path = self._path(name)
+        os.chmod(draft.path, 0o644)
+        os.utime(draft.path, (draft.modified, draft.modified))
+        os.fsync(draft.descriptor)
+        self._make_folder(os.path.dirname(path))
+        os.replace(draft.path, path)
+        self._sync_folder(os.path.dirname(path))
+
+    def _make_folder(self, path: str) -> None:
+        """As os.makedirs, and the new entries survive a power cut."""
+        if os.path.isdir(path):
+            return
+        parent = os.path.dirname(path)
+        self._make_folder(parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o755)
+        self._sync_folder(parent)
+
+    @staticmethod
+    def _sync_folder(path: str) -> None:
+        if not hasattr(os, "O_DIRECTORY"):
+            return  # only POSIX can open a folder
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+
+STORAGES: dict[str, Callable[[str], Storage]] = {
+    "folder": DiskStorage,
+}
+
+
+def open_storage(where: str) -> Storage:
+    """The store that -cache names. Raises StartError."""
+    return STORAGES["folder"](where)
+
+
+# =============================================================================
+# 8. Sources: where modules come from
+# =============================================================================
+
+
+class Source(Protocol):
+    """Modules from somewhere. Paths and versions are unescaped and have been checked.
+
+    NotFound is raised for authoritative absence only; other trouble is a BadUpstream, Forbidden
+    or Overloaded."""
+
+    def versions(self, path: str) -> list[str]:
+        """The tagged versions of a module, in any order; [] if it exists without any."""
+
+    def resolve(self, path: str, query: str) -> Info:
+        """What "latest", a branch, a tag, a commit or a version stands for."""
+
+    def open(self, artifact: Artifact) -> Blob:
+        """The bytes of one .info, .mod or .zip; .info and .mod have been checked."""
+
+
+LATEST = "latest"
+_MAX_LIST = 16 << 20
+_TRIES = 3
+
+
+def _again(work: Callable[[], T]) -> T:
+    """Calls work up to three times while upstream is unreachable, with a random pause of at most
+    a second between. The last error is raised."""
+    for attempt in range(1, _TRIES):
+        try:
+            return work()
+        except Unreachable as error:
+            if isinstance(error, UpstreamTimeout):
+                raise  # it has been waited for long enough
+            time.sleep(random.uniform(0.05, 0.25 * attempt))
+    return work()
+
+
+def _refuse(response: Response, peer: str) -> None:
+    """Raises what an upstream's status means; 200 means nothing bad."""
+    if response.status in (200, 206):
+        return
+    words = _words(response)
+    response.close()
+    said = f"{peer} answered {response.status}{': ' if words else ''}{words}"
+    if response.status in (404, 410):
+        raise (Gone if response.status == 410 else NotFound)(words or "not found upstream")
+    if response.status in (401, 403):
+        raise Forbidden(said)
+    retry_after = response.fields.get("retry-after", "")
+    if response.status == 429 or (response.status == 503 and retry_after):
+        raise Overloaded(said, min(60, int(retry_after)) if retry_after.isdecimal() else 10)
+    raise (Unreachable if response.status >= 500 else BadUpstream)(said)
+
+
+def _words(response: Response) -> str:
+    """The first line of an error body if it is plain text, at most 300 characters."""
+    if not response.fields.get("content-type", "text/plain").startswith("text/plain"):
+        return ""
+    try:
+        text = response.read(2000).decode()
+    except (BadUpstream, UnicodeDecodeError):
+        return ""
+    line = text.strip().partition("\n")[0][:300]
+    return line[len("not found: ") :] if line.startswith("not found: ") else line
+
+
+def fetch_small(client: Client, url: Url, limit: int) -> bytes:
+    """A whole small body (at most `limit` bytes) within 30 seconds, retried while unreachable.
+    Raises NotFound, Forbidden, Overloaded, BadUpstream."""
+    until = time.monotonic() + METADATA.total
+
+    def attempt() -> bytes:
+        response = client.get(url, METADATA, until=until)
+        with contextlib.closing(response):
+            _refuse(response, url.authority)
+            if not response.whole:
+                raise Unreachable(f"{url.authority}: a body without a length cannot be trusted")
+            return response.read_all(limit)
+
+    return _again(attempt)
+
+
+def below(url: Url, name: str) -> Url:
+    """The URL of an escaped name below a base URL, spelt as the go command spells it."""
+    return dataclasses.replace(url, path=f"{url.path}/{urllib.parse.quote(name, safe='/@+~,:')}")
+
+
+class Upstream(Source):
+    """Another module proxy (Go reference, "GOPROXY protocol")."""
+
+    def __init__(self, client: Client, url: Url) -> None:
+        self._client = client
+        self._url = url
+
+    def versions(self, path: str) -> list[str]:
+        data = self._small(f"{escape_path(path)}/@v/list", _MAX_LIST)
+        lines = [line.split() for line in data.decode("utf-8", "replace").splitlines()]
+        firsts = [fields[0] for fields in lines if fields]
+        found = [first for first in firsts if is_semver(first)]
+        if firsts and not found:
+            raise BadUpstream(f"{self._url.authority}: the list holds no versions")
+        return found
+
+    def resolve(self, path: str, query: str) -> Info:
+        return read_info(self._small(query_name(path, query), MAX_INFO), None)
+
+    def open(self, artifact: Artifact) -> Blob:
+        if artifact.kind == "zip":
+            return _Download(self._client, below(self._url, artifact.name))
+        kind = KINDS[artifact.kind]
+        data = self._small(artifact.name, kind.limit)
+        kind.check(artifact, data)
+        return BytesBlob(data)
+
+    def _small(self, name: str, limit: int) -> bytes:
+        return fetch_small(self._client, below(self._url, name), limit)
+
+
+def query_name(path: str, query: str) -> str:
+    """The name under which a query's answer is asked for and stored."""
+    escaped = escape_path(path)
+    return f"{escaped}/@latest" if query == LATEST else f"{escaped}/@v/{escape_version(query)}.info"
+
+
+class _Download(Blob):
+    """A long body that outlives cut connections: the rest is asked for with Range, and where an
+    upstream starts again from the beginning, what was delivered before must be the same bytes."""
+
+    def __init__(self, client: Client, url: Url) -> None:
+        self._client = client
+        self._url = url
+        self._tries = _TRIES
+        self._delivered = 0
+        self._digest = hashlib.sha256()
+        self._until = time.monotonic() + TRANSFER.total
+        self._response = _again(self._first)
+        self.size = self._response.size
+        self._ahead = b""
+        if self.size is not None and self.size > MAX_ZIP:
+            self.close()
+            raise BadUpstream(f"{url.authority}: zip longer than {MAX_ZIP} bytes")
+        # So much is withheld from clients anyway; having it, a failure can still go elsewhere.
+        while len(self._ahead) < WITHHELD:
+            data = self._next(CHUNK)
+            if not data:
+                break
+            self._ahead += data
+
+    def _first(self) -> Response:
+        response = self._client.get(self._url, TRANSFER, until=self._until)
+        _refuse(response, self._url.authority)
+        return response
+
+    def read(self, count: int) -> bytes:
+        if self._ahead:
+            data, self._ahead = self._ahead[:count], self._ahead[count:]
+            return data
+        return self._next(count)
+
+    def _next(self, count: int) -> bytes:
+        while True:
+            try:
+                data = self._response.read(count)
+                break
+            except Unreachable as error:
+                self._tries -= 1
+                if self._tries <= 0 or time.monotonic() > self._until:
+                    raise
+                self._resume(error)
+        self._delivered += len(data)
+        self._digest.update(data)
+        if self._delivered > MAX_ZIP:
+            raise BadUpstream(f"{self._url.authority}: zip longer than {MAX_ZIP} bytes")
+        return data
+
+    def _resume(self, cause: Unreachable) -> None:
+        etag = self._response.fields.get("etag", "")
+        headers = [("Range", f"bytes={self._delivered}-")]
+        if etag.startswith('"'):
+            headers.append(("If-Range", etag))
+        self._response.close()
+        response = self._client.get(self._url, TRANSFER, headers, self._until)
+        _refuse(response, self._url.authority)
+        if response.status == 206:
+            begins = f"bytes {self._delivered}-"
+            if not response.fields.get("content-range", "").startswith(begins):
+                raise BadUpstream(f"{self._url.authority}: a range that was not asked for")
+        else:
+            self._skip(response, cause)
+        self._response = response
+
+    def _skip(self, response: Response, cause: Unreachable) -> None:
+        again = hashlib.sha256()
+        left = self._delivered
+        while left:
+            data = response.read(min(CHUNK, left))
+            if not data:
+                raise cause
+            again.update(data)
+            left -= len(data)
+        if again.digest() != self._digest.digest():
+            raise BadUpstream(f"{self._url.authority}: other bytes at the second try")
+
+    def close(self) -> None:
+        self._response.close()
+
+
+class Stored(Source):
+    """The modules of a store: what it can give in full counts as a version."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+
+    def _with_zip(self, path: str) -> list[str]:
+        names = self._shelf.names(f"{escape_path(path)}/@v/")
+        versions = []
+        for name in names:
+            if name.endswith(".zip"):
+                with contextlib.suppress(BadName):
+                    versions.append(unescape_version(name[: -len(".zip")]))
+        return [version for version in versions if is_canonical(version)]
+
+    def versions(self, path: str) -> list[str]:
+        found = self._with_zip(path)
+        if not found:
+            raise NotFound("no version in the store")
+        return [version for version in found if not is_pseudo(version)]
+
+    def resolve(self, path: str, query: str) -> Info:
+        if query != LATEST:
+            with contextlib.closing(self._shelf.open(query_name(path, query))) as blob:
+                return read_info(blob.read_all(MAX_INFO), None)
+        version = newest(self._with_zip(path))
+        try:
+            blob = self._shelf.open(Artifact(path, version, "info").name)
+        except NotFound:
+            return Info(version, "", json.dumps({"Version": version}).encode())
+        with contextlib.closing(blob):
+            return read_info(blob.read_all(MAX_INFO), version)
+
+    def open(self, artifact: Artifact) -> Blob:
+        return self._shelf.open(artifact.name)
+
+
+def newest(versions: Sequence[str]) -> str:
+    """What @latest means (Go reference, "Version queries"): the highest release, else the highest
+    pre-release, else the newest pseudo-version. Raises NotFound for none."""
+    if not versions:
+        raise NotFound("no version in the store")
+
+    def rank(version: str) -> tuple[int, Any]:
+        return (
+            0 if is_pseudo(version) else 1 if is_prerelease(version) else 2,
+            semver_key(version),
+        )
+
+    return max(versions, key=rank)
+
+
+class Nowhere(Source):
+    """The source `off`: it has nothing."""
+
+    def versions(self, path: str) -> list[str]:
+        raise NotFound("no upstream is configured (-upstream off)")
+
+    def resolve(self, path: str, query: str) -> Info:
+        raise NotFound("no upstream is configured (-upstream off)")
+
+    def open(self, artifact: Artifact) -> Blob:
+        raise NotFound("no upstream is configured (-upstream off)")
+
+
+def first_of(attempts: Iterable[tuple[Callable[[], T], bool]]) -> T:
+    """The first success. Absence moves on to the next attempt, other trouble only where its second
+    half says so. When all fail, trouble is told before absence, as the go command does."""
+    trouble: ProxyError | None = None
+    absence: ProxyError | None = None
+    for attempt, any_error in attempts:
+        try:
+            return attempt()
+        except NotFound as error:
+            absence = absence or error
+        except ProxyError as error:
+            trouble = trouble or error
+            if not any_error:
+                break
+    raise trouble or absence or NotFound("no upstream is configured")
+
+
+class FirstOf(Source):
+    """Sources in order, as GOPROXY lists them."""
+
+    def __init__(self, sources: Sequence[tuple[Source, bool]]) -> None:
+        """Each source with whether any error of it moves on."""
+        self._sources = sources
+
+    def _try(self, verb: Callable[[Source], T]) -> T:
+        return first_of(
+            (functools.partial(verb, source), any_error) for source, any_error in self._sources
+        )
+
+    def versions(self, path: str) -> list[str]:
+        return self._try(lambda source: source.versions(path))
+
+    def resolve(self, path: str, query: str) -> Info:
+        return self._try(lambda source: source.resolve(path, query))
+
+    def open(self, artifact: Artifact) -> Blob:
+        return self._try(lambda source: source.open(artifact))
+
+
+class LocalFolder(Stored):
+    """file://: another folder in the layout of the store, only read, and not trusted."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(Folder(folder))
+
+    def open(self, artifact: Artifact) -> Blob:
+        blob = super().open(artifact)
+        kind = KINDS[artifact.kind]
+        if artifact.kind == "zip":
+            return blob
+        with contextlib.closing(blob):
+            data = blob.read_all(kind.limit)
+        kind.check(artifact, data)
+        return BytesBlob(data)
+
+
+_SOURCES: dict[str, Callable[[Client, Hop], Source]] = {
+    "file": lambda client, hop: LocalFolder(hop.folder),
+    "http": lambda client, hop: Upstream(client, hop.url or Url("", "", 0)),
+    "off": lambda client, hop: Nowhere(),
+}
+
+
+def open_sources(client: Client, hops: Sequence[Hop]) -> Source:
+    """The upstream list as one source."""
+    return FirstOf([(_SOURCES[hop.kind](client, hop), hop.any_error) for hop in hops])
+
+
+# =============================================================================
+# 9. Mirror: sources remembered in a store; policy; the checksum database
+# =============================================================================
+
+
+class Reach(enum.Enum):
+    """How far an answer may be sought."""
+
+    STORED = "only what the store has"
+    READY = "what can be answered without waiting; MustWait otherwise"
+    FETCH = "whatever it takes"
+
+
+class MustWait(Exception):
+    """Asked with Reach.READY, the answer would have to be waited for."""
+
+
+class Verdict(enum.Enum):
+    """How an answer came about; the word of the X-Cache field."""
+
+    HIT = "HIT"
+    MISS = "MISS"
+    STALE = "STALE"
+
+
+class Answer(NamedTuple):
+    """What the mirror says: bytes (small things) or a blob, how old they are in seconds, and how
+    they came about."""
+
+    body: bytes | FileBlob
+    verdict: Verdict
+    age: int = 0
+
+    @property
+    def data(self) -> bytes:
+        """The body of an answer that is small."""
+        assert isinstance(self.body, bytes)
+        return self.body
+
+
+class _Fresh(NamedTuple):
+    """A stored answer that may change, and its age in seconds."""
+
+    data: bytes
+    age: float
+
+
+_NEGATIVE_SECONDS = 60.0
+_STALE_SECONDS = 86400.0
+_REFRESH_WAIT = 1.0
+
+
+class Cache:
+    """A storage in front of something slower. What never changes is fetched once, what changes is
+    fresh for `ttl` seconds, absence is remembered for a minute in memory, trouble never.
+
+    A fetch runs in a lane of its own: the client that began it may leave, the fetch goes on, and
+    everybody who asks meanwhile shares it."""
+
+    _FETCHES, _DOWNLOADS, _NEGATIVE = 64, 32, 10_000
+
+    def __init__(self, storage: Storage, ttl: float, log: Log) -> None:
+        self.storage = storage
+        self._ttl = ttl
+        self._log = log
+        self._absent: TtlCache[NotFound] = TtlCache(self._NEGATIVE)
+        self._failed: TtlCache[ProxyError] = TtlCache(self._NEGATIVE)
+        self._fetches: Flights[Future[bytes]] = Flights()
+        self._drafts: Flights[Draft] = Flights()
+        self._fetch_lane = Lane("fetch", self._FETCHES)
+        self._download_lane = Lane("download", self._DOWNLOADS)
+
+    def small(self, name: str, reach: Reach, fetch: Callable[[], bytes]) -> Answer:
+        """Small bytes that never change."""
+        data = self._read(name)
+        if data is not None:
+            return Answer(data, Verdict.HIT)
+        flight, _ = self._fly(name, reach, fetch, lambda: self._read(name))
+        return Answer(flight.result(), Verdict.MISS)
+
+    def large(self, name: str, reach: Reach, fetch: Callable[[], Blob], check: Check) -> Answer:
+        """A body that never changes. It is given out while it arrives; `check` sees it whole
+        before its tail is let go and before it is stored."""
+        blob = self._open(name)
+        if blob:
+            return Answer(blob, Verdict.HIT)
+        self._refuse_absent(name, reach)
+        draft, first = self._drafts.join(name, self._draft)
+        if first:
+            self._download_lane.do(lambda: self._download(name, draft, fetch, check))
+        growing = draft.reader()
+        if reach is Reach.READY and growing.ready() == 0:
+            growing.close()
+            raise MustWait
+        growing.settle()
+        return Answer(growing, Verdict.MISS)
+
+    def changing(self, name: str, reach: Reach, fetch: Callable[[], bytes]) -> Answer:
+        """Small bytes that may change: fresh for the ttl, then stale while one fetch renews them,
+        stale for a day when that fails."""
+        stored = self._read_fresh(name)
+        if reach is Reach.STORED or (stored and 0 <= stored.age < self._ttl):
+            return _answer(stored, Verdict.HIT)
+        if stored and self._failed.get(name) and stored.age < _STALE_SECONDS:
+            return _answer(stored, Verdict.STALE)
+        flight, first = self._fly(name, reach, fetch, lambda: None)
+        try:
+            # Whoever starts the renewal gives a quick upstream time to answer; nobody else waits.
+            patience = None if not stored else _REFRESH_WAIT if first else 0
+            return Answer(flight.result(patience), Verdict.MISS)
+        except (FutureTimeout, BadUpstream, Overloaded, Forbidden):
+            if stored and stored.age < _STALE_SECONDS:
+                return _answer(stored, Verdict.STALE)
+            raise
+
+    def _fly(
+        self,
+        name: str,
+        reach: Reach,
+        fetch: Callable[[], bytes],
+        look_again: Callable[[], bytes | None],
+    ) -> tuple[Future[bytes], bool]:
+        self._refuse_absent(name, reach)
+        if reach is Reach.READY:
+            raise MustWait
+        promise: Future[bytes] = Future()
+        flight, first = self._fetches.join(name, lambda: promise)
+        if first:
+            self._fetch_lane.do(lambda: self._fetch(name, flight, fetch, look_again))
+        return flight, first
+
+    def _refuse_absent(self, name: str, reach: Reach) -> None:
+        if reach is Reach.STORED:
+            raise NotFound("not in the store, and fetching is off")
+        absent = self._absent.get(name)
+        if absent:
+            raise type(absent)(str(absent))
+
+    def _fetch(
+        self,
+        name: str,
+        flight: Future[bytes],
+        fetch: Callable[[], bytes],
+        look_again: Callable[[], bytes | None],
+    ) -> None:
+        """A flight's work. It looks into the store again: a flight may have landed between a
+        miss and the take-off of this one."""
+        try:
+            data = look_again()
+            if data is None:
+                data = fetch()
+                self._put(name, data)
+        except BaseException as error:
+            self._remember(name, error)
+            self._fetches.land(name)
+            flight.set_exception(error)
+        else:
+            self._failed.drop(name)
+            self._fetches.land(name)
+            flight.set_result(data)
+
+    def _remember(self, name: str, error: BaseException) -> None:
+        if isinstance(error, NotFound):
+            self._absent.put(name, error, _NEGATIVE_SECONDS)
+        elif isinstance(error, ProxyError):
+            self._failed.put(name, error, self._ttl)
+            self._log.error(f"{name}: {error}", status=error.status)
+
+    def _put(self, name: str, data: bytes) -> None:
+        """A store that cannot write costs the next client a fetch, and this one nothing."""
+        try:
+            self.storage.put(name, data)
+        except ProxyError as error:
+            self._log.error(f"{name}: not stored: {error}")
+
+    def _draft(self) -> Draft:
+        try:
+            return Draft(self.storage.drafts)
+        except OSError as error:
+            raise StoreDown(f"the store fails: {error.strerror}") from None
+
+    def _download(self, name: str, draft: Draft, fetch: Callable[[], Blob], check: Check) -> None:
+        try:
+            self._fill(name, draft, fetch, check)
+        except BaseException as error:
+            self._remember(name, error)
+            self._drafts.land(name)
+            draft.fail(error)
+        else:
+            self._drafts.land(name)
+            draft.finish()
+        finally:
+            draft.close()
+
+    def _fill(self, name: str, draft: Draft, fetch: Callable[[], Blob], check: Check) -> None:
+        blob = self._open(name) or fetch()
+        with contextlib.closing(blob):
+            draft.size = blob.size
+            while True:
+                data = blob.read(CHUNK)
+                if not data:
+                    break
+                with _store_errors(name):
+                    draft.write(data)
+        side_name, side = check(draft)
+        try:
+            self.storage.put(side_name, side)
+            self.storage.adopt(name, draft)
+        except ProxyError as error:
+            os.unlink(draft.path)
+            self._log.error(f"{name}: not stored: {error}")
+
+    def _open(self, name: str) -> FileBlob | None:
+        try:
+            blob = self.storage.open(name)
+        except NotFound:
+            return None
+        except StoreDown as error:
+            self._log.error(f"{name}: {error}")
+            return None
+        assert isinstance(blob, FileBlob)
+        return blob
+
+    def _read_fresh(self, name: str) -> _Fresh | None:
+        blob = self._open(name)
+        if not blob:
+            return None
+        with contextlib.closing(blob):
+            return _Fresh(blob.read_all(_MAX_SMALL), time.time() - blob.modified)
+
+    def _read(self, name: str) -> bytes | None:
+        stored = self._read_fresh(name)
+        return stored.data if stored else None
+
+    def close(self) -> None:
+        self._fetch_lane.close()
+        self._download_lane.close()
+        self.storage.close()
+
+
+Check = Callable[[Draft], tuple[str, bytes]]  # the name and bytes of a side file to keep with it
+_MAX_SMALL = 32 << 20
+
+
+def _answer(stored: _Fresh | None, verdict: Verdict) -> Answer:
+    if not stored:
+        raise NotFound("not in the store, and fetching is off")
+    return Answer(stored.data, verdict, max(0, int(stored.age)))
+
+
+class Mirror:
+    """A source, remembered: everything a client can ask of a module, as bytes."""
+
+    def __init__(self, source: Source, cache: Cache) -> None:
+        self._source = source
+        self._cache = cache
+        self._stored = Stored(cache.storage)
+
+    def versions(self, path: str, reach: Reach) -> Answer:
+        """Versions, one per line in semver order: upstream's united with the stored ones. Without
+        upstream's, because it knows none or fails, the stored ones alone, if there are any."""
+        name = f"{escape_path(path)}/@v/list"
+        if reach is Reach.STORED:
+            return Answer(_lines(self._stored.versions(path)), Verdict.HIT)
+        try:
+            answer = self._cache.changing(name, reach, lambda: _lines(self._source.versions(path)))
+        except ProxyError as error:
+            return self._instead(error, lambda: _lines(self._stored.versions(path)))
+        with contextlib.suppress(NotFound):
+            answer = answer._replace(
+                body=_lines([*answer.data.decode().split(), *self._stored.versions(path)])
+            )
+        return answer
+
+    def resolve(self, path: str, query: str, reach: Reach) -> Answer:
+        """The .info of what a query stands for; without upstream's answer, @latest is made from
+        what is stored."""
+
+        def latest() -> bytes:
+            if query != LATEST:
+                raise NotFound("not in the store, and fetching is off")
+            return self._stored.resolve(path, LATEST).raw
+
+        if reach is Reach.STORED:
+            with contextlib.suppress(NotFound):
+                return Answer(latest(), Verdict.HIT)
+        try:
+            return self._cache.changing(
+                query_name(path, query), reach, lambda: self._source.resolve(path, query).raw
+            )
+        except ProxyError as error:
+            return self._instead(error, latest)
+
+    @staticmethod
+    def _instead(error: ProxyError, stored: Callable[[], bytes]) -> Answer:
+        """What is stored, or else the error that made us look there."""
+        try:
+            verdict = Verdict.HIT if isinstance(error, NotFound) else Verdict.STALE
+            return Answer(stored(), verdict)
+        except NotFound:
+            raise error from None
+
+    def small(self, artifact: Artifact, reach: Reach) -> Answer:
+        """A .info or .mod."""
+
+        def fetch() -> bytes:
+            with contextlib.closing(self._source.open(artifact)) as blob:
+                return blob.read_all(KINDS[artifact.kind].limit)
+
+        return self._cache.small(artifact.name, reach, fetch)
+
+    def large(self, artifact: Artifact, reach: Reach) -> Answer:
+        """A .zip, given out while it arrives."""
+
+        def check(draft: Draft) -> tuple[str, bytes]:
+            with open(os.dup(draft.descriptor), "rb") as file:
+                return artifact.name + "hash", check_zip(
+                    file, artifact.path, artifact.version
+                ).encode()
+
+        return self._cache.large(artifact.name, reach, lambda: self._source.open(artifact), check)
+
+
+def _lines(versions: Iterable[str]) -> bytes:
+    return "".join(version + "\n" for version in sorted(set(versions), key=semver_key)).encode()
+
+
+class Policy:
+    """Who may be asked about which module. Decided on the unescaped path, before anything else."""
+
+    def __init__(self, mirror: Mirror, exclude: Sequence[str]) -> None:
+        self._mirror = mirror
+        self._exclude = exclude
+
+    def admit(self, path: str) -> Mirror:
+        """The mirror that answers for a module. Raises NotFound for excluded ones."""
+        if matches(self._exclude, path):
+            raise NotFound("excluded by this proxy")
+        return self._mirror
+
+
+class SumDb:
+    """Checksum databases, so that clients that reach only us can verify (Go: "Proxying a checksum
+    database", go.dev/design/25530-sumdb). Records and tiles are kept for ever.
+
+    A database is asked through an upstream that says it supports that, then at its own address:
+    many networks reach only the one."""
+
+    _TILE = re.compile(
+        r"tile/8/(?P<level>data|[0-9]{1,2})/(?:x[0-9]{3}/)*[0-9]{3}(?:\.p/(?P<part>[0-9]{1,3}))?"
+    )
+    _HASH, _TILE_WIDTH, _LIMIT = 32, 256, 1 << 20
+    _SUPPORTED_SECONDS, _UNSUPPORTED_SECONDS = 3600.0, 60.0
+
+    def __init__(
+        self,
+        databases: Sequence[SumDbName],
+        upstreams: Sequence[Url],
+        client: Client,
+        cache: Cache,
+        policy: Policy,
+    ) -> None:
+        self._databases = {database.name: database for database in databases}
+        self._upstreams = upstreams
+        self._client = client
+        self._cache = cache
+        self._policy = policy
+        self._support: TtlCache[bool] = TtlCache(100)
+
+    def check_known(self, database: str) -> None:
+        """Raises NotFound for a database that is not proxied: clients then ask it themselves."""
+        if database not in self._databases:
+            raise NotFound("this checksum database is not proxied")
+
+    def latest(self, database: str, reach: Reach) -> Answer:
+        """The signed tree head."""
+        self.check_known(database)
+        return self._cache.changing(
+            f"sumdb/{database}/latest", reach, lambda: self._fetch(database, "latest")
+        )
+
+    def lookup(self, database: str, module: str, version: str, reach: Reach) -> Answer:
+        """The record of a module version; `module` and `version` are unescaped."""
+        self.check_known(database)
+        self._policy.admit(module)
+        what = f"lookup/{escape_path(module)}@{escape_version(version)}"
+
+        def fetch() -> bytes:
+            data = self._fetch(database, what)
+            if f"\n{module} {version} h1:".encode() not in data:
+                raise BadUpstream(f"{database}: the record is not about {module}@{version}")
+            return data
+
+        return self._cache.small(f"sumdb/{database}/{what}", reach, fetch)
+
+    def tile(self, database: str, what: str, reach: Reach) -> Answer:
+        """A tile; a partial one is cut from the full one where that is stored."""
+        self.check_known(database)
+        match = self._TILE.fullmatch(what)
+        if not match:
+            raise BadName("malformed tile")
+        width = int(match["part"] or self._TILE_WIDTH)
+        size = None if match["level"] == "data" else width * self._HASH
+        name = f"sumdb/{database}/{what}"
+        if match["part"] and size:
+            with contextlib.suppress(NotFound):
+                full = self._cache.small(name.partition(".p/")[0], Reach.STORED, bytes)
+                return full._replace(body=full.data[:size])
+
+        def fetch() -> bytes:
+            data = self._fetch(database, what)
+            if not data or size not in (None, len(data)):
+                raise BadUpstream(f"{database}: a tile of the wrong length")
+            return data
+
+        return self._cache.small(name, reach, fetch)
+
+    def _fetch(self, database: str, what: str) -> bytes:
+        through = [
+            dataclasses.replace(url, path=f"{url.path}/sumdb/{database}") for url in self._upstreams
+        ]
+        bases = [url for url in through if self._supports(url)] + [self._databases[database].url]
+        return first_of(
+            (functools.partial(fetch_small, self._client, below(base, what), self._LIMIT), True)
+            for base in bases
+        )
+
+    def _supports(self, base: Url) -> bool:
+        supported = self._support.get(str(base))
+        if supported is None:
+            try:
+                fetch_small(self._client, below(base, "supported"), self._LIMIT)
+                supported, seconds = True, self._SUPPORTED_SECONDS
+            except ProxyError:
+                supported, seconds = False, self._UNSUPPORTED_SECONDS
+            self._support.put(str(base), supported, seconds)
+        return supported
+
+
+# =============================================================================
+# 11. HTTP: requests, replies, routes, the front loop
+# =============================================================================
+# http.server's own loop and parser are replaced: they split request lines at any white space, see
+# no body lengths, know no deadline and spend a thread on every idle or slow client.
+
+
+class Request(NamedTuple):
+    """A request whose head has been checked. `target` is the path as sent, without the query;
+    `keep` tells whether the client wants the connection kept."""
+
+    method: str
+    target: str
+    fields: Fields
+    keep: bool
+    chunks: bool  # whether the client understands chunked bodies
+    body: int  # bytes of body that follow
+    reach: Reach = Reach.READY
+
+
+_LINE_LIMIT, _HEAD_LIMIT, _FIELD_LIMIT, _BODY_LIMIT = 8192, 32768, 64, 65536
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN.pattern + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_KNOWN_METHODS = frozenset(
+    ["CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"]
+)
+_AUTHORITY = re.compile(r"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
+
+
+def parse_request(head: bytes) -> Request:
+    """A request head, without the empty line at its end, as RFC 9112 wants it and nothing else:
+    what two readers could understand in two ways is refused. Raises ProxyError."""
+    first, *lines = head.split(b"\r\n")
+    if len(first) > _LINE_LIMIT:
+        raise TargetTooLong("request line too long")
+    if len(lines) > _FIELD_LIMIT or any(len(line) > _LINE_LIMIT for line in lines):
+        raise HeadTooLarge("request head too large")
+    match = _REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise BadRequest("malformed request line")
+    if match[3] != b"1" or match[4] not in b"01":
+        raise VersionNotSupported("only HTTP/1.0 and HTTP/1.1 are spoken here")
+    fields = parse_fields(lines)
+    is_new = match[4] == b"1"
+    options = fields.tokens("connection")
+    return Request(
+        method=_method(match[1].decode()),
+        target=_target(match[2].decode(), fields, is_new),
+        fields=fields,
+        keep="close" not in options and (is_new or "keep-alive" in options),
+        chunks=is_new,
+        body=_body_length(fields, is_new),
+    )
+
+
+def _method(method: str) -> str:
+    if method not in _KNOWN_METHODS:
+        raise UnknownMethod("unknown method")
+    return method
+
+
+def _target(target: str, fields: Fields, is_new: bool) -> str:
+    """The path of origin-form or absolute-form, without its query (RFC 9112, section 3.2)."""
+    host = fields.get("host")
+    if host is None and is_new:
+        raise BadRequest("no host field")
+    if not _AUTHORITY.fullmatch(host or ""):
+        raise BadRequest("malformed host field")
+    if not target.startswith("/"):
+        scheme, _, rest = target.partition("://")
+        authority, slash, path = rest.partition("/")
+        if scheme.lower() not in ("http", "https") or authority.partition("?")[0] != host:
+            raise BadRequest("malformed request target")
+        target = slash + path or "/"
+    return target.partition("?")[0]
+
+
+def _body_length(fields: Fields, is_new: bool) -> int:
+    """Bytes of body to pass over. Nothing here wants a body; short ones are tolerated."""
+    length = content_length(fields)
+    if "transfer-encoding" in fields:
+        if length is not None or not is_new or fields["transfer-encoding"].lower() != "chunked":
+            raise BadRequest("ambiguous body length")
+        raise BodyTooLarge("no body is wanted here")
+    if (length or 0) > _BODY_LIMIT:
+        raise BodyTooLarge("no body is wanted here")
+    if fields.get("expect", "100-continue").lower() != "100-continue":
+        raise ExpectationFailed("unknown expectation")
+    return length or 0
+
+
+class Reply(NamedTuple):
+    """An answer as a value. `body` is None where a HEAD is answered without knowing the length."""
+
+    status: int
+    body: bytes | FileBlob | None
+    content_type: str = "text/plain; charset=utf-8"
+    headers: tuple[tuple[str, str], ...] = ()
+    verdict: Verdict | None = None
+
+    @property
+    def etag(self) -> str:
+        """A strong validator of a good answer's bytes, "" if none can be given."""
+        if self.status != 200 or self.body is None:
+            return ""
+        if isinstance(self.body, FileBlob):
+            return self.body.etag
+        return f'"{hashlib.sha256(self.body).hexdigest()[:32]}"'
+
+
+class App(NamedTuple):
+    """What endpoints need."""
+
+    settings: Settings
+    policy: Policy
+    sumdb: SumDb
+    log: Log
+
+
+_FOR_EVER = "public, max-age=31536000, immutable"
+
+
+def _replied(answer: Answer, content_type: str, ttl: float | None) -> Reply:
+    """An answer that is good for ever, or for ttl seconds."""
+    control = _FOR_EVER if ttl is None else f"public, max-age={int(ttl)}"
+    headers = [("Cache-Control", control), ("X-Cache", answer.verdict.value)]
+    if ttl is not None:
+        headers.append(("Age", str(answer.age)))
+    return Reply(200, answer.body, content_type, tuple(headers), answer.verdict)
+
+
+def serve_health(app: App, request: Request) -> Reply:
+    """GET /health: the process is alive; no upstream is asked."""
+    body = json.dumps({"status": "ok", "version": __version__}) + "\n"
+    return Reply(200, body.encode(), "application/json", (("Cache-Control", "no-store"),))
+
+
+def serve_list(app: App, request: Request, module: str) -> Reply:
+    """GET /<module>/@v/list"""
+    path = unescape_path(module)
+    answer = app.policy.admit(path).versions(path, request.reach)
+    return _replied(answer, "text/plain; charset=utf-8", app.settings.ttl)
+
+
+def serve_latest(app: App, request: Request, module: str) -> Reply:
+    """GET /<module>/@latest"""
+    return _serve_query(app, request, unescape_path(module), LATEST)
+
+
+def _serve_query(app: App, request: Request, path: str, query: str) -> Reply:
+    answer = app.policy.admit(path).resolve(path, query, request.reach)
+    return _replied(answer, KINDS["info"].content_type, app.settings.ttl)
+
+
+def serve_artifact(app: App, request: Request, module: str, version: str, kind: str) -> Reply:
+    """GET /<module>/@v/<version>.info, .mod or .zip; .info also of a branch or commit."""
+    artifact = Artifact(unescape_path(module), unescape_version(version), kind)
+    if not is_canonical(artifact.version):
+        if kind != "info":
+            raise BadName("not a canonical version")
+        return _serve_query(app, request, artifact.path, artifact.version)
+    check_module(artifact.path, artifact.version)
+    mirror = app.policy.admit(artifact.path)
+    if kind != "zip":
+        answer = mirror.small(artifact, request.reach)
+    elif request.method == "HEAD":
+        return _zip_head(mirror, artifact, request)
+    else:
+        answer = mirror.large(artifact, request.reach)
+    return _replied(answer, KINDS[kind].content_type, None)
+
+
+def _zip_head(mirror: Mirror, artifact: Artifact, request: Request) -> Reply:
+    """A HEAD never starts a download: of a zip that is not here it tells only that it exists."""
+    content_type = KINDS["zip"].content_type
+    try:
+        return _replied(mirror.large(artifact, Reach.STORED), content_type, None)
+    except NotFound:
+        answer = mirror.small(artifact._replace(kind="info"), request.reach)
+        known = _replied(answer._replace(verdict=Verdict.MISS), content_type, None)
+        return known._replace(body=None)
+
+
+def serve_sum_supported(app: App, request: Request, database: str) -> Reply:
+    """GET /sumdb/<name>/supported: answered here, without asking."""
+    app.sumdb.check_known(database)
+    return Reply(200, b"")
+
+
+def serve_sum_latest(app: App, request: Request, database: str) -> Reply:
+    """GET /sumdb/<name>/latest"""
+    answer = app.sumdb.latest(database, request.reach)
+    return _replied(answer, "text/plain; charset=utf-8", app.settings.ttl)
+
+
+def serve_sum_lookup(app: App, request: Request, database: str, module: str, version: str) -> Reply:
+    """GET /sumdb/<name>/lookup/<module>@<version>"""
+    path, found = unescape_path(module), unescape_version(version)
+    answer = app.sumdb.lookup(database, path, found, request.reach)
+    return _replied(answer, "text/plain; charset=utf-8", None)
+
+
+def serve_sum_tile(app: App, request: Request, database: str, what: str) -> Reply:
+    """GET /sumdb/<name>/tile/8/<level>/<number>[.p/<width>]"""
+    answer = app.sumdb.tile(database, what, request.reach)
+    return _replied(answer, "application/octet-stream", None)
+
+
+class Route(NamedTuple):
+    """What matches the path, percent-decoded, without its leading slash, and who answers."""
+
+    pattern: str
+    endpoint: Callable[..., Reply]
+
+
+# Most asked first.
+ROUTES = [
+    Route(r"(?P<module>[^@]+)/@v/list", serve_list),
+    Route(r"(?P<module>[^@]+)/@v/(?P<version>[^/]+)\.(?P<kind>info|mod|zip)", serve_artifact),
+    Route(r"(?P<module>[^@]+)/@latest", serve_latest),
+    Route(
+        r"sumdb/(?P<database>[^/]+)/lookup/(?P<module>[^@]+)@(?P<version>[^/]+)", serve_sum_lookup
+    ),
+    Route(r"sumdb/(?P<database>[^/]+)/(?P<what>tile/.+)", serve_sum_tile),
+    Route(r"sumdb/(?P<database>[^/]+)/supported", serve_sum_supported),
+    Route(r"sumdb/(?P<database>[^/]+)/latest", serve_sum_latest),
+    Route(r"health", serve_health),
+]
+_CACHED_ONLY = "cached-only/"
+
+
+def decode_path(target: str) -> str:
+    """A target's path, percent-decoded once, without its leading slash. Raises BadName for what
+    no name here can hold: it must not reach a disk, an upstream or a log."""
+    if "%" not in target:
+        return target[1:]
+    if re.search(r"%(?![0-9A-Fa-f]{2})|%2[fF]|%5[cC]", target):
+        raise BadName("invalid path")
+    try:
+        path = urllib.parse.unquote_to_bytes(target).decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadName("invalid path") from None
+    if not path.isprintable():
+        raise BadName("invalid path")
+    return path[1:]
+
+
+def dispatch(app: App, request: Request) -> Reply:
+    """The reply of the endpoint that the target names. Raises ProxyError, MustWait."""
+    path = decode_path(request.target)
+    if app.settings.offline or request.fields.get("disable-module-fetch", "").lower() == "true":
+        request = request._replace(reach=Reach.STORED)
+    if path.startswith(_CACHED_ONLY):
+        path = path[len(_CACHED_ONLY) :]
+        request = request._replace(reach=Reach.STORED)
+    endpoint, groups = _route(path)
+    if request.method not in ("GET", "HEAD"):
+        raise MethodNotAllowed("only GET and HEAD are allowed here")
+    return _explained(lambda: endpoint(app, request, **groups), path)
+
+
+def _route(path: str) -> tuple[Callable[..., Reply], dict[str, str]]:
+    for route in ROUTES:
+        match = re.fullmatch(route.pattern, path)
+        if match:
+            return route.endpoint, match.groupdict()
+    raise BadName("no such page")
+
+
+def _explained(work: Callable[[], Reply], path: str) -> Reply:
+    """Absence in the words the go command shows: not found: <module>@<version>: <reason>."""
+    try:
+        return work()
+    except BadName:
+        raise
+    except NotFound as error:
+        module, _, rest = path.partition("/@")
+        version = (
+            re.sub(r"^v/|\.(info|mod|zip)$", "", rest) if rest not in ("v/list", "latest") else ""
+        )
+        name = f"{module}@{version}" if version else module
+        raise type(error)(f"{name}: {error}") from None
+
+
+def respond(app: App, request: Request) -> Reply:
+    """The reply to a request, whatever happens; only MustWait passes through."""
+    try:
+        return dispatch(app, request)
+    except MustWait:
+        raise
+    except ProxyError as error:
+        return refuse(error)
+    except Exception:
+        app.log.error(f"{request.target}: internal error\n{traceback.format_exc()}", status=500)
+        return refuse(ProxyError("internal error"))
+
+
+def refuse(error: ProxyError) -> Reply:
+    """An error as a reply that the go command shows to its user."""
+    words = "not found: " if isinstance(error, NotFound) else ""
+    control = "public, max-age=60" if isinstance(error, NotFound) else "no-store"
+    headers = [("Cache-Control", control), *error.headers()]
+    return Reply(error.status, f"{words}{error}\n".encode(), headers=tuple(headers))
+
+
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
+
+
+def _span(request: Request, reply: Reply, size: int | None) -> tuple[int, int] | None:
+    """First and last-plus-one byte of a single satisfiable range, None to send everything.
+    Raises BadRange (RFC 9110, section 14)."""
+    match = _RANGE.fullmatch(request.fields.get("range", ""))
+    if not match or size is None or reply.status != 200 or request.method != "GET":
+        return None
+    if request.fields.get("if-range", reply.etag) != reply.etag:
+        return None
+    first, last = match.groups()
+    if not first and not last:
+        return None
+    start = int(first) if first else max(0, size - int(last))
+    end = min(size, int(last) + 1) if first and last else size
+    if first and last and int(last) < start:
+        return None
+    if start >= size or start >= end:
+        raise BadRange(size)
+    return (start, end)
+
+
+def _not_modified(request: Request, reply: Reply) -> bool:
+    wanted = request.fields.get("if-none-match")
+    if wanted is None or not reply.etag:
+        return False
+    tags = [tag.strip() for tag in wanted.split(",")]
+    return wanted.strip() == "*" or reply.etag in [
+        tag[2:] if tag[:2] == "W/" else tag for tag in tags
+    ]
+
+
+def _date() -> str:
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+
+
+_SAFE_FIELD = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+: [\t\x20-\x7e\x80-\xff]*")
+
+
+def head_bytes(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+    """A reply's head. What could split it is a bug of ours and raises ValueError."""
+    phrase = BaseHTTPRequestHandler.responses.get(status, ("Unknown", ""))[0]
+    lines = [f"HTTP/1.1 {status} {phrase}"]
+    for name, value in headers:
+        line = f"{name}: {value}"
+        if not _SAFE_FIELD.fullmatch(line):
+            raise ValueError(f"unsafe header {name}")
+        lines.append(line)
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+class Step(enum.Enum):
+    """What a transfer needs to go on."""
+
+    DONE = "nothing, it is complete"
+    SOCKET = "the client to read"
+    BLOB = "the body to grow"
+    TURN = "its next turn"
+
+
+class Transfer:
+    """A reply on its way: as much as the socket takes and the body has, in turns of 1 MiB, so
+    that one big body does not keep a thread from the others."""
+
+    _TURN = 1 << 20
+
+    def __init__(self, sock: socket.socket, request: Request | None, reply: Reply, keep: bool):
+        self._sock = sock
+        self.status = reply.status
+        self.sent = 0
+        self.keep = keep
+        self._blob: FileBlob | None = None
+        self._left: int | None = 0  # bytes of blob to send; None: all there are, in chunks
+        try:
+            self._pending = memoryview(self._begin(request, reply))
+        except BadRange as error:
+            self.close()
+            self.status = error.status
+            self._pending = memoryview(self._begin(request, refuse(error)))
+
+    def _begin(self, request: Request | None, reply: Reply) -> bytes:
+        """The head, with the body behind it if that is small."""
+        body = reply.body
+        if isinstance(body, FileBlob):
+            self._blob = body
+        size = body.size if isinstance(body, FileBlob) else None if body is None else len(body)
+        headers = [("Server", "goproxy"), ("Date", _date()), ("Content-Type", reply.content_type)]
+        headers += reply.headers
+        if reply.etag:
+            headers += [("ETag", reply.etag), ("Accept-Ranges", "bytes")]
+        if request and reply.status == 200 and _not_modified(request, reply):
+            self.status, size, body = 304, None, None
+        span = _span(request, reply, size) if request and body is not None else None
+        if span:
+            self.status = 206
+            headers.append(("Content-Range", f"bytes {span[0]}-{span[1] - 1}/{size}"))
+        start, end = span or (0, size)
+        headers += self._framing(request, body, start, end)
+        head = head_bytes(self.status, headers)
+        wants_body = request is None or request.method != "HEAD"
+        if isinstance(body, bytes):
+            return head + body[start:end] if wants_body else head
+        if body is None or not wants_body:
+            self.close()
+            return head
+        body.offset = start
+        return head
+
+    def _framing(
+        self, request: Request | None, body: object, start: int, end: int | None
+    ) -> list[tuple[str, str]]:
+        headers = [] if self.keep else [("Connection", "close")]
+        if end is not None:
+            self._left = end - start
+            return [*headers, ("Content-Length", str(end - start))]
+        if body is None:
+            return headers
+        self._left = None
+        return [*headers, ("Transfer-Encoding", "chunked")]
+
+    def step(self) -> Step:
+        """Sends what can be sent now. Raises OSError when the client is gone, and ProxyError when
+        the rest of the body will never come: then the connection must be closed short."""
+        turn_ends = self.sent + self._TURN
+        while self.sent < turn_ends:
+            try:
+                if self._pending:
+                    self._send_pending()
+                    continue
+                if self._blob is None or self._left == 0:
+                    return Step.DONE
+                ready = self._blob.ready()
+                if ready == 0:
+                    return Step.BLOB
+                self._send_body(ready)
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                return Step.SOCKET
+        return Step.TURN
+
+    def _send_pending(self) -> None:
+        count = self._sock.send(self._pending)
+        self._pending = self._pending[count:]
+        self.sent += count
+
+    def _send_body(self, ready: int | None) -> None:
+        assert self._blob is not None
+        if self._left is None:
+            self._pending = memoryview(self._chunk(ready))
+            return
+        if ready is None:
+            raise StoreDown("a body ended early")
+        count = self._send_file(self._blob, min(ready, self._left, self._TURN))
+        if count == 0:
+            raise StoreDown("a stored file became shorter while it was sent")
+        self._blob.offset += count
+        self._left -= count
+        self.sent += count
+
+    def _chunk(self, ready: int | None) -> bytes:
+        assert self._blob is not None
+        if ready is None:
+            self.close()
+            return b"0\r\n\r\n"
+        data = self._blob.read(min(ready, CHUNK))
+        return b"%x\r\n%b\r\n" % (len(data), data)
+
+    def _send_file(self, blob: FileBlob, count: int) -> int:
+        if hasattr(os, "sendfile"):
+            return os.sendfile(self._sock.fileno(), blob.descriptor, blob.offset, count)
+        return self._sock.send(pread(blob.descriptor, min(count, CHUNK), blob.offset))
+
+    def when_ready(self, wake: Callable[[], None]) -> None:
+        """Calls wake when the body has grown."""
+        if self._blob is not None:
+            self._blob.when_ready(wake)
+
+    def close(self) -> None:
+        if self._blob is not None:
+            self._blob.close()
+            self._blob = None
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One client connection. The front loop owns it while it waits for a request or lingers;
+    while a request is answered it belongs to whichever lane works on it, and is not polled."""
+
+    _RECEIVE = 65536
+
+    def __init__(self, server: Server, sock: socket.socket, client: str) -> None:
+        """Not BaseHTTPRequestHandler's, which would serve the whole connection here and now."""
+        self.loop = server
+        self.sock = sock
+        self.client = client
+        self.deadline = 0.0  # monotonic time at which the loop loses patience
+        self.polled = False
+        self.lingering = False
+        self.served = 0
+        self._buffer = b""
+        self._skip = 0  # bytes of an unwanted body still to come
+        self._asked: Request | None = None
+        self._transfer: Transfer | None = None
+        self._began = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it may be closed without anybody losing an answer."""
+        return self.polled and self._transfer is None and not self._buffer and not self._skip
+
+    def on_event(self) -> None:
+        """The socket is ready for what it was polled for."""
+        if self._transfer is not None:
+            self.loop.unpoll(self)
+            self.loop.transfer_lane.do(self.push)
+        elif self.lingering:
+            self._linger()
+        else:
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            data = self.sock.recv(self._RECEIVE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        if not self._buffer and not self._skip:
+            self.deadline = time.monotonic() + _HEAD_SECONDS
+        self._buffer += data
+        self.advance()
+
+    def advance(self) -> None:
+        """Takes the next request from what has been received, if it is complete."""
+        if self._asked is None:
+            head = self._next_head()
+            if head is None:
+                return
+            try:
+                self._asked = parse_request(head)
+                self._skip = self._asked.body
+            except ProxyError as error:
+                self.reject(error)
+                return
+        taken = min(self._skip, len(self._buffer))
+        self._skip -= taken
+        self._buffer = self._buffer[taken:]
+        if self._skip == 0:
+            self._begin(self._asked)
+
+    def _next_head(self) -> bytes | None:
+        """A complete head without its empty line, taken from the buffer."""
+        if self._buffer.startswith(b"\r\n"):
+            self._buffer = self._buffer[2:]  # RFC 9112, section 2.2: be robust, once
+        head, end, rest = self._buffer.partition(b"\r\n\r\n")
+        if end and len(head) <= _HEAD_LIMIT:
+            self._buffer = rest
+            return head
+        if len(self._buffer) > _LINE_LIMIT and b"\r\n" not in self._buffer[: _LINE_LIMIT + 2]:
+            self.reject(TargetTooLong("request line too long"))
+        elif len(self._buffer) > _HEAD_LIMIT:
+            self.reject(HeadTooLarge("request head too large"))
+        elif re.search(rb"(?<!\r)\n", self._buffer):
+            self.reject(BadRequest("bare line feed"))
+        return None
+
+    def _begin(self, request: Request) -> None:
+        self.loop.unpoll(self)
+        self._began = time.monotonic()
+        self.loop.record_start(self, request)
+        lane = self.loop.instant if request.target == "/health" else self.loop.request_lane.do
+        lane(self.work)
+
+    def work(self) -> None:
+        """Answers with what is at hand; what must be waited for goes to the patient lane."""
+        assert self._asked is not None
+        try:
+            self._start(respond(self.loop.app, self._asked))
+        except MustWait:
+            self._asked = self._asked._replace(reach=Reach.FETCH)
+            self.loop.patient_lane.do(self.work)
+
+    def reject(self, error: ProxyError) -> None:
+        """Answers something that is no request, and closes."""
+        self.loop.unpoll(self)
+        self._buffer = b""
+        self._transfer = Transfer(self.sock, None, refuse(error), keep=False)
+        self.loop.record(self, None, self._transfer.status, None)
+        self.loop.transfer_lane.do(self.push)
+
+    def _start(self, reply: Reply) -> None:
+        request = self._asked
+        assert request is not None
+        keep = request.keep and not request.body and not self.loop.draining
+        if isinstance(reply.body, FileBlob) and reply.body.size is None and not request.chunks:
+            reply = self._wait_for_length(reply, reply.body)
+        try:
+            self._transfer = Transfer(self.sock, request, reply, keep)
+        except Exception:
+            self.loop.app.log.error(f"{request.target}: internal error\n{traceback.format_exc()}")
+            self._transfer = Transfer(self.sock, None, refuse(ProxyError("internal error")), False)
+        self.loop.record(self, request, self._transfer.status, reply.verdict)
+        self.push()
+
+    @staticmethod
+    def _wait_for_length(reply: Reply, blob: FileBlob) -> Reply:
+        """HTTP/1.0 knows no chunks: the length must be known before the first byte."""
+        end = 0
+        try:
+            while True:
+                ready = blob.wait()
+                if ready is None:
+                    break
+                end = blob.offset = blob.offset + ready
+        except ProxyError as error:
+            blob.close()
+            return refuse(error)
+        blob.offset, blob.size = 0, end
+        return reply
+
+    def push(self) -> None:
+        """Sends what can be sent, and arranges for the rest."""
+        transfer = self._transfer
+        assert transfer is not None
+        try:
+            step = transfer.step()
+        except (OSError, ProxyError):
+            self.loop.post(self.close)
+            return
+        if step is Step.DONE:
+            self.loop.post(self._finish)
+        elif step is Step.SOCKET:
+            self.loop.post(self._wait_for_client)
+        elif step is Step.BLOB:
+            transfer.when_ready(lambda: self.loop.transfer_lane.do(self.push))
+        else:
+            self.loop.transfer_lane.do(self.push)
+
+    def _wait_for_client(self) -> None:
+        self.deadline = time.monotonic() + _STALL_SECONDS
+        self.loop.poll(self, selectors.EVENT_WRITE)
+
+    def _finish(self) -> None:
+        """A reply is out: on to the next request, or to the end of the connection."""
+        assert self._transfer is not None
+        keep = self._transfer.keep and not self.loop.draining
+        self._transfer.close()
+        self._transfer = self._asked = None
+        self.served += 1
+        if not keep or self.served >= _REQUESTS_PER_CONNECTION:
+            self._begin_linger()
+            return
+        self.deadline = time.monotonic() + (_HEAD_SECONDS if self._buffer else _IDLE_SECONDS)
+        self.loop.poll(self, selectors.EVENT_READ)
+        if self._buffer:
+            self.advance()
+
+    def _begin_linger(self) -> None:
+        """Reads on for a moment: a close with unread input would make the kernel throw away the
+        reply that is still on its way."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()
+            return
+        self.lingering = True
+        self.deadline = time.monotonic() + _LINGER_SECONDS
+        self.loop.poll(self, selectors.EVENT_READ)
+
+    def _linger(self) -> None:
+        try:
+            data = self.sock.recv(self._RECEIVE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._skip += len(data)
+        if not data or self._skip > _BODY_LIMIT:
+            self.close()
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+        if (self._buffer or self._skip) and self._transfer is None and not self.lingering:
+            self.reject(HeadTooSlow("request head too slow"))
+            return
+        self.close()
+
+    def close(self) -> None:
+        self.loop.forget(self)
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
+        self.sock.close()
+
+
+_HEAD_SECONDS, _IDLE_SECONDS, _STALL_SECONDS, _LINGER_SECONDS = 10.0, 75.0, 60.0, 1.0
+_REQUESTS_PER_CONNECTION = 10_000
+_ACCEPTS_PER_TURN = 256
+_ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors have run out
+
+
+class Server(ThreadingHTTPServer):
+    """The front loop: one thread owns accepting, request heads, idle and slow connections and all
+    deadlines. Complete requests go to threads made at the start; nothing is spawned per client."""
+
+    request_queue_size = 4096
+    _REQUESTS, _WAITERS, _TRANSFERS = 8, 64, 8
+
+    def __init__(self, sock: socket.socket, app: App) -> None:
+        """`sock` is bound and listening already."""
+        handler: Any = Handler  # which has a constructor of its own
+        socketserver.BaseServer.__init__(self, sock.getsockname(), handler)
+        self.socket = sock
+        self.app = app
+        self.draining = False
+        self.request_lane = Lane("request", self._REQUESTS)
+        self.patient_lane = Lane("patient", self._WAITERS)
+        self.transfer_lane = Lane("transfer", self._TRANSFERS)
+        self._selector = selectors.DefaultSelector()
+        self._handlers: set[Handler] = set()
+        self._wheel: dict[int, set[Handler]] = {}
+        self._tick = int(time.monotonic())
+        self._posts: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._stop_at: float | None = None
+        self._accept_at = 0.0
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Runs until `stop`, and then until running replies are out, or its time is up."""
+        self.socket.setblocking(False)
+        self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._drain_wakes)
+        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        while not self._is_over():
+            for key, _ in self._selector.select(poll_interval):
+                key.data()
+            while self._posts:
+                self._posts.popleft()()
+            self._expire(int(time.monotonic()))
+        self._close_all()
+
+    def instant(self, work: Callable[[], None]) -> None:
+        """Work so small that it is done in the loop itself."""
+        work()
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Has the loop do something; may be called from any thread."""
+        self._posts.append(work)
+        with contextlib.suppress(OSError):  # a full pipe wakes the loop as well
+            self._wake_sender.send(b"\0")
+
+    def _drain_wakes(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_receiver.recv(4096)
+
+    def poll(self, handler: Handler, events: int) -> None:
+        """Watches a connection, with its deadline."""
+        self._selector.register(handler.sock, events, handler.on_event)
+        handler.polled = True
+        self._file(handler)
+
+    def unpoll(self, handler: Handler) -> None:
+        """Lets a lane have a connection."""
+        if handler.polled:
+            self._selector.unregister(handler.sock)
+            handler.polled = False
+
+    def _file(self, handler: Handler) -> None:
+        self._wheel.setdefault(int(handler.deadline) + 1, set()).add(handler)
+
+    def _expire(self, now: int) -> None:
+        """Looks at the connections whose second has come. Deadlines only move, they are not moved
+        in the wheel: whoever turns out to have more time is filed again."""
+        while self._tick < now:
+            self._tick += 1
+            for handler in self._wheel.pop(self._tick, ()):
+                if handler.polled and handler.deadline <= self._tick:
+                    handler.expire()
+                elif handler.polled:
+                    self._file(handler)
+        if self._accept_at and time.monotonic() >= self._accept_at and not self.draining:
+            self._accept_at = 0.0
+            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_PER_TURN):
+            try:
+                sock, address = self.socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # Out of descriptors or memory: the backlog keeps clients while some are given back.
+                self.app.log.error(f"cannot accept connections: {error.strerror}")
+                self._selector.unregister(self.socket)
+                self._accept_at = time.monotonic() + _ACCEPT_PAUSE
+                return
+            self._admit(sock, address)
+
+    def _admit(self, sock: socket.socket, address: Any) -> None:
+        sock.setblocking(False)
+        if sock.family != getattr(socket, "AF_UNIX", None):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client = address[0] if isinstance(address, tuple) else "unix"
+        client = client[len("::ffff:") :] if client.startswith("::ffff:") else client
+        handler = Handler(self, sock, client)
+        handler.deadline = time.monotonic() + _IDLE_SECONDS
+        self._handlers.add(handler)
+        self.poll(handler, selectors.EVENT_READ)
+
+    def forget(self, handler: Handler) -> None:
+        """A connection is about to close."""
+        self.unpoll(handler)
+        self._handlers.discard(handler)
+
+    def record_start(self, handler: Handler, request: Request) -> None:
+        """The log's line for a request that begins."""
+        app = self.app
+        if not app.settings.quiet and not app.log.as_json:
+            app.log.line(f"[{handler.client}] {request.method} {request.target[1:]}")
+
+    def record(
+        self, handler: Handler, request: Request | None, status: int, verdict: Verdict | None
+    ) -> None:
+        """The log's line for a request that is answered."""
+        app = self.app
+        if app.settings.quiet:
+            return
+        target = request.target[1:] if request else "-"
+        if app.log.as_json:
+            method = request.method if request else "-"
+            word = verdict.value.lower() if verdict else "none"
+            app.log.line(
+                "request",
+                client=handler.client,
+                method=method,
+                path=target,
+                status=status,
+                verdict=word,
+            )
+        elif verdict and status < 400:
+            app.log.line(f"[CACHE {verdict.value}] {target}")
+        elif status >= 400:
+            app.log.line(f"[ERROR {status}] {target}")
+
+    def stop(self, seconds: float) -> None:
+        """Ends serve_forever: no new connections; running replies have so many seconds. A second
+        call ends it at once. May be called from a signal handler."""
+        self.post(lambda: self._begin_drain(seconds))
+
+    def _begin_drain(self, seconds: float) -> None:
+        if self.draining:
+            self._stop_at = 0.0
+            return
+        self.draining = True
+        self._stop_at = time.monotonic() + seconds
+        if not self._accept_at:
+            self._selector.unregister(self.socket)
+        self.socket.close()
+        for handler in [handler for handler in self._handlers if handler.is_idle]:
+            handler.close()
+
+    def _is_over(self) -> bool:
+        if self._stop_at is None:
+            return False
+        return not self._handlers or time.monotonic() >= self._stop_at
+
+    def _close_all(self) -> None:
+        for handler in list(self._handlers):
+            handler.close()
+        for lane in (self.request_lane, self.patient_lane, self.transfer_lane):
+            lane.close()
+        self._selector.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
+
+
+# =============================================================================
+# 12. Daemon: wiring, signals, main
+# =============================================================================
+
+_DRAIN_SECONDS = 10.0
+
+
+def open_socket(settings: Settings) -> socket.socket:
+    """A listening socket for -host and -port. Raises StartError."""
+    try:
+        if settings.host.startswith("unix:"):
+            return _open_unix(settings.host[len("unix:") :])
+        return _open_tcp(settings.host, settings.port)
+    except OSError as error:
+        where = settings.host or "all interfaces"
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(
+                f"port {settings.port} on {where} is taken: stop what listens there, or choose "
+                "another one with -port (-port 0 picks a free one)"
+            ) from None
+        raise StartError(
+            f"cannot listen on {where}, port {settings.port}: {error.strerror or error}; choose "
+            "another address with -host or -port"
+        ) from None
+
+
+def _open_tcp(host: str, port: int) -> socket.socket:
+    """No host: all interfaces, IPv6 and IPv4 by one socket where the machine has IPv6."""
+    if not host and socket.has_dualstack_ipv6():
+        return _bound(socket.AF_INET6, ("::", port))
+    infos = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+    return _bound(infos[0][0], infos[0][4])
+
+
+def _open_unix(path: str) -> socket.socket:
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+    return _bound(socket.AF_UNIX, path)
+
+
+def _bound(family: int, address: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(address)
+        sock.listen(Server.request_queue_size)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class Daemon:
+    """The one place that knows all rooms."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        """Opens what the settings name. Raises UsageError, StartError."""
+        credentials = read_netrc(environ.get("NETRC") or os.path.expanduser("~/.netrc"))
+        storage = open_storage(settings.cache)
+        self._socket = open_socket(settings)
+        self.log = Log(2, settings.log_format == "json")
+        self._client = Client(Dialer(), credentials)
+        self._cache = Cache(storage, settings.ttl, self.log)
+        source = open_sources(self._client, settings.upstream)
+        policy = Policy(Mirror(source, self._cache), settings.exclude)
+        proxies = [hop.url for hop in settings.upstream if hop.url]
+        sumdb = SumDb(settings.sumdb, proxies, self._client, self._cache, policy)
+        self._settings = settings
+        self._server = Server(self._socket, App(settings, policy, sumdb, self.log))
+
+    def run(self) -> None:
+        """Serves until SIGINT or SIGTERM; a second signal ends it at once."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        self._announce()
+        self._server.serve_forever()
+        self._cache.close()
+        self._client.close()
+        self.log.line("Server stopped")
+        self.log.flush(1.0)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        self.log.line(f"{name}: shutting down, at most {_DRAIN_SECONDS:.0f} s for running requests")
+        self._server.stop(_DRAIN_SECONDS)
+
+    def _announce(self) -> None:
+        """The block at the start; a value that is not the default says where it came from."""
+        settings = self._settings
+        address = self._socket.getsockname()
+        is_tcp = isinstance(address, tuple)
+        port = address[1] if is_tcp else settings.host
+        self.log.line("Starting Go module proxy server")
+        self._tell("Port", str(port), "port")
+        self._tell("Cache directory", settings.cache, "cache")
+        self._tell("Upstream proxy", ", ".join(map(str, settings.upstream)), "upstream")
+        if settings.offline:
+            self._tell("Offline", "answers come from the cache alone", "offline")
+        if is_tcp:
+            self.log.line(f"  Set GOPROXY=http://{self._reachable()}:{port},direct")
+
+    def _reachable(self) -> str:
+        host = self._settings.host
+        if host in ("", "0.0.0.0", "::"):
+            return "localhost"
+        return f"[{host}]" if ":" in host else host
+
+    def _tell(self, label: str, value: str, name: str) -> None:
+        origin = self._settings.origins.get(name)
+        self.log.line(f"  {label}: {value}" + (f" (from {origin})" if origin else ""))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit status 0, 2 for settings that cannot be used, 1 for a machine that does
+    not let it start."""
+    try:
+        settings = Settings.load(sys.argv[1:] if argv is None else argv, os.environ)
+        daemon = Daemon(settings, os.environ)
+    except UsageError as error:
+        print(f"goproxy.py: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except StartError as error:
+        print(f"goproxy.py: {printable(str(error))}", file=sys.stderr)
+        return 1
+    daemon.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
