@@ -863,6 +863,12 @@ class Settings:
     )
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
+    @property
+    def upstream_text(self) -> str:
+        """The upstream list as it was written, without credentials."""
+        marks = ["|" if hop.any_error else "," for hop in self.upstream]
+        return "".join(f"{hop}{mark}" for hop, mark in zip(self.upstream, marks))[:-1]
+
     @classmethod
     def load(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         """Reads flags and variables; a variable that is set wins over its flag.
@@ -4231,17 +4237,21 @@ class Daemon:
         self._server.stop(_DRAIN_SECONDS)
 
     def _announce(self) -> None:
-        """The block at the start; a value that is not the default says where it came from."""
+        """The block at the start, with a line that says where values other than the defaults
+        came from."""
         settings = self._settings
         address = self._socket.getsockname()
         is_tcp = isinstance(address, tuple)
         port = address[1] if is_tcp else settings.host
         self.log.line("Starting Go module proxy server")
-        self._tell("Port", str(port), "port")
-        self._tell("Cache directory", settings.cache, "cache")
-        self._tell("Upstream proxy", ", ".join(map(str, settings.upstream)), "upstream")
+        self.log.line(f"  Port: {port}")
+        self.log.line(f"  Cache directory: {settings.cache}")
+        self.log.line(f"  Upstream proxy: {settings.upstream_text}")
         if settings.offline:
-            self._tell("Offline", "answers come from the cache alone", "offline")
+            self.log.line("  Offline: answers come from the cache alone")
+        if settings.origins:
+            origins = sorted(f"{name} by {origin}" for name, origin in settings.origins.items())
+            self.log.line(f"  Settings: {', '.join(origins)}")
         if is_tcp:
             self.log.line(f"  Set GOPROXY=http://{self._reachable()}:{port},direct")
 
@@ -4250,10 +4260,6 @@ class Daemon:
         if host in ("", "0.0.0.0", "::"):
             return "localhost"
         return f"[{host}]" if ":" in host else host
-
-    def _tell(self, label: str, value: str, name: str) -> None:
-        origin = self._settings.origins.get(name)
-        self.log.line(f"  {label}: {value}" + (f" (from {origin})" if origin else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
