@@ -54,6 +54,7 @@ import os
 import queue
 import random
 import re
+import select
 import selectors
 import signal
 import socket
@@ -74,6 +75,16 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, BinaryIO, Callable, Generic, NamedTuple, Optional, Protocol, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # not on this platform
+    fcntl = None  # type: ignore[assignment]
+
+try:
+    import resource
+except ImportError:
+    resource = None  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 
@@ -488,31 +499,21 @@ def semver_key(version: str) -> SemverKey:
 
 def _major_fits(version: _Semver, path_major: str) -> bool:
     # module.CheckPathMajor. gopkg.in/check.v1 has pseudo-versions v0.0.0-... from an old bug.
-    if path_major == ".v1" and version[:3] == ("0", "0", "0") and version.pre:
-        return True
     if not path_major:
         return version.major in ("0", "1") or version.build == "+incompatible"
-    unstable = path_major.startswith(".") and path_major.endswith("-unstable")
-    return "v" + version.major == path_major[1 : -len("-unstable") if unstable else None]
+    major = path_major[1:].partition("-")[0]
+    old = path_major.startswith(".v1") and version[:3] == ("0", "0", "0") and bool(version.pre)
+    return major == "v" + version.major or (old and major == "v1")
 
 
-# Capital letters of Unicode 14 as (first, last, distance to the small one): Python 3.9 and 3.10
-# do not know them, Go does.
-_LATER_CAPITALS = (
-    (0x2C2F, 0x2C2F, 0x30),
-    (0xA7C0, 0xA7C0, 1),
-    (0xA7D0, 0xA7D0, 1),
-    (0xA7D6, 0xA7D6, 1),
-    (0xA7D8, 0xA7D8, 1),
-    (0x10570, 0x1057A, 0x27),
-    (0x1057C, 0x1058A, 0x27),
-    (0x1058C, 0x10592, 0x27),
-    (0x10594, 0x10595, 0x27),
-)
+# Capital letters of Unicode 14 and their small ones: Go knows them, Python 3.9 and 3.10 do not.
 _LATER_SMALL = {
-    capital: capital + distance
-    for first, last, distance in _LATER_CAPITALS
-    for capital in range(first, last + 1)
+    0x2C2F: 0x2C5F,
+    0xA7C0: 0xA7C1,
+    0xA7D0: 0xA7D1,
+    0xA7D6: 0xA7D7,
+    0xA7D8: 0xA7D9,
+    **{capital: capital + 0x27 for capital in range(0x10570, 0x10596)},
 }
 
 
@@ -781,6 +782,20 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _workers(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not 0 < int(text) <= 64:
+        raise ValueError("want a number from 1 to 64")
+    return int(text)
+
+
+def _processors() -> int:
+    """Those this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_WORKERS = min(4, _processors()) if sys.platform.startswith("linux") else 1
+
+
 def _switch(text: str) -> bool:
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in words:
@@ -860,6 +875,9 @@ class Settings:
         _upstreams,
         "LIST",
         "GOPROXY syntax: http(s)://, file:// or off; ',' moves on at 404, '|' at any error",
+    )
+    workers: int = _option(
+        "GOPROXY_WORKERS", str(_WORKERS), _workers, "COUNT", "processes that serve"
     )
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -942,6 +960,7 @@ def _parser() -> argparse.ArgumentParser:
 # =============================================================================
 
 MAX_INFO = 64 << 10
+_MAX_BRACKETS = 100  # in an .info file; real ones have two
 MAX_GO_MOD = 16 << 20
 MAX_LICENSE = 16 << 20
 MAX_ZIP = 500 << 20  # of the file, and of all it holds (x/mod/zip)
@@ -993,13 +1012,16 @@ def read_info(raw: bytes, want: str | None = None) -> Info:
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:
-    # Numbers are read as floats because int() is slow, or refuses, when there are very many digits.
+    # Deep nesting can overflow the C stack of a thread before Python notices. Numbers are read as
+    # floats because int() is slow, or refuses, when there are very many digits.
+    if raw.count(b"[") + raw.count(b"{") > _MAX_BRACKETS:
+        raise BadUpstream("info file is too deeply nested")
     decoder = json.JSONDecoder(
         object_pairs_hook=_last_values, parse_int=float, parse_constant=_no_constant
     )
     try:
         value = decoder.decode(raw.decode())
-    except (ValueError, RecursionError):
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise BadUpstream("info file is not a JSON object")
@@ -1053,7 +1075,10 @@ def check_go_mod(raw: bytes) -> None:
 
 
 def module_path(raw: bytes) -> str:
-    """The path in the first module line of a go.mod, "" if there is none (modfile.ModulePath)."""
+    """The path in the first module line of a go.mod, "" if there is none (modfile.ModulePath).
+
+    Only ASCII blanks separate: the parser of cmd/go takes no others either.
+    """
     for line in io.BytesIO(raw):
         words = line.partition(b"//")[0].strip()
         path = words[len(b"module") :].strip()
@@ -1309,7 +1334,7 @@ def _check_special(name: str, size: int) -> None:
         raise ValueError("go.mod file not in module root directory")
     if fold(base) == "go.mod" != base:
         raise ValueError("go.mod files must have lowercase names")
-    limit = _LIMITS.get(name, MAX_ZIP)
+    limit = _LIMITS.get(name, size)
     if size > limit:
         raise ValueError(f"{name} file too large (max size is {limit} bytes)")
 
@@ -1437,10 +1462,10 @@ def _check_data(pieces: Iterator[bytes], entry: _Entry) -> bytes:
 
 # Length of a data descriptor: with or without a signature, with sizes of 32 or of 64 bits.
 _DESCRIPTORS = {
-    12: struct.Struct("<LLL"),
-    16: struct.Struct("<4xLLL"),
-    20: struct.Struct("<LQQ"),
-    24: struct.Struct("<4xLQQ"),
+    12: struct.Struct("<0sLLL"),
+    16: struct.Struct("<4sLLL"),
+    20: struct.Struct("<0sLQQ"),
+    24: struct.Struct("<4sLQQ"),
 }
 
 
@@ -1450,7 +1475,9 @@ def _check_descriptor(cursor: _Cursor, entry: _Entry, stop: int) -> None:
         return
     if not entry.flags & _DESCRIBED or length not in _DESCRIPTORS:
         raise ValueError("zip: entries overlap or leave a gap")
-    crc, packed, size = _DESCRIPTORS[length].unpack(cursor.take(length))
+    signature, crc, packed, size = _DESCRIPTORS[length].unpack(cursor.take(length))
+    if signature not in (b"", b"PK\7\10"):
+        raise ValueError(_NOT_A_ZIP)
     _check_values(entry, crc, (packed, size))
 
 
@@ -1545,19 +1572,43 @@ class BytesBlob(Blob):
         return self._data.read(count)
 
 
-class FileBlob(Blob):
-    """A whole file, by descriptor: it stays readable when the name is removed or replaced."""
+class OpenFile:
+    """A descriptor that several blobs may read by offset; it is closed with the last of them."""
 
-    def __init__(self, descriptor: int, size: int | None, modified: float) -> None:
+    def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class FileBlob(Blob):
+    """A whole file, by descriptor: it stays readable when its name is removed or replaced.
+    `stamp` tells this file from another one that may take its name."""
+
+    def __init__(
+        self, file: OpenFile, size: int | None, modified: float, stamp: object = None
+    ) -> None:
+        self._file: OpenFile | None = file
         self.size = size
         self.modified = modified
+        self.stamp = stamp
         self.offset = 0
 
     @property
     def etag(self) -> str:
         """A strong validator: a stored artifact keeps its time and size for ever."""
         return "" if self.size is None else f'"{int(self.modified * 1000):x}-{self.size:x}"'
+
+    @property
+    def descriptor(self) -> int:
+        assert self._file is not None
+        return self._file.descriptor
+
+    def again(self) -> FileBlob:
+        """Another blob of the same bytes, from the start."""
+        assert self._file is not None
+        return FileBlob(self._file, self.size, self.modified, self.stamp)
 
     def ready(self) -> int | None:
         """Bytes that can be read now without waiting; None when there are none and never will be.
@@ -1568,6 +1619,20 @@ class FileBlob(Blob):
     def when_ready(self, wake: Callable[[], None]) -> None:
         """Calls wake once there is more to read, or an end."""
         wake()
+
+    def is_at_hand(self, count: int) -> bool:
+        """Whether the next bytes are in memory, so that sending them cannot wait for a disk.
+        Where the system does not tell, the answer is no."""
+        if not _CAN_PROBE:
+            return False
+        try:
+            last = self.offset + max(0, count - 1)
+            return all(
+                os.preadv(self.descriptor, [_PROBE], at, os.RWF_NOWAIT)
+                for at in (self.offset, last)
+            )
+        except OSError:
+            return False
 
     def wait(self) -> int | None:
         """As ready, but blocks instead of answering 0."""
@@ -1591,12 +1656,11 @@ class FileBlob(Blob):
         return data
 
     def close(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        self._file = None
 
-    def __del__(self) -> None:
-        self.close()
+
+_CAN_PROBE = hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")
+_PROBE = bytearray(1)
 
 
 def pread(descriptor: int, count: int, offset: int) -> bytes:
@@ -1615,7 +1679,9 @@ class Draft:
     complete but bad one, which it cannot."""
 
     def __init__(self, folder: str) -> None:
-        self.descriptor, self.path = tempfile.mkstemp(prefix="draft-", dir=folder)
+        descriptor, self.path = tempfile.mkstemp(prefix="draft-", dir=folder)
+        self.file = OpenFile(descriptor)
+        lock_draft(descriptor)
         self.size: int | None = None
         self.modified = time.time()
         self.written = 0
@@ -1628,7 +1694,7 @@ class Draft:
     def write(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
-            view = view[os.write(self.descriptor, view) :]
+            view = view[os.write(self.file.descriptor, view) :]
         self.written += len(data)
         if self.written - WITHHELD > self._visible:
             self._visible = self.written - WITHHELD
@@ -1677,15 +1743,26 @@ class Draft:
     def reader(self) -> GrowingBlob:
         return GrowingBlob(self)
 
-    def close(self) -> None:
-        os.close(self.descriptor)
+
+def lock_draft(descriptor: int) -> bool:
+    """Marks a draft as belonging to a living process: the kernel lets go when that ends, however
+    it ends. False if another process has it. Where there is no flock, every draft is free."""
+    if _flock is not None:
+        try:
+            _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+_flock: Callable[[int, int], None] | None = getattr(fcntl, "flock", None)
 
 
 class GrowingBlob(FileBlob):
-    """A reader of a draft: it keeps its own descriptor, so that the draft may be renamed."""
+    """A reader of a draft."""
 
     def __init__(self, draft: Draft) -> None:
-        super().__init__(os.dup(draft.descriptor), draft.size, draft.modified)
+        super().__init__(draft.file, draft.size, draft.modified)
         self._draft = draft
 
     def ready(self) -> int | None:
@@ -1693,6 +1770,9 @@ class GrowingBlob(FileBlob):
 
     def when_ready(self, wake: Callable[[], None]) -> None:
         self._draft.when_ready(self.offset, wake)
+
+    def is_at_hand(self, count: int) -> bool:
+        return True  # it has just been written
 
     def settle(self) -> None:
         """Blocks until there is something to send. Raises what ended the draft before that."""
@@ -1804,6 +1884,7 @@ class Log:
     lines (counted), never a request. Text lines have the form of Go's log package."""
 
     _LIMIT = 10_000
+    _ATOMIC = 4096  # bytes that a pipe takes whole, so that lines of several processes do not mix
 
     def __init__(self, descriptor: int, as_json: bool) -> None:
         self._descriptor = descriptor
@@ -1813,6 +1894,9 @@ class Log:
         self._second = 0
         self._stamp = ""
         self._wake = threading.Event()
+
+    def start(self) -> None:
+        """Starts the thread; not before a process has been forked."""
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def line(self, text: str, level: str = "info", **fields: Any) -> None:
@@ -1846,14 +1930,27 @@ class Log:
         while True:
             self._wake.wait()
             self._wake.clear()
-            batch = [self._lines.popleft() for _ in range(len(self._lines))]
-            if self._dropped:
-                batch.append(f"{self._now()} {self._dropped} log lines dropped\n")
-                self._dropped = 0
-            self._write("".join(line for line in batch if isinstance(line, str)).encode())
-            for mark in batch:
-                if isinstance(mark, threading.Event):
-                    mark.set()
+            self.write_out()
+
+    def write_out(self) -> None:
+        """Writes the lines so far."""
+        batch = [self._lines.popleft() for _ in range(len(self._lines))]
+        if self._dropped:
+            batch.append(f"{self._now()} {self._dropped} log lines dropped\n")
+            self._dropped = 0
+        piece = b""
+        for line in batch:
+            if isinstance(line, threading.Event):
+                self._write(piece)
+                piece = b""
+                line.set()
+                continue
+            data = line.encode("utf-8", "backslashreplace")
+            if len(piece) + len(data) > self._ATOMIC:
+                self._write(piece)
+                piece = b""
+            piece += data
+        self._write(piece)
 
     def _write(self, data: bytes) -> None:
         with contextlib.suppress(OSError):
@@ -1874,7 +1971,7 @@ class Log:
 # http.client is not used to read: it takes a cut body for a whole one, waits for ever on a byte a
 # second, and hands heads to the email package, which one line can keep busy for seconds.
 
-_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _NOT_IN_VALUES = bytes(set(range(32)) - {9}) + b"\x7f"
 # Two of these in one head mean that two readers would see two messages (RFC 9112, section 6.3).
 _SINGLE = frozenset(
@@ -1913,7 +2010,7 @@ def parse_fields(lines: Iterable[bytes]) -> Fields:
     fields = Fields()
     for line in lines:
         name, colon, value = line.partition(b":")
-        if not colon or not _TOKEN.fullmatch(name):
+        if not colon or not TOKEN.fullmatch(name):
             raise BadRequest("malformed header line")
         if len(value.translate(None, _NOT_IN_VALUES)) != len(value):
             raise BadRequest("control character in a header")
@@ -2325,6 +2422,10 @@ class Shelf(Protocol):
     def names(self, prefix: str) -> list[str]:
         """What stands directly below a prefix that ends in a slash, without the prefix."""
 
+    def stamp(self, name: str) -> object:
+        """The stamp that a blob of the name would have now, None if there is none: a quick way to
+        see that what is remembered of it still holds."""
+
 
 class Storage(Shelf, Protocol):
     """Bytes by name, where a name is at once URL path, key and log field. What `put` and `adopt`
@@ -2333,6 +2434,9 @@ class Storage(Shelf, Protocol):
     Every verb raises StoreDown when the store cannot do it at all."""
 
     drafts: str  # a folder for drafts, best on the same file system
+
+    def sweep(self) -> None:
+        """Removes what processes that have ended left unfinished."""
 
     def put(self, name: str, data: bytes) -> None:
         """Stores small bytes, in place of what may be there."""
@@ -2345,7 +2449,7 @@ class Storage(Shelf, Protocol):
 
 
 @contextlib.contextmanager
-def _store_errors(name: str) -> Iterator[None]:
+def store_errors(name: str) -> Iterator[None]:
     """The one door where a file system's errors become ours."""
     try:
         yield
@@ -2368,6 +2472,10 @@ _READ_FLAGS = (
 )
 
 
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 class Folder(Shelf):
     """A folder laid out as GOMODCACHE/cache/download, only read."""
 
@@ -2378,17 +2486,22 @@ class Folder(Shelf):
         return os.path.join(self._root, name)
 
     def open(self, name: str) -> Blob:
-        with _store_errors(name):
-            descriptor = os.open(self._path(name), _READ_FLAGS)
-            status = os.fstat(descriptor)
+        with store_errors(name):
+            file = OpenFile(os.open(self._path(name), _READ_FLAGS))
+            status = os.fstat(file.descriptor)
             if not stat.S_ISREG(status.st_mode):
-                os.close(descriptor)
                 raise FileNotFoundError
-            return FileBlob(descriptor, status.st_size, status.st_mtime)
+            return FileBlob(file, status.st_size, status.st_mtime, _stamp(status))
+
+    def stamp(self, name: str) -> object:
+        try:
+            return _stamp(os.stat(f"{self._root}/{name}"))
+        except OSError:
+            return None
 
     def names(self, prefix: str) -> list[str]:
         try:
-            with _store_errors(prefix):
+            with store_errors(prefix):
                 return os.listdir(self._path(prefix))
         except NotFound:
             return []
@@ -2408,7 +2521,7 @@ class DiskStorage(Folder, Storage):
         self.drafts = os.path.join(self._root, self._OWN)
         try:
             self._make_folder(self.drafts)
-            self._sweep()
+            self.sweep()
             descriptor, probe = tempfile.mkstemp(dir=self.drafts)
             os.close(descriptor)
             os.unlink(probe)
@@ -2418,32 +2531,34 @@ class DiskStorage(Folder, Storage):
                 "make it writable for this user or choose another one with -cache"
             ) from None
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
+        """Removes the drafts of processes that have ended."""
         for leftover in os.listdir(self.drafts):
-            os.unlink(os.path.join(self.drafts, leftover))
+            path = os.path.join(self.drafts, leftover)
+            with contextlib.suppress(OSError):
+                file = OpenFile(os.open(path, os.O_RDWR))
+                if lock_draft(file.descriptor):
+                    os.unlink(path)
 
     def put(self, name: str, data: bytes) -> None:
-        with _store_errors(name):
+        with store_errors(name):
             draft = Draft(self.drafts)
             try:
                 draft.write(data)
                 self._publish(name, draft)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(draft.path)
+            except BaseException as error:
+                draft.fail(error)
                 raise
-            finally:
-                draft.close()
 
     def adopt(self, name: str, draft: Draft) -> None:
-        with _store_errors(name):
+        with store_errors(name):
             self._publish(name, draft)
 
     def _publish(self, name: str, draft: Draft) -> None:
         path = self._path(name)
         os.chmod(draft.path, 0o644)
         os.utime(draft.path, (draft.modified, draft.modified))
-        os.fsync(draft.descriptor)
+        os.fsync(draft.file.descriptor)
         self._make_folder(os.path.dirname(path))
         os.replace(draft.path, path)
         self._sync_folder(os.path.dirname(path))
@@ -2469,7 +2584,8 @@ class DiskStorage(Folder, Storage):
             os.close(descriptor)
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        with contextlib.suppress(OSError):
+            self.sweep()
 
 
 STORAGES: dict[str, Callable[[str], Storage]] = {
@@ -2800,8 +2916,23 @@ class LocalFolder(Stored):
 
     def __init__(self, folder: str) -> None:
         super().__init__(Folder(folder))
+        self._folder = folder
+
+    def _check_there(self) -> None:
+        """A share that is not mounted is an outage, not the absence of every module."""
+        if not os.path.isdir(self._folder):
+            raise Unreachable(f"file://{self._folder}: there is no such folder")
+
+    def versions(self, path: str) -> list[str]:
+        self._check_there()
+        return super().versions(path)
+
+    def resolve(self, path: str, query: str) -> Info:
+        self._check_there()
+        return super().resolve(path, query)
 
     def open(self, artifact: Artifact) -> Blob:
+        self._check_there()
         blob = super().open(artifact)
         kind = KINDS[artifact.kind]
         if artifact.kind == "zip":
@@ -2849,6 +2980,13 @@ class Verdict(enum.Enum):
     STALE = "STALE"
 
 
+class Stamped(NamedTuple):
+    """A stored file, and the stamp it had when it was read."""
+
+    name: str
+    stamp: object
+
+
 class Answer(NamedTuple):
     """What the mirror says: bytes (small things) or a blob, how old they are in seconds, and how
     they came about."""
@@ -2856,6 +2994,7 @@ class Answer(NamedTuple):
     body: bytes | FileBlob
     verdict: Verdict
     age: int = 0
+    stored: Stamped | None = None  # where it is stored, if it never changes
 
     @property
     def data(self) -> bytes:
@@ -2864,11 +3003,12 @@ class Answer(NamedTuple):
         return self.body
 
 
-class _Fresh(NamedTuple):
-    """A stored answer that may change, and its age in seconds."""
+class _Kept(NamedTuple):
+    """Stored bytes, their age in seconds, and the stamp of their file."""
 
     data: bytes
     age: float
+    stamp: object
 
 
 _NEGATIVE_SECONDS = 60.0
@@ -2880,28 +3020,31 @@ class Cache:
     """A storage in front of something slower. What never changes is fetched once, what changes is
     fresh for `ttl` seconds, absence is remembered for a minute in memory, trouble never.
 
-    A fetch runs in a lane of its own: the client that began it may leave, the fetch goes on, and
+    A fetch belongs to its flight: the client that began it may leave, the fetch goes on, and
     everybody who asks meanwhile shares it."""
 
-    _FETCHES, _DOWNLOADS, _NEGATIVE = 64, 32, 10_000
+    _DOWNLOADS, _RENEWALS, _REMEMBERED = 16, 4, 10_000
 
     def __init__(self, storage: Storage, ttl: float, log: Log) -> None:
         self.storage = storage
         self._ttl = ttl
         self._log = log
-        self._absent: TtlCache[NotFound] = TtlCache(self._NEGATIVE)
-        self._failed: TtlCache[ProxyError] = TtlCache(self._NEGATIVE)
+        self._absent: TtlCache[NotFound] = TtlCache(self._REMEMBERED)
+        self._failed: TtlCache[ProxyError] = TtlCache(self._REMEMBERED)
         self._fetches: Flights[Future[bytes]] = Flights()
         self._drafts: Flights[Draft] = Flights()
-        self._fetch_lane = Lane("fetch", self._FETCHES)
         self._download_lane = Lane("download", self._DOWNLOADS)
+        self._renewal_lane = Lane("renewal", self._RENEWALS)
 
     def small(self, name: str, reach: Reach, fetch: Callable[[], bytes]) -> Answer:
         """Small bytes that never change."""
-        data = self._read(name)
-        if data is not None:
-            return Answer(data, Verdict.HIT)
-        flight, _ = self._fly(name, reach, fetch, lambda: self._read(name))
+        kept = self._read_kept(name)
+        if kept:
+            return Answer(kept.data, Verdict.HIT, 0, Stamped(name, kept.stamp))
+        self._refuse_absent(name, reach)
+        flight, first = self._fetches.join(name, Future)
+        if first:
+            self._fetch(name, flight, fetch, lambda: self._read(name))
         return Answer(flight.result(), Verdict.MISS)
 
     def large(self, name: str, reach: Reach, fetch: Callable[[], Blob], check: Check) -> Answer:
@@ -2909,27 +3052,28 @@ class Cache:
         before its tail is let go and before it is stored."""
         blob = self._open(name)
         if blob:
-            return Answer(blob, Verdict.HIT)
+            return Answer(blob, Verdict.HIT, 0, Stamped(name, blob.stamp))
         self._refuse_absent(name, reach)
         draft, first = self._drafts.join(name, self._draft)
         if first:
             self._download_lane.do(lambda: self._download(name, draft, fetch, check))
         growing = draft.reader()
-        if reach is Reach.READY and growing.ready() == 0:
-            growing.close()
-            raise MustWait
         growing.settle()
         return Answer(growing, Verdict.MISS)
 
     def changing(self, name: str, reach: Reach, fetch: Callable[[], bytes]) -> Answer:
         """Small bytes that may change: fresh for the ttl, then stale while one fetch renews them,
         stale for a day when that fails."""
-        stored = self._read_fresh(name)
+        stored = self._read_kept(name)
         if reach is Reach.STORED or (stored and 0 <= stored.age < self._ttl):
             return _answer(stored, Verdict.HIT)
         if stored and self._failed.get(name) and stored.age < _STALE_SECONDS:
             return _answer(stored, Verdict.STALE)
-        flight, first = self._fly(name, reach, fetch, lambda: None)
+        self._refuse_absent(name, reach)
+        flight, first = self._fetches.join(name, Future)
+        if first:
+            work = functools.partial(self._fetch, name, flight, fetch, lambda: None)
+            self._renewal_lane.do(work) if stored else work()
         try:
             # Whoever starts the renewal gives a quick upstream time to answer; nobody else waits.
             patience = None if not stored else _REFRESH_WAIT if first else 0
@@ -2939,28 +3083,14 @@ class Cache:
                 return _answer(stored, Verdict.STALE)
             raise
 
-    def _fly(
-        self,
-        name: str,
-        reach: Reach,
-        fetch: Callable[[], bytes],
-        look_again: Callable[[], bytes | None],
-    ) -> tuple[Future[bytes], bool]:
-        self._refuse_absent(name, reach)
-        if reach is Reach.READY:
-            raise MustWait
-        promise: Future[bytes] = Future()
-        flight, first = self._fetches.join(name, lambda: promise)
-        if first:
-            self._fetch_lane.do(lambda: self._fetch(name, flight, fetch, look_again))
-        return flight, first
-
     def _refuse_absent(self, name: str, reach: Reach) -> None:
         if reach is Reach.STORED:
             raise NotFound("not in the store, and fetching is off")
         absent = self._absent.get(name)
         if absent:
             raise type(absent)(str(absent))
+        if reach is Reach.READY:
+            raise MustWait
 
     def _fetch(
         self,
@@ -3015,8 +3145,6 @@ class Cache:
         else:
             self._drafts.land(name)
             draft.finish()
-        finally:
-            draft.close()
 
     def _fill(self, name: str, draft: Draft, fetch: Callable[[], Blob], check: Check) -> None:
         blob = self._open(name) or fetch()
@@ -3026,7 +3154,7 @@ class Cache:
                 data = blob.read(CHUNK)
                 if not data:
                     break
-                with _store_errors(name):
+                with store_errors(name):
                     draft.write(data)
         side_name, side = check(draft)
         try:
@@ -3047,20 +3175,20 @@ class Cache:
         assert isinstance(blob, FileBlob)
         return blob
 
-    def _read_fresh(self, name: str) -> _Fresh | None:
+    def _read_kept(self, name: str) -> _Kept | None:
         blob = self._open(name)
         if not blob:
             return None
         with contextlib.closing(blob):
-            return _Fresh(blob.read_all(_MAX_SMALL), time.time() - blob.modified)
+            return _Kept(blob.read_all(_MAX_SMALL), time.time() - blob.modified, blob.stamp)
 
     def _read(self, name: str) -> bytes | None:
-        stored = self._read_fresh(name)
+        stored = self._read_kept(name)
         return stored.data if stored else None
 
     def close(self) -> None:
-        self._fetch_lane.close()
         self._download_lane.close()
+        self._renewal_lane.close()
         self.storage.close()
 
 
@@ -3068,7 +3196,7 @@ Check = Callable[[Draft], tuple[str, bytes]]  # the name and bytes of a side fil
 _MAX_SMALL = 32 << 20
 
 
-def _answer(stored: _Fresh | None, verdict: Verdict) -> Answer:
+def _answer(stored: _Kept | None, verdict: Verdict) -> Answer:
     if not stored:
         raise NotFound("not in the store, and fetching is off")
     return Answer(stored.data, verdict, max(0, int(stored.age)))
@@ -3139,10 +3267,9 @@ class Mirror:
         """A .zip, given out while it arrives."""
 
         def check(draft: Draft) -> tuple[str, bytes]:
-            with open(os.dup(draft.descriptor), "rb") as file:
-                return artifact.name + "hash", check_zip(
-                    file, artifact.path, artifact.version
-                ).encode()
+            with open(draft.path, "rb") as file:
+                h1 = check_zip(file, artifact.path, artifact.version)
+            return artifact.name + "hash", h1.encode()
 
         return self._cache.large(artifact.name, reach, lambda: self._source.open(artifact), check)
 
@@ -3226,6 +3353,8 @@ class SumDb:
         if not match:
             raise BadName("malformed tile")
         width = int(match["part"] or self._TILE_WIDTH)
+        if match["part"] and not 0 < width < self._TILE_WIDTH:
+            raise BadName("malformed tile")
         size = None if match["level"] == "data" else width * self._HASH
         name = f"sumdb/{database}/{what}"
         if match["part"] and size:
@@ -3282,9 +3411,17 @@ class Request(NamedTuple):
     body: int  # bytes of body that follow
     reach: Reach = Reach.READY
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but its target decides what it gets."""
+        if self.method != "GET" or not self.keep or not self.chunks or self.body:
+            return False
+        return _CONDITIONS.isdisjoint(self.fields)
 
+
+_CONDITIONS = frozenset(["disable-module-fetch", "expect", "if-none-match", "range"])
 _LINE_LIMIT, _HEAD_LIMIT, _FIELD_LIMIT, _BODY_LIMIT = 8192, 32768, 64, 65536
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN.pattern + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_REQUEST_LINE = re.compile(rb"(" + TOKEN.pattern + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _KNOWN_METHODS = frozenset(
     ["CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"]
 )
@@ -3361,6 +3498,7 @@ class Reply(NamedTuple):
     content_type: str = "text/plain; charset=utf-8"
     headers: tuple[tuple[str, str], ...] = ()
     verdict: Verdict | None = None
+    stored: Stamped | None = None  # if so, the same reply is right as long as the stamp holds
 
     @property
     def etag(self) -> str:
@@ -3373,11 +3511,12 @@ class Reply(NamedTuple):
 
 
 class App(NamedTuple):
-    """What endpoints need."""
+    """What endpoints and the front loop need."""
 
     settings: Settings
     policy: Policy
     sumdb: SumDb
+    storage: Storage
     log: Log
 
 
@@ -3390,7 +3529,7 @@ def _replied(answer: Answer, content_type: str, ttl: float | None) -> Reply:
     headers = [("Cache-Control", control), ("X-Cache", answer.verdict.value)]
     if ttl is not None:
         headers.append(("Age", str(answer.age)))
-    return Reply(200, answer.body, content_type, tuple(headers), answer.verdict)
+    return Reply(200, answer.body, content_type, tuple(headers), answer.verdict, answer.stored)
 
 
 def serve_health(app: App, request: Request) -> Reply:
@@ -3600,15 +3739,12 @@ def _not_modified(request: Request, reply: Reply) -> bool:
     ]
 
 
-def _date() -> str:
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-
-
 _SAFE_FIELD = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+: [\t\x20-\x7e\x80-\xff]*")
 
 
 def head_bytes(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
-    """A reply's head. What could split it is a bug of ours and raises ValueError."""
+    """A reply's head but for its end (see head_end). What could split it is a bug of ours and
+    raises ValueError."""
     phrase = BaseHTTPRequestHandler.responses.get(status, ("Unknown", ""))[0]
     lines = [f"HTTP/1.1 {status} {phrase}"]
     for name, value in headers:
@@ -3616,7 +3752,74 @@ def head_bytes(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
         if not _SAFE_FIELD.fullmatch(line):
             raise ValueError(f"unsafe header {name}")
         lines.append(line)
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return "\r\n".join([*lines, ""]).encode("latin-1")
+
+
+def head_end(second: int) -> bytes:
+    """The last field of every head and the empty line; `second` is the time since the epoch."""
+    moment = time.gmtime(second)
+    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[moment.tm_wday]
+    month = _MONTHS[moment.tm_mon - 1]
+    return time.strftime(f"Date: {day}, %d {month} %Y %H:%M:%S GMT\r\n\r\n", moment).encode()
+
+
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+class Message(NamedTuple):
+    """A reply as it goes out: `head` but for its end, `body` in memory, and then `left` bytes of a
+    blob from its offset on; None stands for all there are, in chunks."""
+
+    status: int
+    head: bytes
+    body: bytes = b""
+    blob: FileBlob | None = None
+    left: int | None = 0
+
+
+def compose(request: Request | None, reply: Reply, keep: bool) -> Message:
+    """What a request (None: something that was no request) gets for a reply, with its conditions
+    and ranges heeded. The message owns the reply's blob."""
+    try:
+        return _compose(request, reply, keep)
+    except BadRange as error:
+        _close_body(reply)
+        return _compose(request, refuse(error), keep)
+
+
+def _close_body(reply: Reply) -> None:
+    if isinstance(reply.body, FileBlob):
+        reply.body.close()
+
+
+def _compose(request: Request | None, reply: Reply, keep: bool) -> Message:
+    status, body = reply.status, reply.body
+    headers = [("Server", "goproxy"), ("Content-Type", reply.content_type), *reply.headers]
+    if reply.etag:
+        headers += [("ETag", reply.etag), ("Accept-Ranges", "bytes")]
+    if not keep:
+        headers.append(("Connection", "close"))
+    if request and _not_modified(request, reply):
+        _close_body(reply)
+        return Message(304, head_bytes(304, headers))
+    size = body.size if isinstance(body, FileBlob) else None if body is None else len(body)
+    start, end = 0, size
+    span = _span(request, reply, size) if request else None
+    if span:
+        status, (start, end) = 206, span
+        headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
+    if end is not None:
+        headers.append(("Content-Length", str(end - start)))
+    elif body is not None:
+        headers.append(("Transfer-Encoding", "chunked"))
+    head = head_bytes(status, headers)
+    if body is None or (request and request.method == "HEAD"):
+        _close_body(reply)
+        return Message(status, head)
+    if isinstance(body, bytes):
+        return Message(status, head, body[start:end])
+    body.offset = start
+    return Message(status, head, b"", body, None if end is None else end - start)
 
 
 class Step(enum.Enum):
@@ -3629,109 +3832,68 @@ class Step(enum.Enum):
 
 
 class Transfer:
-    """A reply on its way: as much as the socket takes and the body has, in turns of 1 MiB, so
-    that one big body does not keep a thread from the others."""
+    """A message on its way: as much as the socket takes and the body has, in turns, so that one
+    big body does not keep the others waiting."""
 
-    _TURN = 1 << 20
+    TURN = 512 * 1024  # bytes
 
-    def __init__(self, sock: socket.socket, request: Request | None, reply: Reply, keep: bool):
+    def __init__(
+        self, sock: socket.socket, pending: bytes, blob: FileBlob | None, left: int | None
+    ) -> None:
+        """`pending` goes out before the blob."""
         self._sock = sock
-        self.status = reply.status
-        self.sent = 0
-        self.keep = keep
-        self._blob: FileBlob | None = None
-        self._left: int | None = 0  # bytes of blob to send; None: all there are, in chunks
-        try:
-            self._pending = memoryview(self._begin(request, reply))
-        except BadRange as error:
-            self.close()
-            self.status = error.status
-            self._pending = memoryview(self._begin(request, refuse(error)))
-
-    def _begin(self, request: Request | None, reply: Reply) -> bytes:
-        """The head, with the body behind it if that is small."""
-        body = reply.body
-        if isinstance(body, FileBlob):
-            self._blob = body
-        size = body.size if isinstance(body, FileBlob) else None if body is None else len(body)
-        headers = [("Server", "goproxy"), ("Date", _date()), ("Content-Type", reply.content_type)]
-        headers += reply.headers
-        if reply.etag:
-            headers += [("ETag", reply.etag), ("Accept-Ranges", "bytes")]
-        if request and reply.status == 200 and _not_modified(request, reply):
-            self.status, size, body = 304, None, None
-        span = _span(request, reply, size) if request and body is not None else None
-        if span:
-            self.status = 206
-            headers.append(("Content-Range", f"bytes {span[0]}-{span[1] - 1}/{size}"))
-        start, end = span or (0, size)
-        headers += self._framing(request, body, start, end)
-        head = head_bytes(self.status, headers)
-        wants_body = request is None or request.method != "HEAD"
-        if isinstance(body, bytes):
-            return head + body[start:end] if wants_body else head
-        if body is None or not wants_body:
-            self.close()
-            return head
-        body.offset = start
-        return head
-
-    def _framing(
-        self, request: Request | None, body: object, start: int, end: int | None
-    ) -> list[tuple[str, str]]:
-        headers = [] if self.keep else [("Connection", "close")]
-        if end is not None:
-            self._left = end - start
-            return [*headers, ("Content-Length", str(end - start))]
-        if body is None:
-            return headers
-        self._left = None
-        return [*headers, ("Transfer-Encoding", "chunked")]
+        self._pending = memoryview(pending)
+        self._blob = blob
+        self._left = left
 
     def step(self) -> Step:
         """Sends what can be sent now. Raises OSError when the client is gone, and ProxyError when
         the rest of the body will never come: then the connection must be closed short."""
-        turn_ends = self.sent + self._TURN
-        while self.sent < turn_ends:
-            try:
+        budget = self.TURN
+        try:
+            while budget > 0:
                 if self._pending:
-                    self._send_pending()
+                    budget -= self._send_pending()
                     continue
                 if self._blob is None or self._left == 0:
                     return Step.DONE
                 ready = self._blob.ready()
                 if ready == 0:
                     return Step.BLOB
-                self._send_body(ready)
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                return Step.SOCKET
+                budget -= self._send_body(self._blob, ready)
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            return Step.SOCKET
         return Step.TURN
 
-    def _send_pending(self) -> None:
+    def is_at_hand(self) -> bool:
+        """Whether the next step cannot wait for a disk."""
+        return self._blob is None or self._blob.is_at_hand(
+            self.TURN if self._left is None else min(self.TURN, self._left)
+        )
+
+    def _send_pending(self) -> int:
         count = self._sock.send(self._pending)
         self._pending = self._pending[count:]
-        self.sent += count
+        return count
 
-    def _send_body(self, ready: int | None) -> None:
-        assert self._blob is not None
+    def _send_body(self, blob: FileBlob, ready: int | None) -> int:
         if self._left is None:
-            self._pending = memoryview(self._chunk(ready))
-            return
+            self._pending = memoryview(self._chunk(blob, ready))
+            return 0
         if ready is None:
             raise StoreDown("a body ended early")
-        count = self._send_file(self._blob, min(ready, self._left, self._TURN))
+        count = self._send_file(blob, min(ready, self._left, self.TURN))
         if count == 0:
             raise StoreDown("a stored file became shorter while it was sent")
-        self._blob.offset += count
+        blob.offset += count
         self._left -= count
-        self.sent += count
+        return count
 
-    def _chunk(self, ready: int | None) -> bytes:
-        assert self._blob is not None
+    def _chunk(self, blob: FileBlob, ready: int | None) -> bytes:
         if ready is None:
             self.close()
             return b"0\r\n\r\n"
-        data = self._blob.read(min(ready, CHUNK))
+        data = blob.read(min(ready, CHUNK))
         return b"%x\r\n%b\r\n" % (len(data), data)
 
     def _send_file(self, blob: FileBlob, count: int) -> int:
@@ -3750,38 +3912,169 @@ class Transfer:
             self._blob = None
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One client connection. The front loop owns it while it waits for a request or lingers;
-    while a request is answered it belongs to whichever lane works on it, and is not polled."""
+class _Remembered:
+    """A reply that was right, and is as long as its file's stamp holds."""
+
+    def __init__(self, stored: Stamped, message: Message) -> None:
+        self.stored = stored
+        self.blob = message.blob
+        self.left = message.left
+        self._head = message.head
+        self._body = message.body
+        self._second = 0
+        self._bytes = b""
+
+    def opening(self, second: int) -> bytes:
+        """Head and small body, made anew each second for the sake of the date."""
+        if second != self._second:
+            self._second = second
+            self._bytes = b"".join((self._head, head_end(second), self._body))
+        return self._bytes
+
+    @property
+    def cost(self) -> int:
+        return 1024 + 2 * len(self._body)
+
+
+class HotMemory:
+    """Replies the loop can give without a thread: immutable artifacts, by request target. Small
+    bodies are kept in memory, big ones as open files. Each is used only while the store still has
+    the very file it was made from, which one stat tells."""
+
+    _BYTES, _FILES, _SMALL = 32 << 20, 64, 64 << 10
+
+    def __init__(self, storage: Storage, files: int) -> None:
+        """`files`: how many may be kept open."""
+        self._storage = storage
+        self._files = min(files, self._FILES)
+        self._open = 0
+        self._cost = 0
+        self._replies: collections.OrderedDict[str, _Remembered] = collections.OrderedDict()
+
+    def get(self, target: str) -> _Remembered | None:
+        reply = self._replies.get(target)
+        if reply and self._storage.stamp(reply.stored.name) != reply.stored.stamp:
+            self._drop(target)
+            return None
+        return reply
+
+    def put(self, target: str, stored: Stamped, message: Message) -> None:
+        """Remembers a message whose blob, if any, is the caller's to close."""
+        if message.status != 200 or message.left is None or len(message.body) > self._SMALL:
+            return
+        if message.blob:
+            message = message._replace(blob=message.blob.again())
+        self._drop(target)
+        self._replies[target] = reply = _Remembered(stored, message)
+        self._cost += reply.cost
+        self._open += reply.blob is not None
+        while self._cost > self._BYTES or self._open > self._files:
+            self._drop(next(iter(self._replies)))
+
+    def _drop(self, target: str) -> None:
+        reply = self._replies.pop(target, None)
+        if reply:
+            self._cost -= reply.cost
+            self._open -= reply.blob is not None
+
+
+class Courier:
+    """The sending half of a connection: it brings a transfer to its end, turn by turn."""
+
+    def __init__(self, server: Server, sock: socket.socket) -> None:
+        self.loop = server
+        self.sock = sock
+        self.deadline = server.now + _IDLE_SECONDS  # monotonic; then the loop loses patience
+        self.interest = 0  # what the loop polls it for
+        self._transfer: Transfer | None = None
+
+    def on_event(self) -> None:
+        """The socket is ready for what it was polled for."""
+        raise NotImplementedError
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """A reply is out."""
+        raise NotImplementedError
+
+    def is_idle(self) -> bool:
+        """Whether it may be closed without anybody losing an answer."""
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        """Goes on sending: in the loop where nothing can be waited for, else in a lane."""
+        if self._transfer is None:
+            return  # closed meanwhile
+        if self._transfer.is_at_hand():
+            self.push()
+        else:
+            self.loop.poll(self, 0)
+            self.loop.transfer_lane.do(self.push)
+
+    def push(self) -> None:
+        """Sends what can be sent, and arranges for the rest."""
+        assert self._transfer is not None
+        try:
+            step = self._transfer.step()
+        except (OSError, ProxyError):
+            self.loop.soon(self.close)
+            return
+        if step is Step.DONE:
+            self.loop.soon(self.finish)
+        elif step is Step.SOCKET:
+            self.loop.soon(self._wait_for_client)
+        elif step is Step.BLOB:
+            self.loop.soon(self._wait_for_blob)
+        else:
+            self.loop.post(self.resume)
+
+    def _wait_for_client(self) -> None:
+        self.deadline = self.loop.now + _STALL_SECONDS
+        self.loop.poll(self, WRITABLE)
+
+    def _wait_for_blob(self) -> None:
+        self.loop.poll(self, 0)
+        if self._transfer is not None:
+            self._transfer.when_ready(lambda: self.loop.post(self.resume))
+
+    def close(self) -> None:
+        """Ends the connection, and its transfer, wherever they are."""
+        self.loop.forget(self)
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
+        self.sock.close()
+
+
+class Handler(Courier, BaseHTTPRequestHandler):
+    """One client connection. The front loop owns it while it waits for a request, for the client
+    to read or for the end; while a request is worked on it belongs to a lane and is not polled."""
 
     _RECEIVE = 65536
 
     def __init__(self, server: Server, sock: socket.socket, client: str) -> None:
         """Not BaseHTTPRequestHandler's, which would serve the whole connection here and now."""
-        self.loop = server
-        self.sock = sock
+        Courier.__init__(self, server, sock)
         self.client = client
-        self.deadline = 0.0  # monotonic time at which the loop loses patience
-        self.polled = False
-        self.lingering = False
-        self.served = 0
+        self._lingering = False
+        self._keep = True
+        self._served = 0
         self._buffer = b""
         self._skip = 0  # bytes of an unwanted body still to come
+        self._head = b""
         self._asked: Request | None = None
-        self._transfer: Transfer | None = None
-        self._began = 0.0
+        self._announced = False
 
-    @property
     def is_idle(self) -> bool:
-        """Whether it may be closed without anybody losing an answer."""
-        return self.polled and self._transfer is None and not self._buffer and not self._skip
+        return self.interest == READABLE and not self._buffer and not self._skip
 
     def on_event(self) -> None:
-        """The socket is ready for what it was polled for."""
         if self._transfer is not None:
-            self.loop.unpoll(self)
-            self.loop.transfer_lane.do(self.push)
-        elif self.lingering:
+            self.resume()
+        elif self._lingering:
             self._linger()
         else:
             self._receive()
@@ -3795,24 +4088,61 @@ class Handler(BaseHTTPRequestHandler):
             data = b""
         if not data:
             self.close()
-            return
-        if not self._buffer and not self._skip:
-            self.deadline = time.monotonic() + _HEAD_SECONDS
-        self._buffer += data
-        self.advance()
+        elif self._buffer or self._asked:
+            self._buffer += data
+            self.advance()
+        elif not self._serve_hot(data):
+            self.deadline = self.loop.now + _HEAD_SECONDS
+            self._buffer = data
+            self.advance()
+
+    def _serve_hot(self, data: bytes) -> bool:
+        """Answers in the loop itself, if `data` is exactly one request that is known word by word
+        and its reply is at hand."""
+        loop = self.loop
+        target = loop.known.get(data)
+        if target is None or loop.draining or self._served >= _REQUESTS_PER_CONNECTION:
+            return False
+        reply = loop.hot.get(target)
+        if reply is None:
+            return False
+        opening = reply.opening(loop.second)
+        blob = reply.blob.again() if reply.blob else None
+        loop.record_hot(self, target)
+        try:
+            sent = self.sock.send(opening)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.close()
+            return True
+        if sent == len(opening) and blob is None:
+            self._served += 1
+            self.deadline = loop.now + _IDLE_SECONDS
+        else:
+            self._keep = True
+            self._transfer = Transfer(self.sock, opening[sent:], blob, reply.left)
+            self.resume()
+        return True
 
     def advance(self) -> None:
         """Takes the next request from what has been received, if it is complete."""
+        if self._transfer is not None or self.interest != READABLE:
+            return
         if self._asked is None:
+            received = self._buffer
             head = self._next_head()
             if head is None:
                 return
             try:
                 self._asked = parse_request(head)
-                self._skip = self._asked.body
             except ProxyError as error:
                 self.reject(error)
                 return
+            self._head = head
+            self._skip = self._asked.body
+            if not self._buffer and self._asked.is_plain:
+                self.loop.know(received, self._asked.target)
         taken = min(self._skip, len(self._buffer))
         self._skip -= taken
         self._buffer = self._buffer[taken:]
@@ -3836,28 +4166,48 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def _begin(self, request: Request) -> None:
-        self.loop.unpoll(self)
-        self._began = time.monotonic()
-        self.loop.record_start(self, request)
-        lane = self.loop.instant if request.target == "/health" else self.loop.request_lane.do
-        lane(self.work)
+        self.loop.poll(self, 0)
+        if not self._announced:
+            self.loop.record_start(self, request)
+        self._announced = False
+        if request.target == _HEALTH:
+            self.work()
+        else:
+            self.loop.request_lane.do(self.work)
 
     def work(self) -> None:
-        """Answers with what is at hand; what must be waited for goes to the patient lane."""
+        """Answers with what is at hand; what must be waited for goes where misses are fetched."""
         assert self._asked is not None
         try:
             self._start(respond(self.loop.app, self._asked))
         except MustWait:
-            self._asked = self._asked._replace(reach=Reach.FETCH)
-            self.loop.patient_lane.do(self.work)
+            if not self._hand_over():
+                self._asked = self._asked._replace(reach=Reach.FETCH)
+                self.loop.patient_lane.do(self.work)
+
+    def _hand_over(self) -> bool:
+        """Gives the connection, and what has been read from it, to the process that fetches."""
+        if self.loop.fetcher is None:
+            return False
+        read = b"\n".join((self.client.encode(), self._head + b"\r\n\r\n" + self._buffer))
+        try:
+            socket.send_fds(self.loop.fetcher, [read], [self.sock.fileno()])
+        except OSError:
+            return False  # then this process fetches, too
+        self.loop.post(self.close)
+        return True
+
+    def take_over(self, read: bytes) -> None:
+        """Goes on with a connection that another process has handed over."""
+        self._announced = True
+        self._buffer = read
+        self.advance()
 
     def reject(self, error: ProxyError) -> None:
         """Answers something that is no request, and closes."""
-        self.loop.unpoll(self)
+        self.loop.poll(self, 0)
         self._buffer = b""
-        self._transfer = Transfer(self.sock, None, refuse(error), keep=False)
-        self.loop.record(self, None, self._transfer.status, None)
-        self.loop.transfer_lane.do(self.push)
+        self._send(None, refuse(error), keep=False)
 
     def _start(self, reply: Reply) -> None:
         request = self._asked
@@ -3865,12 +4215,16 @@ class Handler(BaseHTTPRequestHandler):
         keep = request.keep and not request.body and not self.loop.draining
         if isinstance(reply.body, FileBlob) and reply.body.size is None and not request.chunks:
             reply = self._wait_for_length(reply, reply.body)
-        try:
-            self._transfer = Transfer(self.sock, request, reply, keep)
-        except Exception:
-            self.loop.app.log.error(f"{request.target}: internal error\n{traceback.format_exc()}")
-            self._transfer = Transfer(self.sock, None, refuse(ProxyError("internal error")), False)
-        self.loop.record(self, request, self._transfer.status, reply.verdict)
+        self._send(request, reply, keep)
+
+    def _send(self, request: Request | None, reply: Reply, keep: bool) -> None:
+        message = compose(request, reply, keep)
+        if reply.stored and request and request.is_plain and keep:
+            self.loop.remember(request.target, reply.stored, message)
+        self._keep = keep
+        opening = message.head + head_end(int(time.time())) + message.body
+        self._transfer = Transfer(self.sock, opening, message.blob, message.left)
+        self.loop.record(self, request, message.status, reply.verdict)
         self.push()
 
     @staticmethod
@@ -3889,42 +4243,20 @@ class Handler(BaseHTTPRequestHandler):
         blob.offset, blob.size = 0, end
         return reply
 
-    def push(self) -> None:
-        """Sends what can be sent, and arranges for the rest."""
-        transfer = self._transfer
-        assert transfer is not None
-        try:
-            step = transfer.step()
-        except (OSError, ProxyError):
-            self.loop.post(self.close)
-            return
-        if step is Step.DONE:
-            self.loop.post(self._finish)
-        elif step is Step.SOCKET:
-            self.loop.post(self._wait_for_client)
-        elif step is Step.BLOB:
-            transfer.when_ready(lambda: self.loop.transfer_lane.do(self.push))
-        else:
-            self.loop.transfer_lane.do(self.push)
-
-    def _wait_for_client(self) -> None:
-        self.deadline = time.monotonic() + _STALL_SECONDS
-        self.loop.poll(self, selectors.EVENT_WRITE)
-
-    def _finish(self) -> None:
-        """A reply is out: on to the next request, or to the end of the connection."""
-        assert self._transfer is not None
-        keep = self._transfer.keep and not self.loop.draining
+    def finish(self) -> None:
+        """On to the next request, or to the end of the connection."""
+        if self._transfer is None:
+            return  # closed meanwhile
         self._transfer.close()
         self._transfer = self._asked = None
-        self.served += 1
-        if not keep or self.served >= _REQUESTS_PER_CONNECTION:
+        self._served += 1
+        if not self._keep or self.loop.draining or self._served >= _REQUESTS_PER_CONNECTION:
             self._begin_linger()
             return
-        self.deadline = time.monotonic() + (_HEAD_SECONDS if self._buffer else _IDLE_SECONDS)
-        self.loop.poll(self, selectors.EVENT_READ)
+        self.deadline = self.loop.now + (_HEAD_SECONDS if self._buffer else _IDLE_SECONDS)
+        self.loop.poll(self, READABLE)
         if self._buffer:
-            self.advance()
+            self.loop.post(self.advance)
 
     def _begin_linger(self) -> None:
         """Reads on for a moment: a close with unread input would make the kernel throw away the
@@ -3934,9 +4266,9 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close()
             return
-        self.lingering = True
-        self.deadline = time.monotonic() + _LINGER_SECONDS
-        self.loop.poll(self, selectors.EVENT_READ)
+        self._lingering = True
+        self.deadline = self.loop.now + _LINGER_SECONDS
+        self.loop.poll(self, READABLE)
 
     def _linger(self) -> None:
         try:
@@ -3950,24 +4282,66 @@ class Handler(BaseHTTPRequestHandler):
             self.close()
 
     def expire(self) -> None:
-        """The deadline has passed."""
-        if (self._buffer or self._skip) and self._transfer is None and not self.lingering:
+        waiting = self._transfer is None and not self._lingering
+        if waiting and (self._buffer or self._skip):
             self.reject(HeadTooSlow("request head too slow"))
-            return
-        self.close()
+        else:
+            self.close()
+
+
+READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
+_HEALTH = "/health"
+_HEAD_SECONDS, _IDLE_SECONDS, _STALL_SECONDS, _LINGER_SECONDS = 10.0, 75.0, 60.0, 1.0
+_REQUESTS_PER_CONNECTION = 100_000
+
+
+class SelectPoller:
+    """Which descriptors are ready, on any platform."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def set(self, descriptor: int, before: int, interest: int, shared: bool = False) -> None:
+        """Changes what a descriptor is polled for: 0, READABLE or WRITABLE. `shared` ones are
+        polled by several processes, of which few need to wake."""
+        if not before:
+            self._selector.register(descriptor, interest)
+        elif not interest:
+            self._selector.unregister(descriptor)
+        else:
+            self._selector.modify(descriptor, interest)
+
+    def wait(self, seconds: float) -> list[int]:
+        """Descriptors that are ready, after at most so many seconds."""
+        return [key.fd for key, _ in self._selector.select(seconds)]
 
     def close(self) -> None:
-        self.loop.forget(self)
-        if self._transfer is not None:
-            self._transfer.close()
-            self._transfer = None
-        self.sock.close()
+        self._selector.close()
 
 
-_HEAD_SECONDS, _IDLE_SECONDS, _STALL_SECONDS, _LINGER_SECONDS = 10.0, 75.0, 60.0, 1.0
-_REQUESTS_PER_CONNECTION = 10_000
-_ACCEPTS_PER_TURN = 256
-_ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors have run out
+class EpollPoller(SelectPoller):
+    """The same by epoll itself: half the cost of an event, and no herd at shared descriptors."""
+
+    _EVENTS = 512
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+
+    def set(self, descriptor: int, before: int, interest: int, shared: bool = False) -> None:
+        events = select.EPOLLIN if interest == READABLE else select.EPOLLOUT
+        if not before:
+            events |= getattr(select, "EPOLLEXCLUSIVE", 0) if shared else 0
+            self._epoll.register(descriptor, events)
+        elif not interest:
+            self._epoll.unregister(descriptor)
+        else:
+            self._epoll.modify(descriptor, events)
+
+    def wait(self, seconds: float) -> list[int]:
+        return [descriptor for descriptor, _ in self._epoll.poll(seconds, self._EVENTS)]
+
+    def close(self) -> None:
+        self._epoll.close()
 
 
 class Server(ThreadingHTTPServer):
@@ -3975,22 +4349,38 @@ class Server(ThreadingHTTPServer):
     deadlines. Complete requests go to threads made at the start; nothing is spawned per client."""
 
     request_queue_size = 4096
-    _REQUESTS, _WAITERS, _TRANSFERS = 8, 64, 8
+    _REQUESTS, _WAITERS, _TRANSFERS = 4, 40, 4
+    _KNOWN = 4096
 
-    def __init__(self, sock: socket.socket, app: App) -> None:
-        """`sock` is bound and listening already."""
+    def __init__(
+        self,
+        sock: socket.socket,
+        app: App,
+        fetcher: socket.socket | None = None,
+        handed: socket.socket | None = None,
+    ) -> None:
+        """`sock` is bound and listening. `fetcher` leads to the process that fetches misses, if
+        that is another one; through `handed` come connections from the others, if it is this."""
         handler: Any = Handler  # which has a constructor of its own
         socketserver.BaseServer.__init__(self, sock.getsockname(), handler)
         self.socket = sock
         self.app = app
+        self.fetcher = fetcher
         self.draining = False
+        self.now = time.monotonic()
+        self.second = int(time.time())
+        self.known: dict[bytes, str] = {}  # targets of plain requests, by all their bytes
+        self.hot = HotMemory(app.storage, _descriptor_limit() // 8)
         self.request_lane = Lane("request", self._REQUESTS)
         self.patient_lane = Lane("patient", self._WAITERS)
         self.transfer_lane = Lane("transfer", self._TRANSFERS)
-        self._selector = selectors.DefaultSelector()
-        self._handlers: set[Handler] = set()
-        self._wheel: dict[int, set[Handler]] = {}
-        self._tick = int(time.monotonic())
+        self._handed = handed
+        self._thread = 0
+        self._poller = EpollPoller() if hasattr(select, "epoll") else SelectPoller()
+        self._events: dict[int, Callable[[], None]] = {}
+        self._handlers: set[Courier] = set()
+        self._wheel: dict[int, set[Courier]] = {}
+        self._tick = int(self.now)
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._stop_at: float | None = None
@@ -3998,61 +4388,79 @@ class Server(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Runs until `stop`, and then until running replies are out, or its time is up."""
-        self.socket.setblocking(False)
-        self._wake_receiver.setblocking(False)
+        self._thread = threading.get_ident()
         self._wake_sender.setblocking(False)
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._drain_wakes)
-        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        self._watch(self._wake_receiver, self._drain_wakes)
+        self._watch(self.socket, self._accept, shared=True)
+        if self._handed:
+            self._watch(self._handed, self._take_over)
         while not self._is_over():
-            for key, _ in self._selector.select(poll_interval):
-                key.data()
-            while self._posts:
+            ready = self._poller.wait(0 if self._posts else poll_interval)
+            self.now = time.monotonic()
+            self.second = int(time.time())
+            for descriptor in ready:
+                event = self._events.get(descriptor)
+                if event:  # it may have been closed by an event before it in the row
+                    event()
+            for _ in range(len(self._posts)):
                 self._posts.popleft()()
-            self._expire(int(time.monotonic()))
+            if self._tick < int(self.now):
+                self._expire(int(self.now))
         self._close_all()
 
-    def instant(self, work: Callable[[], None]) -> None:
-        """Work so small that it is done in the loop itself."""
-        work()
+    def _watch(self, sock: socket.socket, event: Callable[[], None], shared: bool = False) -> None:
+        sock.setblocking(False)
+        self._events[sock.fileno()] = event
+        self._poller.set(sock.fileno(), 0, READABLE, shared)
+
+    def _unwatch(self, sock: socket.socket) -> None:
+        del self._events[sock.fileno()]
+        self._poller.set(sock.fileno(), READABLE, 0)
+
+    def soon(self, work: Callable[[], None]) -> None:
+        """Has the loop do something, at once if this is the loop."""
+        if threading.get_ident() == self._thread:
+            work()
+        else:
+            self.post(work)
 
     def post(self, work: Callable[[], None]) -> None:
-        """Has the loop do something; may be called from any thread."""
+        """Has the loop do something in its next turn; may be called from any thread."""
         self._posts.append(work)
-        with contextlib.suppress(OSError):  # a full pipe wakes the loop as well
-            self._wake_sender.send(b"\0")
+        if threading.get_ident() != self._thread:
+            with contextlib.suppress(OSError):  # a full pipe wakes the loop as well
+                self._wake_sender.send(b"\0")
 
     def _drain_wakes(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wake_receiver.recv(4096)
 
-    def poll(self, handler: Handler, events: int) -> None:
-        """Watches a connection, with its deadline."""
-        self._selector.register(handler.sock, events, handler.on_event)
-        handler.polled = True
-        self._file(handler)
-
-    def unpoll(self, handler: Handler) -> None:
-        """Lets a lane have a connection."""
-        if handler.polled:
-            self._selector.unregister(handler.sock)
-            handler.polled = False
-
-    def _file(self, handler: Handler) -> None:
-        self._wheel.setdefault(int(handler.deadline) + 1, set()).add(handler)
+    def poll(self, handler: Courier, interest: int) -> None:
+        """Polls a connection for 0 (a lane has it), READABLE or WRITABLE, with its deadline."""
+        before, handler.interest = handler.interest, interest
+        if before == interest:
+            return
+        descriptor = handler.sock.fileno()
+        self._poller.set(descriptor, before, interest)
+        if interest:
+            self._events[descriptor] = handler.on_event
+            self._wheel.setdefault(int(handler.deadline) + 1, set()).add(handler)
+        else:
+            del self._events[descriptor]
 
     def _expire(self, now: int) -> None:
-        """Looks at the connections whose second has come. Deadlines only move, they are not moved
-        in the wheel: whoever turns out to have more time is filed again."""
+        """Looks at the connections whose second has come. Deadlines move without being moved in
+        the wheel: whoever turns out to have more time is filed again."""
         while self._tick < now:
             self._tick += 1
             for handler in self._wheel.pop(self._tick, ()):
-                if handler.polled and handler.deadline <= self._tick:
+                if handler.interest and handler.deadline <= self._tick:
                     handler.expire()
-                elif handler.polled:
-                    self._file(handler)
-        if self._accept_at and time.monotonic() >= self._accept_at and not self.draining:
+                elif handler.interest:
+                    self._wheel.setdefault(int(handler.deadline) + 1, set()).add(handler)
+        if self._accept_at and self.now >= self._accept_at and not self.draining:
             self._accept_at = 0.0
-            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+            self._watch(self.socket, self._accept, shared=True)
 
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_PER_TURN):
@@ -4063,26 +4471,46 @@ class Server(ThreadingHTTPServer):
             except OSError as error:
                 # Out of descriptors or memory: the backlog keeps clients while some are given back.
                 self.app.log.error(f"cannot accept connections: {error.strerror}")
-                self._selector.unregister(self.socket)
-                self._accept_at = time.monotonic() + _ACCEPT_PAUSE
+                self._unwatch(self.socket)
+                self._accept_at = self.now + _ACCEPT_PAUSE
                 return
-            self._admit(sock, address)
+            client = address[0] if isinstance(address, tuple) else "unix"
+            self._admit(sock, client[len(_MAPPED) :] if client.startswith(_MAPPED) else client)
 
-    def _admit(self, sock: socket.socket, address: Any) -> None:
+    def _admit(self, sock: socket.socket, client: str) -> Handler:
         sock.setblocking(False)
         if sock.family != getattr(socket, "AF_UNIX", None):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client = address[0] if isinstance(address, tuple) else "unix"
-        client = client[len("::ffff:") :] if client.startswith("::ffff:") else client
         handler = Handler(self, sock, client)
-        handler.deadline = time.monotonic() + _IDLE_SECONDS
         self._handlers.add(handler)
-        self.poll(handler, selectors.EVENT_READ)
+        self.poll(handler, READABLE)
+        return handler
 
-    def forget(self, handler: Handler) -> None:
+    def _take_over(self) -> None:
+        assert self._handed is not None
+        try:
+            read, descriptors, _, _ = socket.recv_fds(self._handed, 1 << 18, 1)
+        except BlockingIOError:
+            return
+        client, _, rest = read.partition(b"\n")
+        for descriptor in descriptors:
+            self._admit(socket.socket(fileno=descriptor), client.decode()).take_over(rest)
+
+    def forget(self, handler: Courier) -> None:
         """A connection is about to close."""
-        self.unpoll(handler)
+        self.poll(handler, 0)
         self._handlers.discard(handler)
+
+    def know(self, received: bytes, target: str) -> None:
+        """Remembers what the bytes of a plain request ask for."""
+        if len(self.known) >= self._KNOWN:
+            self.known.clear()
+        self.known[received] = target
+
+    def remember(self, target: str, stored: Stamped, message: Message) -> None:
+        """Keeps a good reply in the hot memory; may be called from any thread."""
+        kept = message._replace(blob=message.blob.again()) if message.blob else message
+        self.soon(lambda: self.hot.put(target, stored, kept))
 
     def record_start(self, handler: Handler, request: Request) -> None:
         """The log's line for a request that begins."""
@@ -4090,29 +4518,40 @@ class Server(ThreadingHTTPServer):
         if not app.settings.quiet and not app.log.as_json:
             app.log.line(f"[{handler.client}] {request.method} {request.target[1:]}")
 
+    def record_hot(self, handler: Handler, target: str) -> None:
+        """The log's lines for a request that the loop answers itself."""
+        app = self.app
+        if app.settings.quiet:
+            return
+        if app.log.as_json:
+            self._record_json(handler.client, "GET", target[1:], 200, Verdict.HIT)
+        else:
+            app.log.line(f"[{handler.client}] GET {target[1:]}")
+            app.log.line(f"[CACHE HIT] {target[1:]}")
+
     def record(
         self, handler: Handler, request: Request | None, status: int, verdict: Verdict | None
     ) -> None:
         """The log's line for a request that is answered."""
         app = self.app
+        target = request.target[1:] if request else "-"
         if app.settings.quiet:
             return
-        target = request.target[1:] if request else "-"
         if app.log.as_json:
             method = request.method if request else "-"
-            word = verdict.value.lower() if verdict else "none"
-            app.log.line(
-                "request",
-                client=handler.client,
-                method=method,
-                path=target,
-                status=status,
-                verdict=word,
-            )
+            self._record_json(handler.client, method, target, status, verdict)
         elif verdict and status < 400:
             app.log.line(f"[CACHE {verdict.value}] {target}")
         elif status >= 400:
             app.log.line(f"[ERROR {status}] {target}")
+
+    def _record_json(
+        self, client: str, method: str, path: str, status: int, verdict: Verdict | None
+    ) -> None:
+        word = verdict.value.lower() if verdict else "none"
+        self.app.log.line(
+            "request", client=client, method=method, path=path, status=status, verdict=word
+        )
 
     def stop(self, seconds: float) -> None:
         """Ends serve_forever: no new connections; running replies have so many seconds. A second
@@ -4124,26 +4563,36 @@ class Server(ThreadingHTTPServer):
             self._stop_at = 0.0
             return
         self.draining = True
-        self._stop_at = time.monotonic() + seconds
+        self._stop_at = self.now + seconds
         if not self._accept_at:
-            self._selector.unregister(self.socket)
+            self._unwatch(self.socket)
         self.socket.close()
-        for handler in [handler for handler in self._handlers if handler.is_idle]:
+        for handler in [handler for handler in self._handlers if handler.is_idle()]:
             handler.close()
 
     def _is_over(self) -> bool:
         if self._stop_at is None:
             return False
-        return not self._handlers or time.monotonic() >= self._stop_at
+        return not self._handlers or self.now >= self._stop_at
 
     def _close_all(self) -> None:
         for handler in list(self._handlers):
             handler.close()
         for lane in (self.request_lane, self.patient_lane, self.transfer_lane):
             lane.close()
-        self._selector.close()
+        self._poller.close()
         self._wake_receiver.close()
         self._wake_sender.close()
+
+
+_ACCEPTS_PER_TURN = 16
+_ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors have run out
+_MAPPED = "::ffff:"
+
+
+def _descriptor_limit() -> int:
+    """How many descriptors this process may have."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 512
 
 
 # =============================================================================
@@ -4202,39 +4651,199 @@ def _bound(family: int, address: Any) -> socket.socket:
     return sock
 
 
+def _farewell(number: int) -> str:
+    name = signal.Signals(number).name
+    return f"{name}: shutting down, at most {_DRAIN_SECONDS:.0f} s for running requests"
+
+
+def _obey(line: int, server: Server) -> None:
+    """Each byte from the parent is a stop; so is its end."""
+    while True:
+        said = os.read(line, 1)
+        server.stop(_DRAIN_SECONDS)
+        if not said:
+            return
+
+
+class Workers:
+    """Processes that accept on one inherited socket, and their parent, which only forks, waits and
+    passes signals on. The first of them fetches what is missing for all, so that there is one
+    flight, one memory of absence and one pool of connections; the others hand it the connections
+    that must wait for a fetch."""
+
+    _PAUSE = 1.0  # seconds before a worker that died young is replaced
+    _PATIENCE = _DRAIN_SECONDS + 2.0
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(
+        self,
+        count: int,
+        work: Callable[[int, socket.socket | None, socket.socket | None], None],
+        storage: Storage,
+        log: Log,
+    ) -> None:
+        self._count = count
+        self._work = work
+        self._storage = storage
+        self._log = log
+        self._lines: dict[int, int] = {}  # by process: a pipe that tells it to stop
+        self._places: dict[int, int] = {}
+        self._born: dict[int, float] = {}
+        self._stopping = False
+        self._fetcher, self._handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def run(self) -> None:
+        """Returns when all workers have ended after a signal. Signals are blocked and waited for,
+        so that none comes at a bad moment, and all of them work for process 1 as well."""
+        watched = {*self._SIGNALS, signal.SIGCHLD}
+        signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+        for place in range(self._count):
+            self._fork(place)
+        deadline = float("inf")
+        while self._places:
+            waiting = min(self._PAUSE, max(0.0, deadline - time.monotonic()))
+            received = signal.sigtimedwait(watched, waiting)
+            if received and received.si_signo in self._SIGNALS:
+                self._stop(received.si_signo)
+                deadline = min(deadline, time.monotonic() + self._PATIENCE)
+            if time.monotonic() >= deadline:
+                self._kill_all()
+            self._reap()
+            self._log.write_out()
+        self._fetcher.close()
+        self._handed.close()
+
+    def _fork(self, place: int) -> None:
+        reader, writer = os.pipe()
+        process = os.fork()
+        if process == 0:
+            self._begin(place, reader, writer)
+        os.close(reader)
+        self._lines[process] = writer
+        self._places[process] = place
+        self._born[process] = time.monotonic()
+
+    def _begin(self, place: int, reader: int, writer: int) -> None:
+        """The life of a worker; it never returns to the parent's code."""
+        status = 1
+        try:
+            for line in (writer, *self._lines.values()):
+                os.close(line)
+            for number in self._SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all processes
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            fetches = place == 0
+            fetcher = None if fetches else self._fetcher
+            self._work(reader, fetcher, self._handed if fetches else None)
+            status = 0
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+
+    def _stop(self, number: int) -> None:
+        self._log.line(_farewell(number))
+        self._stopping = True
+        for line in self._lines.values():
+            with contextlib.suppress(OSError):
+                os.write(line, b"s")
+
+    def _kill_all(self) -> None:
+        for process in self._places:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        """Buries children (as process 1 also those of others), and replaces workers."""
+        while True:
+            try:
+                process, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if process == 0:
+                return
+            if process in self._places:
+                self._bury(process, status)
+
+    def _bury(self, process: int, status: int) -> None:
+        place = self._places.pop(process)
+        os.close(self._lines.pop(process))
+        age = time.monotonic() - self._born.pop(process)
+        if self._stopping:
+            return
+        with contextlib.suppress(OSError):
+            self._storage.sweep()
+        end = f"signal {-status_of(status)}" if status_of(status) < 0 else f"{status_of(status)}"
+        self._log.error(f"worker {process} ended with {end}: starting another one")
+        if age < self._PAUSE:
+            time.sleep(self._PAUSE)
+        self._fork(place)
+
+
+def status_of(status: int) -> int:
+    """An exit status, or minus the number of the signal that ended a process."""
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
 class Daemon:
     """The one place that knows all rooms."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         """Opens what the settings name. Raises UsageError, StartError."""
-        credentials = read_netrc(environ.get("NETRC") or os.path.expanduser("~/.netrc"))
-        storage = open_storage(settings.cache)
-        self._socket = open_socket(settings)
-        self.log = Log(2, settings.log_format == "json")
-        self._client = Client(Dialer(), credentials)
-        self._cache = Cache(storage, settings.ttl, self.log)
-        source = open_sources(self._client, settings.upstream)
-        policy = Policy(Mirror(source, self._cache), settings.exclude)
-        proxies = [hop.url for hop in settings.upstream if hop.url]
-        sumdb = SumDb(settings.sumdb, proxies, self._client, self._cache, policy)
         self._settings = settings
-        self._server = Server(self._socket, App(settings, policy, sumdb, self.log))
+        self._credentials = read_netrc(environ.get("NETRC") or os.path.expanduser("~/.netrc"))
+        self._storage = open_storage(settings.cache)
+        self._socket = open_socket(settings)
+        self._log = Log(2, settings.log_format == "json")
 
     def run(self) -> None:
         """Serves until SIGINT or SIGTERM; a second signal ends it at once."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
         self._announce()
-        self._server.serve_forever()
-        self._cache.close()
-        self._client.close()
-        self.log.line("Server stopped")
-        self.log.flush(1.0)
+        self._log.write_out()  # before it could be inherited
+        if self._settings.workers > 1 and hasattr(os, "fork"):
+            Workers(self._settings.workers, self._work, self._storage, self._log).run()
+        else:
+            self._serve_alone()
+        self._socket.close()
+        self._storage.close()
+        self._log.line("Server stopped")
+        self._log.write_out()
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        name = signal.Signals(number).name
-        self.log.line(f"{name}: shutting down, at most {_DRAIN_SECONDS:.0f} s for running requests")
-        self._server.stop(_DRAIN_SECONDS)
+    def _serve_alone(self) -> None:
+        def on_signal(number: int, frame: Any) -> None:
+            self._log.line(_farewell(number))
+            server.stop(_DRAIN_SECONDS)
+
+        with self._serving(None, None) as server:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, on_signal)
+            server.serve_forever()
+
+    def _work(self, line: int, fetcher: socket.socket | None, handed: socket.socket | None) -> None:
+        """A worker process: it serves until its line to the parent says stop, or is cut."""
+        with self._serving(fetcher, handed) as server:
+            watcher = threading.Thread(target=_obey, args=(line, server), daemon=True)
+            watcher.start()
+            server.serve_forever()
+
+    @contextlib.contextmanager
+    def _serving(
+        self, fetcher: socket.socket | None, handed: socket.socket | None
+    ) -> Iterator[Server]:
+        """All that one process needs to serve, with its threads."""
+        settings, log = self._settings, self._log
+        log.start()
+        client = Client(Dialer(), self._credentials)
+        cache = Cache(self._storage, settings.ttl, log)
+        source = open_sources(client, settings.upstream)
+        policy = Policy(Mirror(source, cache), settings.exclude)
+        proxies = [hop.url for hop in settings.upstream if hop.url]
+        sumdb = SumDb(settings.sumdb, proxies, client, cache, policy)
+        app = App(settings, policy, sumdb, self._storage, log)
+        yield Server(self._socket, app, fetcher, handed)
+        cache.close()
+        client.close()
+        log.flush(1.0)
 
     def _announce(self) -> None:
         """The block at the start, with a line that says where values other than the defaults
@@ -4243,17 +4852,17 @@ class Daemon:
         address = self._socket.getsockname()
         is_tcp = isinstance(address, tuple)
         port = address[1] if is_tcp else settings.host
-        self.log.line("Starting Go module proxy server")
-        self.log.line(f"  Port: {port}")
-        self.log.line(f"  Cache directory: {settings.cache}")
-        self.log.line(f"  Upstream proxy: {settings.upstream_text}")
+        self._log.line("Starting Go module proxy server")
+        self._log.line(f"  Port: {port}")
+        self._log.line(f"  Cache directory: {settings.cache}")
+        self._log.line(f"  Upstream proxy: {settings.upstream_text}")
         if settings.offline:
-            self.log.line("  Offline: answers come from the cache alone")
+            self._log.line("  Offline: answers come from the cache alone")
         if settings.origins:
             origins = sorted(f"{name} by {origin}" for name, origin in settings.origins.items())
-            self.log.line(f"  Settings: {', '.join(origins)}")
+            self._log.line(f"  Settings: {', '.join(origins)}")
         if is_tcp:
-            self.log.line(f"  Set GOPROXY=http://{self._reachable()}:{port},direct")
+            self._log.line(f"  Set GOPROXY=http://{self._reachable()}:{port},direct")
 
     def _reachable(self) -> str:
         host = self._settings.host
