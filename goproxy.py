@@ -2760,22 +2760,25 @@ class _Download(Blob):
         return self._next(count)
 
     def _next(self, count: int) -> bytes:
+        broken = False
         while True:
             try:
+                if broken:
+                    self._resume()
                 data = self._response.read(count)
                 break
-            except Unreachable as error:
+            except Unreachable:
+                broken = True
                 self._tries -= 1
                 if self._tries <= 0 or time.monotonic() > self._until:
                     raise
-                self._resume(error)
         self._delivered += len(data)
         self._digest.update(data)
         if self._delivered > MAX_ZIP:
             raise BadUpstream(f"{self._url.authority}: zip longer than {MAX_ZIP} bytes")
         return data
 
-    def _resume(self, cause: Unreachable) -> None:
+    def _resume(self) -> None:
         etag = self._response.fields.get("etag", "")
         headers = [("Range", f"bytes={self._delivered}-")]
         if etag.startswith('"'):
@@ -2788,16 +2791,16 @@ class _Download(Blob):
             if not response.fields.get("content-range", "").startswith(begins):
                 raise BadUpstream(f"{self._url.authority}: a range that was not asked for")
         else:
-            self._skip(response, cause)
+            self._skip(response)
         self._response = response
 
-    def _skip(self, response: Response, cause: Unreachable) -> None:
+    def _skip(self, response: Response) -> None:
         again = hashlib.sha256()
         left = self._delivered
         while left:
             data = response.read(min(CHUNK, left))
             if not data:
-                raise cause
+                raise Unreachable(f"{self._url.authority}: a shorter body at the second try")
             again.update(data)
             left -= len(data)
         if again.digest() != self._digest.digest():
@@ -3105,7 +3108,7 @@ class Cache:
             data = look_again()
             if data is None:
                 data = fetch()
-                self._put(name, data)
+                self.keep(name, data)
         except BaseException as error:
             self._remember(name, error)
             self._fetches.land(name)
@@ -3122,8 +3125,8 @@ class Cache:
             self._failed.put(name, error, self._ttl)
             self._log.error(f"{name}: {error}", status=error.status)
 
-    def _put(self, name: str, data: bytes) -> None:
-        """A store that cannot write costs the next client a fetch, and this one nothing."""
+    def keep(self, name: str, data: bytes) -> None:
+        """Stores small bytes. A store that cannot costs the next client a fetch, this one nothing."""
         try:
             self.storage.put(name, data)
         except ProxyError as error:
@@ -3319,6 +3322,7 @@ class SumDb:
         self._cache = cache
         self._policy = policy
         self._support: TtlCache[bool] = TtlCache(100)
+        self._marked: set[str] = set()
 
     def check_known(self, database: str) -> None:
         """Raises NotFound for a database that is not proxied: clients then ask it themselves."""
@@ -3375,10 +3379,15 @@ class SumDb:
             dataclasses.replace(url, path=f"{url.path}/sumdb/{database}") for url in self._upstreams
         ]
         bases = [url for url in through if self._supports(url)] + [self._databases[database].url]
-        return first_of(
+        data = first_of(
             (functools.partial(fetch_small, self._client, below(base, what), self._LIMIT), True)
             for base in bases
         )
+        if database not in self._marked:
+            # The go command asks a file:// proxy for records only if it holds this file.
+            self._cache.keep(f"sumdb/{database}/supported", b"")
+            self._marked.add(database)
+        return data
 
     def _supports(self, base: Url) -> bool:
         supported = self._support.get(str(base))
@@ -4651,6 +4660,19 @@ def _bound(family: int, address: Any) -> socket.socket:
     return sock
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _block_signals() -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, signal.SIGCHLD})
+
+
+def _unblock_signals() -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
 def _farewell(number: int) -> str:
     name = signal.Signals(number).name
     return f"{name}: shutting down, at most {_DRAIN_SECONDS:.0f} s for running requests"
@@ -4673,7 +4695,6 @@ class Workers:
 
     _PAUSE = 1.0  # seconds before a worker that died young is replaced
     _PATIENCE = _DRAIN_SECONDS + 2.0
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(
         self,
@@ -4695,15 +4716,14 @@ class Workers:
     def run(self) -> None:
         """Returns when all workers have ended after a signal. Signals are blocked and waited for,
         so that none comes at a bad moment, and all of them work for process 1 as well."""
-        watched = {*self._SIGNALS, signal.SIGCHLD}
-        signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+        watched = {*_SIGNALS, signal.SIGCHLD}
         for place in range(self._count):
             self._fork(place)
         deadline = float("inf")
         while self._places:
             waiting = min(self._PAUSE, max(0.0, deadline - time.monotonic()))
             received = signal.sigtimedwait(watched, waiting)
-            if received and received.si_signo in self._SIGNALS:
+            if received and received.si_signo in _SIGNALS:
                 self._stop(received.si_signo)
                 deadline = min(deadline, time.monotonic() + self._PATIENCE)
             if time.monotonic() >= deadline:
@@ -4729,9 +4749,9 @@ class Workers:
         try:
             for line in (writer, *self._lines.values()):
                 os.close(line)
-            for number in self._SIGNALS:
+            for number in _SIGNALS:
                 signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all processes
-            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            _unblock_signals()
             fetches = place == 0
             fetcher = None if fetches else self._fetcher
             self._work(reader, fetcher, self._handed if fetches else None)
@@ -4798,6 +4818,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serves until SIGINT or SIGTERM; a second signal ends it at once."""
+        _block_signals()  # until somebody listens to them
         self._announce()
         self._log.write_out()  # before it could be inherited
         if self._settings.workers > 1 and hasattr(os, "fork"):
@@ -4815,8 +4836,9 @@ class Daemon:
             server.stop(_DRAIN_SECONDS)
 
         with self._serving(None, None) as server:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 signal.signal(number, on_signal)
+            _unblock_signals()
             server.serve_forever()
 
     def _work(self, line: int, fetcher: socket.socket | None, handed: socket.socket | None) -> None:
