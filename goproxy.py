@@ -3126,7 +3126,7 @@ class Cache:
             self._log.error(f"{name}: {error}", status=error.status)
 
     def keep(self, name: str, data: bytes) -> None:
-        """Stores small bytes. A store that cannot costs the next client a fetch, this one nothing."""
+        """Stores small bytes. If the store cannot, it costs the next client a fetch, not this one."""
         try:
             self.storage.put(name, data)
         except ProxyError as error:
@@ -4700,11 +4700,13 @@ class Workers:
         self,
         count: int,
         work: Callable[[int, socket.socket | None, socket.socket | None], None],
+        listener: socket.socket,
         storage: Storage,
         log: Log,
     ) -> None:
         self._count = count
         self._work = work
+        self._listener = listener
         self._storage = storage
         self._log = log
         self._lines: dict[int, int] = {}  # by process: a pipe that tells it to stop
@@ -4764,6 +4766,7 @@ class Workers:
     def _stop(self, number: int) -> None:
         self._log.line(_farewell(number))
         self._stopping = True
+        self._listener.close()
         for line in self._lines.values():
             with contextlib.suppress(OSError):
                 os.write(line, b"s")
@@ -4822,7 +4825,8 @@ class Daemon:
         self._announce()
         self._log.write_out()  # before it could be inherited
         if self._settings.workers > 1 and hasattr(os, "fork"):
-            Workers(self._settings.workers, self._work, self._storage, self._log).run()
+            listener, storage, log = self._socket, self._storage, self._log
+            Workers(self._settings.workers, self._work, listener, storage, log).run()
         else:
             self._serve_alone()
         self._socket.close()
