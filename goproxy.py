@@ -45,6 +45,7 @@ import enum
 import errno
 import functools
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -855,6 +856,9 @@ class Settings:
     offline: bool = _option("GOPROXY_OFFLINE", "false", _switch, "", "answer from the store alone")
     port: int = _option("PORT", "12345", _port, "PORT", "listen on it; 0 picks a free one")
     quiet: bool = _option("GOPROXY_QUIET", "false", _switch, "", "no log line per request")
+    read_ahead: bool = _option(
+        "GOPROXY_READ_AHEAD", "true", _switch, "", "fetch what the client will ask next"
+    )
     sumdb: tuple[SumDbName, ...] = _option(
         "GOPROXY_SUMDB",
         "sum.golang.org",
@@ -1496,6 +1500,47 @@ def _hash1(digests: Iterable[tuple[bytes, bytes]]) -> str:
     return "h1:" + base64.b64encode(total.digest()).decode()
 
 
+class Requirement(NamedTuple):
+    """One line of a go.mod: `direct` unless it is marked // indirect."""
+
+    path: str
+    version: str
+    direct: bool
+
+
+class GoMod(NamedTuple):
+    """What a go.mod says of other modules. `prunes`: its go line is 1.17 or later, so that the go
+    command need not read the go.mod files of what it requires (Go reference, "Graph pruning")."""
+
+    requirements: list[Requirement]
+    prunes: bool
+
+
+_GO_LINE = re.compile(r"go\s+1\.([0-9]{1,3})\b")
+
+
+def read_go_mod(raw: bytes) -> GoMod:
+    """The requirements of a go.mod, read leniently: what is not understood is passed over."""
+    requirements: list[Requirement] = []
+    prunes = in_block = False
+    for line in raw.decode("utf-8", "replace").splitlines():
+        words, _, comment = line.partition("//")
+        found = _GO_LINE.match(words.strip())
+        if found:
+            prunes = int(found[1]) >= 17
+        fields = words.replace('"', " ").split()
+        if in_block and fields == [")"]:
+            in_block = False
+        elif fields[:2] == ["require", "("] or fields == ["require("]:
+            in_block = True
+        elif fields[:1] == ["require"] or in_block:
+            pair = fields if in_block else fields[1:]
+            if len(pair) == 2 and is_canonical(pair[1]):
+                direct = not comment.strip().startswith("indirect")
+                requirements.append(Requirement(pair[0], pair[1], direct))
+    return GoMod(requirements, prunes)
+
+
 class Kind(NamedTuple):
     """What an artifact of a kind may be: its type on the wire, its size limit in bytes, and what
     its bytes must pass (zips are checked by check_zip, as files)."""
@@ -1645,6 +1690,16 @@ class FileBlob(Blob):
             self.when_ready(woken.set)
             woken.wait()
 
+    def wait_for_end(self) -> None:
+        """Blocks until all bytes are there, and sets the size. Raises what ended the body early."""
+        start = self.offset
+        while True:
+            ready = self.wait()
+            if ready is None:
+                break
+            self.offset += ready
+        self.size, self.offset = self.offset, start
+
     def read(self, count: int) -> bytes:
         available = self.wait()
         if available is None:
@@ -1679,7 +1734,11 @@ class Draft:
     complete but bad one, which it cannot."""
 
     def __init__(self, folder: str) -> None:
-        descriptor, self.path = tempfile.mkstemp(prefix="draft-", dir=folder)
+        try:
+            descriptor, self.path = tempfile.mkstemp(prefix="draft-", dir=folder)
+        except FileNotFoundError:  # somebody has emptied the store, which is fine
+            os.makedirs(folder, exist_ok=True)
+            descriptor, self.path = tempfile.mkstemp(prefix="draft-", dir=folder)
         self.file = OpenFile(descriptor)
         lock_draft(descriptor)
         self.size: int | None = None
@@ -2399,8 +2458,12 @@ def read_netrc(path: str) -> dict[str, str]:
         hosts = netrc.netrc(path).hosts
     except FileNotFoundError:
         return {}
-    except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
-        raise UsageError(f"NETRC={path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise UsageError(f"NETRC={path}: cannot be read: {error.strerror}") from None
+    except netrc.NetrcParseError as error:  # whose text may hold a password
+        raise UsageError(f"NETRC={path}: not a netrc file: see line {error.lineno}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"NETRC={path}: not a netrc file: not UTF-8") from None
     return {
         machine.lower(): _basic(login, password or "")
         for machine, (login, _, password) in hosts.items()
@@ -3126,7 +3189,7 @@ class Cache:
             self._log.error(f"{name}: {error}", status=error.status)
 
     def keep(self, name: str, data: bytes) -> None:
-        """Stores small bytes. If the store cannot, it costs the next client a fetch, not this one."""
+        """Stores small bytes. If the store cannot, the next client pays with a fetch, not this."""
         try:
             self.storage.put(name, data)
         except ProxyError as error:
@@ -3295,6 +3358,190 @@ class Policy:
         return self._mirror
 
 
+class Sight(NamedTuple):
+    """Something a client was seen to ask: `kind` is list, info, mod or zip; a list's version is
+    the newest one in it."""
+
+    client: str
+    path: str
+    version: str
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return Artifact(self.path, self.version, self.kind).name
+
+
+class _Session:
+    """What one client has asked of late, and what was fetched for it in advance."""
+
+    def __init__(self) -> None:
+        self.seen = time.monotonic()
+        self.asked: dict[str, str] = {}  # the highest version whose .mod it asked, by path
+        self.guessed: dict[str, str] = {}  # likewise, of .mod files guessed
+        self.unused: dict[str, set[str]] = {"info": set(), "mod": set(), "zip": set()}
+        self.used = collections.Counter[str]()
+        self.followed: set[str] = set()  # .mod files that have led on
+        self.downloads = False  # whether a guessed .zip has been asked for after its .info
+
+
+class ReadAhead:
+    """Fetches what a client will ask next while it is busy with what it has. Guesses follow what
+    the go command does:
+
+    - It reads the go.mod files of all that a module requires where that is older than Go 1.17, and
+      of the main module's requirements in the order of their paths (modload.readModGraph). So from
+      a .mod follow those of its requirements: all of them, or else those with greater paths.
+    - `go mod download` then asks .info and .zip in the order of paths, of the highest versions of
+      what it has read. `go build` asks the .zip alone, of what is imported.
+    - `go get` asks a list, then .info, .mod and .zip of the newest version in it.
+
+    A guess is never in the way: few run at once, each kind stops when guesses go unused, and one
+    that a client asks for meanwhile is the same flight."""
+
+    _THREADS, _CLIENTS, _MEMORY = 12, 64, 20_000
+    _WINDOW = 20  # modules ahead of a download
+    _FORGET = 60.0  # seconds after which a client's next request begins something new
+
+    def __init__(self, policy: Policy, storage: Storage) -> None:
+        self._policy = policy
+        self._storage = storage
+        self._sessions: collections.OrderedDict[str, _Session] = collections.OrderedDict()
+        self._mind = Lane("mind", 1)  # sessions belong to this one thread
+        self._lane = Lane("ahead", self._THREADS)
+
+    def saw(self, sight: Sight) -> None:
+        """Takes note of a request; returns at once."""
+        self._mind.do(lambda: self._think(sight))
+
+    def _think(self, sight: Sight) -> None:
+        session = self._session(sight.client)
+        if sight.kind in session.unused:
+            self._note_use(session, sight)
+        with contextlib.suppress(ProxyError):
+            _THOUGHTS[sight.kind](self, session, sight)
+
+    def _session(self, client: str) -> _Session:
+        session = self._sessions.pop(client, None)
+        now = time.monotonic()
+        if session is None or now - session.seen > self._FORGET:
+            session = _Session()
+        if len(session.asked) + len(session.guessed) > self._MEMORY:
+            session = _Session()
+        session.seen = now
+        self._sessions[client] = session
+        if len(self._sessions) > self._CLIENTS:
+            self._sessions.popitem(last=False)
+        return session
+
+    def _note_use(self, session: _Session, sight: Sight) -> None:
+        unused = session.unused[sight.kind]
+        if sight.name in unused:
+            unused.remove(sight.name)
+            session.used[sight.kind] += 1
+            session.downloads |= sight.kind == "zip" and sight.path in session.asked
+
+    def after_list(self, session: _Session, sight: Sight) -> None:
+        """go get, or a look for upgrades."""
+        self._guess(session, sight._replace(kind="info"))
+        self._guess(session, sight._replace(kind="mod"))
+
+    def after_info(self, session: _Session, sight: Sight) -> None:
+        """Of something whose .mod was read before: the download of a build list."""
+        if session.asked.get(sight.path) != sight.version:
+            self._guess(session, sight._replace(kind="mod"))
+            self._guess(session, sight._replace(kind="zip"))
+            return
+        self._guess(session, sight._replace(kind="zip"))
+        for path in self._next_paths(session, sight.path):
+            ahead = Sight(sight.client, path, session.asked[path], "info")
+            self._guess(session, ahead)
+            if session.downloads:
+                self._guess(session, ahead._replace(kind="zip"), self._WINDOW)
+
+    def _next_paths(self, session: _Session, path: str) -> list[str]:
+        return heapq.nsmallest(self._WINDOW, (other for other in session.asked if other > path))
+
+    def after_mod(self, session: _Session, sight: Sight) -> None:
+        """Part of reading a module graph."""
+        asked = session.asked.get(sight.path)
+        if asked is None or semver_key(asked) < semver_key(sight.version):
+            session.asked[sight.path] = sight.version
+        self._follow(session, sight)
+
+    def after_zip(self, session: _Session, sight: Sight) -> None:
+        """A .zip without its .info first: a build, which imports what is required directly."""
+        if session.downloads or session.asked.get(sight.path) != sight.version:
+            return
+        for wanted in self._read(sight).requirements:
+            version = session.asked.get(wanted.path)
+            if wanted.direct and version:
+                self._guess(session, Sight(sight.client, wanted.path, version, "zip"))
+
+    def _read(self, sight: Sight) -> GoMod:
+        mirror = self._policy.admit(sight.path)
+        artifact = Artifact(sight.path, sight.version, "mod")
+        return read_go_mod(mirror.small(artifact, Reach.STORED).data)
+
+    def _follow(self, session: _Session, sight: Sight) -> None:
+        """The .mod files that reading this one leads to."""
+        content = self._read(sight)
+        for path, version, _ in content.requirements:
+            higher = semver_key(session.guessed.get(path, "")) < semver_key(version)
+            if not content.prunes or (path > sight.path and higher):
+                if higher:
+                    session.guessed[path] = version
+                self._guess(session, Sight(sight.client, path, version, "mod"))
+
+    def _guess(self, session: _Session, sight: Sight, more: int = 0) -> None:
+        unused = session.unused[sight.kind]
+        name = sight.name
+        if name in unused or len(unused) > _UNUSED[sight.kind] + more + session.used[sight.kind]:
+            return
+        if self._storage.stamp(name) is None:
+            unused.add(name)
+            self._lane.do(lambda: self._fetch(session, sight))
+        elif sight.kind == "mod":
+            self._go_on(session, sight)
+
+    def _fetch(self, session: _Session, sight: Sight) -> None:
+        """What a client would do. What goes wrong here will go wrong for a client, and be told."""
+        artifact = Artifact(sight.path, sight.version, sight.kind)
+        with contextlib.suppress(ProxyError):
+            mirror = self._policy.admit(sight.path)
+            if sight.kind != "zip":
+                mirror.small(artifact, Reach.FETCH)
+            else:
+                answer = mirror.large(artifact, Reach.FETCH)
+                assert isinstance(answer.body, FileBlob)
+                with contextlib.closing(answer.body) as blob:
+                    blob.wait_for_end()
+            if sight.kind == "mod":
+                self._mind.do(lambda: self._go_on(session, sight))
+
+    def _go_on(self, session: _Session, sight: Sight) -> None:
+        """What is older than Go 1.17 leads on even if the client has not asked it yet."""
+        with contextlib.suppress(ProxyError):
+            if sight.name not in session.followed:
+                session.followed.add(sight.name)
+                if not self._read(sight).prunes:
+                    self._follow(session, sight)
+
+    def close(self) -> None:
+        self._mind.close()
+        self._lane.close()
+
+
+# How many guesses of a kind may go unused, besides as many as were used.
+_UNUSED = {"info": 24, "mod": 48, "zip": 4}
+_THOUGHTS: dict[str, Callable[[ReadAhead, _Session, Sight], None]] = {
+    "info": ReadAhead.after_info,
+    "list": ReadAhead.after_list,
+    "mod": ReadAhead.after_mod,
+    "zip": ReadAhead.after_zip,
+}
+
+
 class SumDb:
     """Checksum databases, so that clients that reach only us can verify (Go: "Proxying a checksum
     database", go.dev/design/25530-sumdb). Records and tiles are kept for ever.
@@ -3419,6 +3666,7 @@ class Request(NamedTuple):
     chunks: bool  # whether the client understands chunked bodies
     body: int  # bytes of body that follow
     reach: Reach = Reach.READY
+    client: str = ""
 
     @property
     def is_plain(self) -> bool:
@@ -3527,6 +3775,12 @@ class App(NamedTuple):
     sumdb: SumDb
     storage: Storage
     log: Log
+    saw: Callable[[Sight], None]
+
+    def watch(self, request: Request, path: str, version: str, kind: str) -> None:
+        """Lets read-ahead see what a client asks, once: not again after a wait."""
+        if request.method == "GET" and request.reach is not Reach.STORED:
+            self.saw(Sight(request.client, path, version, kind))
 
 
 _FOR_EVER = "public, max-age=31536000, immutable"
@@ -3551,6 +3805,8 @@ def serve_list(app: App, request: Request, module: str) -> Reply:
     """GET /<module>/@v/list"""
     path = unescape_path(module)
     answer = app.policy.admit(path).versions(path, request.reach)
+    if answer.body:
+        app.watch(request, path, newest(answer.data.decode().split()), "list")
     return _replied(answer, "text/plain; charset=utf-8", app.settings.ttl)
 
 
@@ -3573,12 +3829,16 @@ def serve_artifact(app: App, request: Request, module: str, version: str, kind: 
         return _serve_query(app, request, artifact.path, artifact.version)
     check_module(artifact.path, artifact.version)
     mirror = app.policy.admit(artifact.path)
+    if kind != "mod" and request.reach is Reach.READY:
+        app.watch(request, *artifact)
     if kind != "zip":
         answer = mirror.small(artifact, request.reach)
     elif request.method == "HEAD":
         return _zip_head(mirror, artifact, request)
     else:
         answer = mirror.large(artifact, request.reach)
+    if kind == "mod":
+        app.watch(request, *artifact)
     return _replied(answer, KINDS[kind].content_type, None)
 
 
@@ -4144,7 +4404,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
             if head is None:
                 return
             try:
-                self._asked = parse_request(head)
+                self._asked = parse_request(head)._replace(client=self.client)
             except ProxyError as error:
                 self.reject(error)
                 return
@@ -4223,7 +4483,10 @@ class Handler(Courier, BaseHTTPRequestHandler):
         assert request is not None
         keep = request.keep and not request.body and not self.loop.draining
         if isinstance(reply.body, FileBlob) and reply.body.size is None and not request.chunks:
-            reply = self._wait_for_length(reply, reply.body)
+            try:
+                reply.body.wait_for_end()  # HTTP/1.0 has no chunks: the length comes first
+            except ProxyError as error:
+                reply = refuse(error)
         self._send(request, reply, keep)
 
     def _send(self, request: Request | None, reply: Reply, keep: bool) -> None:
@@ -4235,22 +4498,6 @@ class Handler(Courier, BaseHTTPRequestHandler):
         self._transfer = Transfer(self.sock, opening, message.blob, message.left)
         self.loop.record(self, request, message.status, reply.verdict)
         self.push()
-
-    @staticmethod
-    def _wait_for_length(reply: Reply, blob: FileBlob) -> Reply:
-        """HTTP/1.0 knows no chunks: the length must be known before the first byte."""
-        end = 0
-        try:
-            while True:
-                ready = blob.wait()
-                if ready is None:
-                    break
-                end = blob.offset = blob.offset + ready
-        except ProxyError as error:
-            blob.close()
-            return refuse(error)
-        blob.offset, blob.size = 0, end
-        return reply
 
     def finish(self) -> None:
         """On to the next request, or to the end of the connection."""
@@ -4502,6 +4749,8 @@ class Server(ThreadingHTTPServer):
         except BlockingIOError:
             return
         client, _, rest = read.partition(b"\n")
+        if not descriptors:
+            self.app.saw(Sight(*read.decode().split("\n")))
         for descriptor in descriptors:
             self._admit(socket.socket(fileno=descriptor), client.decode()).take_over(rest)
 
@@ -4676,6 +4925,25 @@ def _unblock_signals() -> None:
 def _farewell(number: int) -> str:
     name = signal.Signals(number).name
     return f"{name}: shutting down, at most {_DRAIN_SECONDS:.0f} s for running requests"
+
+
+def _watching(
+    settings: Settings, policy: Policy, storage: Storage, fetcher: socket.socket | None
+) -> tuple[Callable[[Sight], None], Callable[[], None]]:
+    """Whom to tell what clients ask, and how to end that: read-ahead here, or in the process that
+    fetches, or nobody."""
+    if settings.offline or not settings.read_ahead:
+        return (lambda sight: None), (lambda: None)
+    if fetcher is None:
+        ahead = ReadAhead(policy, storage)
+        return ahead.saw, ahead.close
+    other = fetcher
+
+    def tell(sight: Sight) -> None:
+        with contextlib.suppress(OSError):  # a guess less
+            other.send("\n".join(sight).encode(), socket.MSG_DONTWAIT)
+
+    return tell, (lambda: None)
 
 
 def _obey(line: int, server: Server) -> None:
@@ -4865,8 +5133,10 @@ class Daemon:
         policy = Policy(Mirror(source, cache), settings.exclude)
         proxies = [hop.url for hop in settings.upstream if hop.url]
         sumdb = SumDb(settings.sumdb, proxies, client, cache, policy)
-        app = App(settings, policy, sumdb, self._storage, log)
+        saw, end = _watching(settings, policy, self._storage, fetcher)
+        app = App(settings, policy, sumdb, self._storage, log, saw)
         yield Server(self._socket, app, fetcher, handed)
+        end()
         cache.close()
         client.close()
         log.flush(1.0)
