@@ -3382,6 +3382,9 @@ class _Session:
         self.unused: dict[str, set[str]] = {"info": set(), "mod": set(), "zip": set()}
         self.used = collections.Counter[str]()
         self.followed: set[str] = set()  # .mod files that have led on
+        self.info = ("", "")  # the module and version of the last .info
+        self.waiting: list[Sight] = []  # the .mod after that .info, not followed yet
+        self.zips: set[tuple[str, str]] = set()
         self.downloads = False  # whether a guessed .zip has been asked for after its .info
 
 
@@ -3449,34 +3452,45 @@ class ReadAhead:
     def after_info(self, session: _Session, sight: Sight) -> None:
         """Of something whose .mod was read before: the download of a build list."""
         if session.asked.get(sight.path) != sight.version:
+            session.info = (sight.path, sight.version)
             self._guess(session, sight._replace(kind="mod"))
             self._guess(session, sight._replace(kind="zip"))
             return
         self._guess(session, sight._replace(kind="zip"))
-        for path in self._next_paths(session, sight.path):
-            ahead = Sight(sight.client, path, session.asked[path], "info")
+        for ahead in self._next_asked(session, sight):
             self._guess(session, ahead)
-            if session.downloads:
-                self._guess(session, ahead._replace(kind="zip"), self._WINDOW)
 
-    def _next_paths(self, session: _Session, path: str) -> list[str]:
-        return heapq.nsmallest(self._WINDOW, (other for other in session.asked if other > path))
+    def _next_asked(self, session: _Session, sight: Sight) -> list[Sight]:
+        """The modules that a download comes to next, each with the same kind."""
+        later = (path for path in session.asked if path > sight.path)
+        paths = heapq.nsmallest(self._WINDOW, later)
+        return [sight._replace(path=path, version=session.asked[path]) for path in paths]
 
     def after_mod(self, session: _Session, sight: Sight) -> None:
-        """Part of reading a module graph."""
+        """Part of reading a module graph, unless it only completes a .zip or an .info. One that
+        follows its own .info may be all that is wanted; the next one tells."""
+        if (sight.path, sight.version) in session.zips:
+            return
         asked = session.asked.get(sight.path)
         if asked is None or semver_key(asked) < semver_key(sight.version):
             session.asked[sight.path] = sight.version
-        self._follow(session, sight)
+        waiting, session.waiting = session.waiting, []
+        if (sight.path, sight.version) == session.info and not waiting:
+            session.waiting.append(sight)
+            return
+        for each in (*waiting, sight):
+            self._follow(session, each)
 
     def after_zip(self, session: _Session, sight: Sight) -> None:
-        """A .zip without its .info first: a build, which imports what is required directly."""
-        if session.downloads or session.asked.get(sight.path) != sight.version:
-            return
-        for wanted in self._read(sight).requirements:
-            version = session.asked.get(wanted.path)
-            if wanted.direct and version:
-                self._guess(session, Sight(sight.client, wanted.path, version, "zip"))
+        """Part of a download; or, without its .info first, of a build, which asks for .mod and
+        .info when it has it."""
+        session.zips.add((sight.path, sight.version))
+        if session.downloads:
+            for ahead in self._next_asked(session, sight):
+                self._guess(session, ahead, self._WINDOW)
+        elif sight.path != _TOOLCHAIN:
+            self._guess(session, sight._replace(kind="mod"))
+            self._guess(session, sight._replace(kind="info"))
 
     def _read(self, sight: Sight) -> GoMod:
         mirror = self._policy.admit(sight.path)
@@ -3522,7 +3536,8 @@ class ReadAhead:
     def _go_on(self, session: _Session, sight: Sight) -> None:
         """What is older than Go 1.17 leads on even if the client has not asked it yet."""
         with contextlib.suppress(ProxyError):
-            if sight.name not in session.followed:
+            building = (sight.path, sight.version) in session.zips
+            if not building and sight.name not in session.followed:
                 session.followed.add(sight.name)
                 if not self._read(sight).prunes:
                     self._follow(session, sight)
@@ -3533,7 +3548,8 @@ class ReadAhead:
 
 
 # How many guesses of a kind may go unused, besides as many as were used.
-_UNUSED = {"info": 24, "mod": 48, "zip": 4}
+_UNUSED = {"info": 32, "mod": 64, "zip": 4}
+_TOOLCHAIN = "golang.org/toolchain"  # nothing but its .zip is ever asked
 _THOUGHTS: dict[str, Callable[[ReadAhead, _Session, Sight], None]] = {
     "info": ReadAhead.after_info,
     "list": ReadAhead.after_list,
