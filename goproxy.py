@@ -2802,10 +2802,16 @@ class _Download(Blob):
         self._response = _again(self._first)
         self.size = self._response.size
         self._ahead = b""
-        if self.size is not None and self.size > MAX_ZIP:
+        try:
+            self._look_ahead()
+        except BaseException:
             self.close()
-            raise BadUpstream(f"{url.authority}: zip longer than {MAX_ZIP} bytes")
-        # So much is withheld from clients anyway; having it, a failure can still go elsewhere.
+            raise
+
+    def _look_ahead(self) -> None:
+        """So much is withheld from clients anyway; having it, a failure can still go elsewhere."""
+        if self.size is not None and self.size > MAX_ZIP:
+            raise BadUpstream(f"{self._url.authority}: zip longer than {MAX_ZIP} bytes")
         while len(self._ahead) < WITHHELD:
             data = self._next(CHUNK)
             if not data:
@@ -3627,8 +3633,8 @@ class SumDb:
         name = f"sumdb/{database}/{what}"
         if match["part"] and size:
             with contextlib.suppress(NotFound):
-                full = self._cache.small(name.partition(".p/")[0], Reach.STORED, bytes)
-                return full._replace(body=full.data[:size])
+                wider = self._cache.small(self._wider(name, width), Reach.STORED, bytes)
+                return wider._replace(body=wider.data[:size], stored=None)
 
         def fetch() -> bytes:
             data = self._fetch(database, what)
@@ -3637,6 +3643,14 @@ class SumDb:
             return data
 
         return self._cache.small(name, reach, fetch)
+
+    def _wider(self, name: str, width: int) -> str:
+        """A stored tile that a partial one is the beginning of: a wider one, or the full one."""
+        full, _, _ = name.partition(".p/")
+        for part in self._cache.storage.names(f"{full}.p/"):
+            if part.isdecimal() and int(part) >= width:
+                return f"{full}.p/{part}"
+        return full
 
     def _fetch(self, database: str, what: str) -> bytes:
         through = [
