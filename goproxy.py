@@ -2801,6 +2801,7 @@ class _Download(Blob):
         self._until = time.monotonic() + TRANSFER.total
         self._response = _again(self._first)
         self.size = self._response.size
+        self._etag = self._response.fields.get("etag", "")
         self._ahead = b""
         try:
             self._look_ahead()
@@ -2849,20 +2850,18 @@ class _Download(Blob):
         return data
 
     def _resume(self) -> None:
-        etag = self._response.fields.get("etag", "")
         headers = [("Range", f"bytes={self._delivered}-")]
-        if etag.startswith('"'):
-            headers.append(("If-Range", etag))
+        if self._etag.startswith('"'):
+            headers.append(("If-Range", self._etag))
         self._response.close()
-        response = self._client.get(self._url, TRANSFER, headers, self._until)
-        _refuse(response, self._url.authority)
-        if response.status == 206:
-            begins = f"bytes {self._delivered}-"
-            if not response.fields.get("content-range", "").startswith(begins):
-                raise BadUpstream(f"{self._url.authority}: a range that was not asked for")
-        else:
-            self._skip(response)
-        self._response = response
+        self._response = self._client.get(self._url, TRANSFER, headers, self._until)
+        _refuse(self._response, self._url.authority)
+        if self._response.status != 206:
+            self._skip(self._response)
+            return
+        begins = f"bytes {self._delivered}-"
+        if not self._response.fields.get("content-range", "").startswith(begins):
+            raise BadUpstream(f"{self._url.authority}: a range that was not asked for")
 
     def _skip(self, response: Response) -> None:
         again = hashlib.sha256()
