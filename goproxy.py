@@ -4159,7 +4159,11 @@ class Transfer:
                 ready = self._blob.ready()
                 if ready == 0:
                     return Step.BLOB
-                budget -= self._send_body(self._blob, ready)
+                asked = min(ready or 0, self._left or 0, budget)
+                count = self._send_body(self._blob, ready, asked)
+                if count < asked:
+                    return Step.SOCKET  # it is full; no need to be told so once more
+                budget -= count
         except (BlockingIOError, ssl.SSLWantWriteError):
             return Step.SOCKET
         return Step.TURN
@@ -4171,17 +4175,18 @@ class Transfer:
         )
 
     def _send_pending(self) -> int:
-        count = self._sock.send(self._pending)
+        # The head of a big body shares a packet with its beginning.
+        count = self._sock.send(self._pending, _MORE if self._blob and self._left else 0)
         self._pending = self._pending[count:]
         return count
 
-    def _send_body(self, blob: FileBlob, ready: int | None) -> int:
+    def _send_body(self, blob: FileBlob, ready: int | None, asked: int) -> int:
         if self._left is None:
             self._pending = memoryview(self._chunk(blob, ready))
             return 0
         if ready is None:
             raise StoreDown("a body ended early")
-        count = self._send_file(blob, min(ready, self._left, self.TURN))
+        count = self._send_file(blob, asked)
         if count == 0:
             raise StoreDown("a stored file became shorter while it was sent")
         blob.offset += count
@@ -4209,6 +4214,9 @@ class Transfer:
         if self._blob is not None:
             self._blob.close()
             self._blob = None
+
+
+_MORE: int = getattr(socket, "MSG_MORE", 0)
 
 
 class _Remembered:
@@ -4409,13 +4417,13 @@ class Handler(Courier, BaseHTTPRequestHandler):
         blob = reply.blob.again() if reply.blob else None
         loop.record_hot(self, target)
         try:
-            sent = self.sock.send(opening)
+            sent = 0 if blob else self.sock.send(opening)
         except BlockingIOError:
             sent = 0
         except OSError:
             self.close()
             return True
-        if sent == len(opening) and blob is None:
+        if sent == len(opening):
             self._served += 1
             self.deadline = loop.now + _IDLE_SECONDS
         else:
@@ -4714,8 +4722,11 @@ class Server(ThreadingHTTPServer):
         """Has the loop do something in its next turn; may be called from any thread."""
         self._posts.append(work)
         if threading.get_ident() != self._thread:
-            with contextlib.suppress(OSError):  # a full pipe wakes the loop as well
-                self._wake_sender.send(b"\0")
+            self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # a full pipe wakes the loop as well
+            self._wake_sender.send(b"\0")
 
     def _drain_wakes(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -4844,6 +4855,7 @@ class Server(ThreadingHTTPServer):
         """Ends serve_forever: no new connections; running replies have so many seconds. A second
         call ends it at once. May be called from a signal handler."""
         self.post(lambda: self._begin_drain(seconds))
+        self._wake()  # a signal handler runs in the loop's own thread
 
     def _begin_drain(self, seconds: float) -> None:
         if self.draining:
