@@ -3403,7 +3403,8 @@ class ReadAhead:
       a .mod follow those of its requirements: all of them, or else those with greater paths.
     - `go mod download` then asks .info and .zip in the order of paths, of the highest versions of
       what it has read. `go build` asks the .zip alone, of what is imported.
-    - `go get` asks a list, then .info, .mod and .zip of the newest version in it.
+    - `go get` asks a list, then .info, .mod and .zip of the newest version in it. Tools that
+      look for news ask lists and .info alone, so these never lead to a .zip.
 
     A guess is never in the way: few run at once, each kind stops when guesses go unused, and one
     that a client asks for meanwhile is the same flight."""
@@ -3460,7 +3461,6 @@ class ReadAhead:
         if session.asked.get(sight.path) != sight.version:
             session.info = (sight.path, sight.version)
             self._guess(session, sight._replace(kind="mod"))
-            self._guess(session, sight._replace(kind="zip"))
             return
         self._guess(session, sight._replace(kind="zip"))
         for ahead in self._next_asked(session, sight):
@@ -3473,8 +3473,9 @@ class ReadAhead:
         return [sight._replace(path=path, version=session.asked[path]) for path in paths]
 
     def after_mod(self, session: _Session, sight: Sight) -> None:
-        """Part of reading a module graph, unless it only completes a .zip or an .info. One that
-        follows its own .info may be all that is wanted; the next one tells."""
+        """Part of reading a module graph, unless it only completes a .zip or an .info. After its
+        own .info, its .zip is likely next, and it may be all that is wanted: the next .mod tells.
+        """
         if (sight.path, sight.version) in session.zips:
             return
         asked = session.asked.get(sight.path)
@@ -3482,6 +3483,7 @@ class ReadAhead:
             session.asked[sight.path] = sight.version
         waiting, session.waiting = session.waiting, []
         if (sight.path, sight.version) == session.info and not waiting:
+            self._guess(session, sight._replace(kind="zip"))
             session.waiting.append(sight)
             return
         for each in (*waiting, sight):
