@@ -70,6 +70,7 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -1622,6 +1623,23 @@ class OpenFile:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self._mutex = threading.Lock()
+
+    def read_at(self, count: int, offset: int) -> bytes:
+        """At most `count` bytes from an offset on; may be called from any thread."""
+        if hasattr(os, "pread"):
+            return os.pread(self.descriptor, count, offset)
+        with self._mutex:
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            return os.read(self.descriptor, count)
+
+    def append(self, data: bytes) -> None:
+        """Writes all of data at the end."""
+        view = memoryview(data)
+        with self._mutex:
+            os.lseek(self.descriptor, 0, os.SEEK_END)
+            while view:
+                view = view[os.write(self.descriptor, view) :]
 
     def __del__(self) -> None:
         os.close(self.descriptor)
@@ -1649,6 +1667,11 @@ class FileBlob(Blob):
     def descriptor(self) -> int:
         assert self._file is not None
         return self._file.descriptor
+
+    def peek(self, count: int) -> bytes:
+        """At most `count` of the next bytes; the offset stays."""
+        assert self._file is not None
+        return self._file.read_at(count, self.offset)
 
     def again(self) -> FileBlob:
         """Another blob of the same bytes, from the start."""
@@ -1704,7 +1727,7 @@ class FileBlob(Blob):
         available = self.wait()
         if available is None:
             return b""
-        data = pread(self.descriptor, min(count, available), self.offset)
+        data = self.peek(min(count, available))
         if not data:
             raise StoreDown("a stored file became shorter while it was read")
         self.offset += len(data)
@@ -1716,14 +1739,6 @@ class FileBlob(Blob):
 
 _CAN_PROBE = hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")
 _PROBE = bytearray(1)
-
-
-def pread(descriptor: int, count: int, offset: int) -> bytes:
-    """os.pread, or its like where the platform has none (then a blob must not be shared)."""
-    if hasattr(os, "pread"):
-        return os.pread(descriptor, count, offset)
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    return os.read(descriptor, count)
 
 
 class Draft:
@@ -1751,9 +1766,7 @@ class Draft:
         self._wakes: list[Callable[[], None]] = []
 
     def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self.file.descriptor, view) :]
+        self.file.append(data)
         self.written += len(data)
         if self.written - WITHHELD > self._visible:
             self._visible = self.written - WITHHELD
@@ -2308,6 +2321,8 @@ class Client:
         self._credentials = credentials
         self._mutex = threading.Lock()
         self._idle: dict[tuple[str, str, int], list[_Wire]] = {}
+        self._wires: weakref.WeakSet[_Wire] = weakref.WeakSet()
+        self._closed = False
         self._context: ssl.SSLContext | None = None
 
     def get(
@@ -2358,6 +2373,10 @@ class Client:
         self, wire: _Wire, url: Url, request: bytes, patience: Patience, until: float
     ) -> Response:
         wire.until = until
+        with self._mutex:
+            self._wires.add(wire)
+            if self._closed:
+                wire.close()
         try:
             with _blaming(url.authority):
                 wire.sock.settimeout(patience.header)
@@ -2410,8 +2429,10 @@ class Client:
             wire.close()
 
     def close(self) -> None:
+        """Ends what is idle and what is on its way."""
         with self._mutex:
-            wires = [wire for wires in self._idle.values() for wire in wires]
+            self._closed = True
+            wires = list(self._wires)
             self._idle.clear()
         for wire in wires:
             wire.close()
@@ -4205,7 +4226,7 @@ class Transfer:
     def _send_file(self, blob: FileBlob, count: int) -> int:
         if hasattr(os, "sendfile"):
             return os.sendfile(self._sock.fileno(), blob.descriptor, blob.offset, count)
-        return self._sock.send(pread(blob.descriptor, min(count, CHUNK), blob.offset))
+        return self._sock.send(blob.peek(min(count, CHUNK)))
 
     def when_ready(self, wake: Callable[[], None]) -> None:
         """Calls wake when the body has grown."""
@@ -4294,6 +4315,7 @@ class Courier:
         self.loop = server
         self.sock = sock
         self.deadline = server.now + _IDLE_SECONDS  # monotonic; then the loop loses patience
+        self.filed = 0  # the second at which the loop looks at the deadline
         self.interest = 0  # what the loop polls it for
         self._transfer: Transfer | None = None
 
@@ -4341,8 +4363,8 @@ class Courier:
             self.loop.post(self.resume)
 
     def _wait_for_client(self) -> None:
-        self.deadline = self.loop.now + _STALL_SECONDS
         self.loop.poll(self, WRITABLE)
+        self.loop.allow(self, _STALL_SECONDS)
 
     def _wait_for_blob(self) -> None:
         self.loop.poll(self, 0)
@@ -4401,7 +4423,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
             self._buffer += data
             self.advance()
         elif not self._serve_hot(data):
-            self.deadline = self.loop.now + _HEAD_SECONDS
+            self.loop.allow(self, _HEAD_SECONDS)
             self._buffer = data
             self.advance()
 
@@ -4417,7 +4439,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
             return False
         opening = reply.opening(loop.second)
         blob = reply.blob.again() if reply.blob else None
-        loop.record_hot(self, target)
+        loop.access.hit(self.client, target)
         try:
             sent = 0 if blob else self.sock.send(opening)
         except BlockingIOError:
@@ -4477,7 +4499,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
     def _begin(self, request: Request) -> None:
         self.loop.poll(self, 0)
         if not self._announced:
-            self.loop.record_start(self, request)
+            self.loop.access.begins(self.client, request)
         self._announced = False
         if request.target == _HEALTH:
             self.work()
@@ -4536,7 +4558,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
         self._keep = keep
         opening = message.head + head_end(int(time.time())) + message.body
         self._transfer = Transfer(self.sock, opening, message.blob, message.left)
-        self.loop.record(self, request, message.status, reply.verdict)
+        self.loop.access.ends(self.client, request, message.status, reply.verdict)
         self.push()
 
     def finish(self) -> None:
@@ -4549,8 +4571,8 @@ class Handler(Courier, BaseHTTPRequestHandler):
         if not self._keep or self.loop.draining or self._served >= _REQUESTS_PER_CONNECTION:
             self._begin_linger()
             return
-        self.deadline = self.loop.now + (_HEAD_SECONDS if self._buffer else _IDLE_SECONDS)
         self.loop.poll(self, READABLE)
+        self.loop.allow(self, _HEAD_SECONDS if self._buffer else _IDLE_SECONDS)
         if self._buffer:
             self.loop.post(self.advance)
 
@@ -4563,8 +4585,8 @@ class Handler(Courier, BaseHTTPRequestHandler):
             self.close()
             return
         self._lingering = True
-        self.deadline = self.loop.now + _LINGER_SECONDS
         self.loop.poll(self, READABLE)
+        self.loop.allow(self, _LINGER_SECONDS)
 
     def _linger(self) -> None:
         try:
@@ -4640,6 +4662,52 @@ class EpollPoller(SelectPoller):
         self._epoll.close()
 
 
+class AccessLog:
+    """The lines about requests: as text one when it begins and one that tells how it was answered,
+    as JSON one."""
+
+    def __init__(self, log: Log, quiet: bool) -> None:
+        self._log = log
+        self._quiet = quiet
+        self._as_text = not log.as_json
+
+    def begins(self, client: str, request: Request) -> None:
+        """A request whose head is complete."""
+        if self._as_text and not self._quiet:
+            self._log.line(f"[{client}] {request.method} {request.target[1:]}")
+
+    def hit(self, client: str, target: str) -> None:
+        """A GET that the loop answers itself."""
+        if self._quiet:
+            return
+        if self._as_text:
+            self._log.hit(client, target[1:])
+        else:
+            self._as_json(client, "GET", target[1:], 200, Verdict.HIT)
+
+    def ends(
+        self, client: str, request: Request | None, status: int, verdict: Verdict | None
+    ) -> None:
+        """A request, or what was none, for which the answer is known."""
+        path = request.target[1:] if request else "-"
+        if self._quiet:
+            return
+        if not self._as_text:
+            self._as_json(client, request.method if request else "-", path, status, verdict)
+        elif status >= 400:
+            self._log.line(f"[ERROR {status}] {path}")
+        elif verdict:
+            self._log.line(f"[CACHE {verdict.value}] {path}")
+
+    def _as_json(
+        self, client: str, method: str, path: str, status: int, verdict: Verdict | None
+    ) -> None:
+        word = verdict.value.lower() if verdict else "none"
+        self._log.line(
+            "request", client=client, method=method, path=path, status=status, verdict=word
+        )
+
+
 class Server(ThreadingHTTPServer):
     """The front loop: one thread owns accepting, request heads, idle and slow connections and all
     deadlines. Complete requests go to threads made at the start; nothing is spawned per client."""
@@ -4661,6 +4729,7 @@ class Server(ThreadingHTTPServer):
         socketserver.BaseServer.__init__(self, sock.getsockname(), handler)
         self.socket = sock
         self.app = app
+        self.access = AccessLog(app.log, app.settings.quiet)
         self.fetcher = fetcher
         self.draining = False
         self.now = time.monotonic()
@@ -4735,7 +4804,7 @@ class Server(ThreadingHTTPServer):
             self._wake_receiver.recv(4096)
 
     def poll(self, handler: Courier, interest: int) -> None:
-        """Polls a connection for 0 (a lane has it), READABLE or WRITABLE, with its deadline."""
+        """Polls a connection for 0 (a lane has it), READABLE or WRITABLE."""
         before, handler.interest = handler.interest, interest
         if before == interest:
             return
@@ -4743,9 +4812,18 @@ class Server(ThreadingHTTPServer):
         self._poller.set(descriptor, before, interest)
         if interest:
             self._events[descriptor] = handler.on_event
-            self._wheel.setdefault(int(handler.deadline) + 1, set()).add(handler)
         else:
             del self._events[descriptor]
+
+    def allow(self, handler: Courier, seconds: float) -> None:
+        """Gives a connection a deadline."""
+        handler.deadline = self.now + seconds
+        if not self._tick < handler.filed <= int(handler.deadline) + 1:
+            self._file(handler)
+
+    def _file(self, handler: Courier) -> None:
+        handler.filed = int(handler.deadline) + 1
+        self._wheel.setdefault(handler.filed, set()).add(handler)
 
     def _expire(self, now: int) -> None:
         """Looks at the connections whose second has come. Deadlines move without being moved in
@@ -4753,10 +4831,12 @@ class Server(ThreadingHTTPServer):
         while self._tick < now:
             self._tick += 1
             for handler in self._wheel.pop(self._tick, ()):
-                if handler.interest and handler.deadline <= self._tick:
+                if handler.filed != self._tick or not handler.interest:
+                    continue  # filed elsewhere, or a lane has it
+                if handler.deadline <= self._tick:
                     handler.expire()
-                elif handler.interest:
-                    self._wheel.setdefault(int(handler.deadline) + 1, set()).add(handler)
+                else:
+                    self._file(handler)
         if self._accept_at and self.now >= self._accept_at and not self.draining:
             self._accept_at = 0.0
             self._watch(self.socket, self._accept, shared=True)
@@ -4783,6 +4863,7 @@ class Server(ThreadingHTTPServer):
         handler = Handler(self, sock, client)
         self._handlers.add(handler)
         self.poll(handler, READABLE)
+        self.allow(handler, _IDLE_SECONDS)
         return handler
 
     def _take_over(self) -> None:
@@ -4812,46 +4893,6 @@ class Server(ThreadingHTTPServer):
         """Keeps a good reply in the hot memory; may be called from any thread."""
         kept = message._replace(blob=message.blob.again()) if message.blob else message
         self.soon(lambda: self.hot.put(target, stored, kept))
-
-    def record_start(self, handler: Handler, request: Request) -> None:
-        """The log's line for a request that begins."""
-        app = self.app
-        if not app.settings.quiet and not app.log.as_json:
-            app.log.line(f"[{handler.client}] {request.method} {request.target[1:]}")
-
-    def record_hot(self, handler: Handler, target: str) -> None:
-        """The log's lines for a request that the loop answers itself."""
-        app = self.app
-        if app.settings.quiet:
-            return
-        if app.log.as_json:
-            self._record_json(handler.client, "GET", target[1:], 200, Verdict.HIT)
-        else:
-            app.log.hit(handler.client, target[1:])
-
-    def record(
-        self, handler: Handler, request: Request | None, status: int, verdict: Verdict | None
-    ) -> None:
-        """The log's line for a request that is answered."""
-        app = self.app
-        target = request.target[1:] if request else "-"
-        if app.settings.quiet:
-            return
-        if app.log.as_json:
-            method = request.method if request else "-"
-            self._record_json(handler.client, method, target, status, verdict)
-        elif verdict and status < 400:
-            app.log.line(f"[CACHE {verdict.value}] {target}")
-        elif status >= 400:
-            app.log.line(f"[ERROR {status}] {target}")
-
-    def _record_json(
-        self, client: str, method: str, path: str, status: int, verdict: Verdict | None
-    ) -> None:
-        word = verdict.value.lower() if verdict else "none"
-        self.app.log.line(
-            "request", client=client, method=method, path=path, status=status, verdict=word
-        )
 
     def stop(self, seconds: float) -> None:
         """Ends serve_forever: no new connections; running replies have so many seconds. A second
@@ -5040,12 +5081,15 @@ class Workers:
         self._stopping = False
         self._fetcher, self._handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 
-    def run(self) -> None:
-        """Returns when all workers have ended after a signal. Signals are blocked and waited for,
-        so that none comes at a bad moment, and all of them work for process 1 as well."""
+    def run(self, announce: Callable[[], None]) -> None:
+        """Announces that all workers are there, and returns when they have ended after a signal.
+        Signals are blocked and waited for, so that none comes at a bad moment, and all of them
+        work for process 1 as well."""
         watched = {*_SIGNALS, signal.SIGCHLD}
         for place in range(self._count):
             self._fork(place)
+        announce()
+        self._log.write_out()
         deadline = float("inf")
         while self._places:
             waiting = min(self._PAUSE, max(0.0, deadline - time.monotonic()))
@@ -5139,20 +5183,30 @@ class Daemon:
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         """Opens what the settings name. Raises UsageError, StartError."""
         self._settings = settings
-        self._credentials = read_netrc(environ.get("NETRC") or os.path.expanduser("~/.netrc"))
+        self._remark = ""
+        self._credentials = self._read_netrc(environ)
         self._storage = open_storage(settings.cache)
         self._socket = open_socket(settings)
         self._log = Log(2, settings.log_format == "json")
+
+    def _read_netrc(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """A file that NETRC names must be good; one that happens to be there need not."""
+        if environ.get("NETRC"):
+            return read_netrc(environ["NETRC"])
+        try:
+            return read_netrc(os.path.expanduser("~/.netrc"))
+        except UsageError as error:
+            self._remark = f"no credentials are read: {error}"
+            return {}
 
     def run(self) -> None:
         """Serves until SIGINT or SIGTERM; a second signal ends it at once."""
         _block_signals()  # until somebody listens to them
         _slim()
-        self._announce()
-        self._log.write_out()  # before it could be inherited
         if self._settings.workers > 1 and hasattr(os, "fork"):
             listener, storage, log = self._socket, self._storage, self._log
-            Workers(self._settings.workers, self._work, listener, storage, log).run()
+            workers = Workers(self._settings.workers, self._work, listener, storage, log)
+            workers.run(self._announce)
         else:
             self._serve_alone()
         self._socket.close()
@@ -5168,6 +5222,7 @@ class Daemon:
         with self._serving(None, None) as server:
             for number in _SIGNALS:
                 signal.signal(number, on_signal)
+            self._announce()
             _unblock_signals()
             server.serve_forever()
 
@@ -5215,6 +5270,8 @@ class Daemon:
         if settings.origins:
             origins = sorted(f"{name} by {origin}" for name, origin in settings.origins.items())
             self._log.line(f"  Settings: {', '.join(origins)}")
+        if self._remark:
+            self._log.error(f"  {self._remark}")
         if is_tcp:
             self._log.line(f"  Set GOPROXY=http://{self._reachable()}:{port},direct")
 

@@ -1,0 +1,4649 @@
+"""Tests of goproxy.py: real processes, real sockets, and an upstream whose URL chooses the fault.
+
+The rooms are those of goproxy.py and carry their numbers; three are added: 0 Stage holds the
+builders and the servers that the tests play against, 13 Interop runs the real go command, 14
+House checks the source against its own plan. A test is a sentence of behaviour and at most 15
+lines. Nothing is mocked and nothing sleeps: a test that must wait, waits for an event.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import dataclasses
+import email.utils
+import gzip
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import ssl
+import statistics
+import struct
+import subprocess
+import sys
+import threading
+import tracemalloc
+import types
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, Union
+
+import pytest
+
+import goproxy
+
+# =============================================================================
+# 0. Stage
+# =============================================================================
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE / "goproxy.py"
+PATIENCE = 30.0  # seconds that anything may take before its test is a failure
+T = TypeVar("T")
+
+
+def together(count: int, work: Callable[[int], T]) -> list[T]:
+    """What `work(0)`, `work(1)`, ... return, all begun at the same moment."""
+    barrier = threading.Barrier(count)
+
+    def one(number: int) -> T:
+        barrier.wait(PATIENCE)
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+# --- modules -----------------------------------------------------------------
+
+Files = Mapping[str, Union[str, bytes]]
+NOISE = random.Random(3).randbytes(400_000)  # does not compress, so its zip is as long
+ORIGIN = '"Origin":{"VCS":"git","URL":"https://example.com/quote","Hash":"%s"}' % ("ab" * 20)
+BRANCH = "v1.1.1-0.20240102030405-abcdefabcdef"
+MODULES: dict[str, Files] = {
+    "example.com/big@v1.0.0": {"go.mod": "module example.com/big\n", "noise": NOISE},
+    "example.com/old@v2.0.0+incompatible": {"old.go": "package old\n"},
+    "example.com/quote/v2@v2.0.0": {
+        "go.mod": "module example.com/quote/v2\n\ngo 1.21\n",
+        "quote.go": 'package quote\n\nfunc Hello() string { return "Hello again." }\n',
+    },
+    "example.com/quote@v1.0.0": {
+        "go.mod": "module example.com/quote\n\ngo 1.21\n",
+        "quote.go": 'package quote\n\nfunc Hello() string { return "Hello." }\n',
+    },
+    "example.com/quote@v1.1.0": {
+        "go.mod": "module example.com/quote\n\ngo 1.21\n",
+        "cmd/quote/main.go": 'package main\n\nfunc main() { println("Hello, world.") }\n',
+        "quote.go": 'package quote\n\nfunc Hello() string { return "Hello, world." }\n',
+    },
+    f"example.com/quote@{BRANCH}": {
+        "go.mod": "module example.com/quote\n\ngo 1.21\n",
+        "quote.go": 'package quote\n\nfunc Hello() string { return "Hello, branch." }\n',
+    },
+    "example.com/untagged@v0.0.0-20240102030405-abcdefabcdef": {
+        "go.mod": "module example.com/untagged\n",
+        "untagged.go": "package untagged\n",
+    },
+    "github.com/BurntSushi/toml@v1.0.0": {
+        "go.mod": "module github.com/BurntSushi/toml\n",
+        "toml.go": "package toml\n",
+    },
+    "golang.org/toolchain@v0.0.1-go1.99.1.linux-amd64": {"go.mod": "", "bin/go": "#!/bin/sh\n"},
+}
+INFO, MOD, ZIP = (f"example.com/quote/@v/v1.0.0.{kind}" for kind in ("info", "mod", "zip"))
+LIST, LATEST = "example.com/quote/@v/list", "example.com/quote/@latest"
+BIG = "example.com/big/@v/v1.0.0.zip"
+SHOUT = "github.com/!burnt!sushi/toml/@v/v1.0.0"
+
+
+def escaped(text: str) -> str:
+    return re.sub("[A-Z]", lambda letter: "!" + letter.group().lower(), text)
+
+
+def make_zip(prefix: str, files: Files) -> bytes:
+    """The zip of a module version whose `prefix` is `module@version`, in x/mod's form."""
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(f"{prefix}/{name}"), data, zipfile.ZIP_DEFLATED)
+    return held.getvalue()
+
+
+def hash1(data: bytes) -> str:
+    """The h1 of a module zip, written from the description in golang.org/x/mod/sumdb/dirhash."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        sums = {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
+    lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+    return "h1:" + base64.b64encode(hashlib.sha256(lines.encode()).digest()).decode()
+
+
+def info_of(version: str) -> bytes:
+    """An .info with fields and blanks that only a byte for byte copy keeps."""
+    return b'{"Version":"%s",  "Time":"2024-01-02T03:04:05Z",%s}' % (
+        version.encode(),
+        ORIGIN.encode(),
+    )
+
+
+def released(name: str, files: Files) -> dict[str, bytes]:
+    """The three files of one module version by their path below a GOPROXY."""
+    module, _, version = name.partition("@")
+    stem = f"{escaped(module)}/@v/{escaped(version)}"
+    mod = files.get("go.mod") or f"module {module}\n"
+    return {
+        f"{stem}.info": info_of(version),
+        f"{stem}.mod": mod if isinstance(mod, bytes) else mod.encode(),
+        f"{stem}.zip": make_zip(name, files),
+    }
+
+
+def site(modules: Mapping[str, Files]) -> dict[str, bytes]:
+    """Everything a GOPROXY with these modules answers, by path."""
+    held: dict[str, bytes] = {}
+    for name, files in modules.items():
+        held.update(released(name, files))
+        module, _, version = name.partition("@")
+        tag = b"" if re.search(r"\d{14}-", version) else version.encode() + b"\n"
+        listed = f"{escaped(module)}/@v/list"
+        held[listed] = held.get(listed, b"") + tag
+        held.setdefault(f"{escaped(module)}/@latest", info_of(version))
+    return held
+
+
+TREE = random.Random(5).randbytes(256 * 32)  # one full tile: 256 hashes of 32 bytes
+DATABASE = {
+    "latest": b"go.sum database tree\n300\nUm9vdCBoYXNoIG9mIHRoZSB0ZXN0IHRyZWUuLi4uLi4=\n\n"
+    b"\xe2\x80\x94 sum.test c2lnbmVk\n",
+    "lookup/example.com/quote@v1.0.0": b"7\nexample.com/quote v1.0.0 h1:quote\n"
+    b"example.com/quote v1.0.0/go.mod h1:mod\n\n"
+    b"go.sum database tree\n300\nUm9vdCBoYXNoIG9mIHRoZSB0ZXN0IHRyZWUuLi4uLi4=\n\n"
+    b"\xe2\x80\x94 sum.test c2lnbmVk\n",
+    "supported": b"",
+    "tile/8/0/000": TREE,
+    "tile/8/0/001.p/44": TREE[: 44 * 32],
+    "tile/8/1/000.p/1": TREE[:32],
+}
+LOOKUP = "sumdb/sum.test/lookup/example.com/quote@v1.0.0"
+TILE = "sumdb/sum.test/tile/8/0/000"
+
+
+# --- upstream ----------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    method: str
+    fault: str
+    path: str
+    headers: Mapping[str, str]  # names in lower case
+
+
+class Exchange(BaseHTTPRequestHandler):
+    """One connection to the fake upstream; a fault is a function that is given one."""
+
+    protocol_version = "HTTP/1.1"
+    server: FaultServer
+    path_asked: str
+
+    def do_GET(self) -> None:
+        fault, _, path = urllib.parse.unquote(self.path).lstrip("/").partition("/")
+        self.path_asked = path
+        self.server.upstream.serve(self, fault, path)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the witness is `Upstream.seen`."""
+
+    def first(self) -> bool:
+        """Whether this path is asked for the first time."""
+        return self.server.upstream.asked.count(self.path_asked) == 1
+
+    def wait(self) -> None:
+        self.server.upstream.gate.wait(PATIENCE)
+
+    def head(self, status: int, **fields: object) -> None:
+        self.send_response(status)
+        for name, value in fields.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def reply(self, status: int, body: bytes, **fields: object) -> None:
+        self.head(status, **fields, Content_Length=len(body))
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def cut(self) -> None:
+        self.close_connection = True
+
+    def reset(self) -> None:
+        """Ends the connection with RST."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+
+
+Fault = Callable[[Exchange, bytes], None]
+
+
+def _auth(exchange: Exchange, body: bytes) -> None:
+    want = "Basic " + base64.b64encode(b"user:p@ss:word").decode()
+    granted = exchange.headers["Authorization"] == want
+    exchange.reply(200 if granted else 401, body if granted else b"who are you?\n")
+
+
+def _chunked(exchange: Exchange, body: bytes) -> None:
+    exchange.head(200, Transfer_Encoding="chunked")
+    for start in range(0, len(body), 10_000):
+        part = body[start : start + 10_000]
+        exchange.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+    exchange.wfile.write(b"0\r\n\r\n")
+
+
+def _cut_chunk(exchange: Exchange, body: bytes) -> None:
+    exchange.head(200, Transfer_Encoding="chunked")
+    exchange.wfile.write(b"%x\r\n%s" % (len(body), body[: len(body) // 2]))
+    exchange.cut()
+
+
+def _cut_drop(exchange: Exchange, body: bytes) -> None:
+    """Cuts the first answer, drops the second request and is fine from then on."""
+    count = exchange.server.upstream.asked.count(exchange.path_asked)
+    (_truncate, _reset, _ranged)[min(count, 3) - 1](exchange, body)
+
+
+def _cut_once(exchange: Exchange, body: bytes) -> None:
+    (_truncate if exchange.first() else _ranged)(exchange, body)
+
+
+def _drop_once(exchange: Exchange, body: bytes) -> None:
+    exchange.reset() if exchange.first() else exchange.reply(200, body)
+
+
+def _eof(exchange: Exchange, body: bytes) -> None:
+    exchange.head(200, Connection="close")
+    exchange.wfile.write(body[: len(body) // 2])
+    exchange.cut()
+
+
+def _flip(exchange: Exchange, body: bytes) -> None:
+    middle = len(body) // 2
+    exchange.reply(200, body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :])
+
+
+def _gzip(exchange: Exchange, body: bytes) -> None:
+    exchange.reply(200, gzip.compress(body), Content_Encoding="gzip")
+
+
+def _hang(exchange: Exchange, body: bytes) -> None:
+    exchange.wait()
+    exchange.reply(200, body)
+
+
+def _hold(exchange: Exchange, body: bytes) -> None:
+    exchange.head(200, Content_Length=len(body))
+    exchange.wfile.write(body[: len(body) // 2])
+    exchange.wait()
+    exchange.wfile.write(body[len(body) // 2 :])
+
+
+def _html(exchange: Exchange, body: bytes) -> None:
+    exchange.reply(200, b"<html><form>Please log in</form></html>", Content_Type="text/html")
+
+
+def _huge(exchange: Exchange, body: bytes) -> None:
+    with contextlib.suppress(OSError):
+        exchange.head(200, Content_Length=(500 << 20) + 1)
+        exchange.wfile.write(body)
+    exchange.cut()
+
+
+def _interim(exchange: Exchange, body: bytes) -> None:
+    with contextlib.suppress(OSError):
+        for _ in range(100_000):
+            exchange.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    exchange.cut()
+
+
+def _long_head(exchange: Exchange, body: bytes) -> None:
+    with contextlib.suppress(OSError):
+        exchange.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        for number in range(100_000):
+            exchange.wfile.write(b"X-%d: %s\r\n" % (number, b"y" * 100))
+    exchange.cut()
+
+
+def _no_length(exchange: Exchange, body: bytes) -> None:
+    exchange.head(200, Connection="close")
+    exchange.wfile.write(body)
+    exchange.cut()
+
+
+def _not_json(exchange: Exchange, body: bytes) -> None:
+    exchange.reply(200, b"this is not JSON")
+
+
+def _other_module(exchange: Exchange, body: bytes) -> None:
+    exchange.reply(200, make_zip("example.com/other@v1.0.0", {"go.mod": "module other\n"}))
+
+
+def _ranged(exchange: Exchange, body: bytes) -> None:
+    asked = re.fullmatch(r"bytes=(\d+)-", exchange.headers["Range"] or "")
+    if not asked:
+        return exchange.reply(200, body)
+    start = int(asked.group(1))
+    where = f"bytes {start}-{len(body) - 1}/{len(body)}"
+    return exchange.reply(206, body[start:], Content_Range=where)
+
+
+def _redirect(exchange: Exchange, body: bytes) -> None:
+    exchange.reply(302, b"", Location=f"/good/{exchange.path_asked}")
+
+
+def _redirect_away(exchange: Exchange, body: bytes) -> None:
+    port = exchange.server.server_port
+    exchange.reply(302, b"", Location=f"http://localhost:{port}/good/{exchange.path_asked}")
+
+
+def _redirect_file(exchange: Exchange, body: bytes) -> None:
+    exchange.reply(302, b"", Location="file:///etc/hostname")
+
+
+def _redirect_loop(exchange: Exchange, body: bytes) -> None:
+    exchange.reply(302, b"", Location=exchange.path)
+
+
+def _reset(exchange: Exchange, body: bytes) -> None:
+    exchange.reset()
+
+
+def _swap_once(exchange: Exchange, body: bytes) -> None:
+    """Cuts the first answer; the second ignores the range and begins with other bytes."""
+    _truncate(exchange, body) if exchange.first() else exchange.reply(200, b"!" + body[1:])
+
+
+def _truncate(exchange: Exchange, body: bytes) -> None:
+    exchange.head(200, Content_Length=len(body))
+    exchange.wfile.write(body[: len(body) // 2])
+    exchange.cut()
+
+
+def _wrong_info(exchange: Exchange, body: bytes) -> None:
+    exchange.reply(200, info_of("v9.9.9"))
+
+
+FAULTS: dict[str, Fault] = {
+    "auth": _auth,
+    "chunked": _chunked,
+    "cut-drop": _cut_drop,
+    "cut-once": _cut_once,
+    "cutchunk": _cut_chunk,
+    "drop-once": _drop_once,
+    "eof": _eof,
+    "flip": _flip,
+    "good": lambda exchange, body: exchange.reply(200, body),
+    "gzip": _gzip,
+    "hang": _hang,
+    "hold": _hold,
+    "html": _html,
+    "huge": _huge,
+    "interim": _interim,
+    "longhead": _long_head,
+    "nolength": _no_length,
+    "nomodule": lambda exchange, body: exchange.reply(200, b"go 1.21\n"),
+    "notjson": _not_json,
+    "othermod": _other_module,
+    "redirect": _redirect,
+    "redirect-away": _redirect_away,
+    "redirect-file": _redirect_file,
+    "redirect-loop": _redirect_loop,
+    "reset": _reset,
+    "swap-once": _swap_once,
+    "truncate": _truncate,
+    "wronginfo": _wrong_info,
+}
+
+
+class FaultServer(ThreadingHTTPServer):
+    upstream: Upstream
+    daemon_threads = False
+    request_queue_size = 256
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Silent about peers that leave, since leaving is what many tests do."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+
+class Upstream:
+    """A GOPROXY on loopback: the first element of a URL's path says how it misbehaves.
+
+    `/404/`, `/503/` and the like answer with that status, the others are rows of FAULTS. `files`
+    may be changed while it runs, and so may `fault`, which then counts for every URL. `gate`
+    holds `/hang/` and `/hold/` back until it is set.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], context: ssl.SSLContext | None = None) -> None:
+        self.files = dict(files)
+        self.fault = ""
+        self.scheme = "https" if context else "http"
+        self.gate = threading.Event()
+        self.seen: list[Asked] = []
+        self.connections: list[socket.socket] = []
+        self._changed = threading.Condition()
+        self._server = FaultServer(("127.0.0.1", 0), Exchange)
+        self._server.upstream = self
+        if context:
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    @property
+    def asked(self) -> list[str]:
+        """Every path asked for, in order, without the element that chose the fault."""
+        return [one.path for one in list(self.seen)]
+
+    @property
+    def base(self) -> str:
+        return f"{self.scheme}://127.0.0.1:{self._server.server_port}"
+
+    def url(self, fault: str = "good") -> str:
+        return f"{self.base}/{fault}"
+
+    def serve(self, exchange: Exchange, fault: str, path: str) -> None:
+        headers = {name.lower(): value for name, value in exchange.headers.items()}
+        with self._changed:
+            self.seen.append(Asked(exchange.command, fault, path, headers))
+            if exchange.connection not in self.connections:
+                self.connections.append(exchange.connection)
+            self._changed.notify_all()
+        self._misbehave(exchange, self.fault or fault, self.files.get(path))
+
+    def _misbehave(self, exchange: Exchange, fault: str, body: bytes | None) -> None:
+        if fault.isdigit():
+            wait = {"Retry_After": "7"} if fault in ("429", "503") else {}
+            exchange.reply(int(fault), f"upstream says {fault}\n".encode(), **wait)
+        elif body is None:
+            exchange.reply(404, b"not found: no such file\n", Content_Type="text/plain")
+        else:
+            FAULTS[fault](exchange, body)
+
+    def wait_asked(self, path: str, times: int = 1) -> None:
+        """Returns once there were so many requests whose path begins with `path`."""
+
+        def count() -> int:
+            return sum(one.startswith(path) for one in self.asked)
+
+        with self._changed:
+            done = self._changed.wait_for(lambda: count() >= times, PATIENCE)
+        assert done, f"{path} was not asked for {times} times: {self.asked}"
+
+    def close(self) -> None:
+        self.gate.set()
+        self._server.shutdown()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._server.server_close()
+        self._thread.join()
+
+
+# --- clients -----------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]  # names in lower case
+    body: bytes
+    whole: bool = True  # False if the connection ended before Content-Length was reached
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+    @property
+    def version(self) -> str:
+        return str(json.loads(self.body)["Version"])
+
+    @property
+    def versions(self) -> list[str]:
+        return self.text.split()
+
+
+def answer_from(response: http.client.HTTPResponse) -> Answer:
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    try:
+        return Answer(response.status, headers, response.read())
+    except http.client.IncompleteRead as short:
+        return Answer(response.status, headers, short.partial, whole=False)
+
+
+def ask(
+    connection: http.client.HTTPConnection, method: str, path: str, fields: Mapping[str, str]
+) -> Answer:
+    connection.putrequest(method, path, skip_accept_encoding=True)
+    for name, value in fields.items():
+        connection.putheader(name.replace("_", "-"), value)
+    connection.endheaders()
+    with connection.getresponse() as response:
+        return answer_from(response)
+
+
+def dial(port: int) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port), PATIENCE)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return client
+
+
+def read_all(client: socket.socket) -> bytes:
+    """All that arrives until the peer closes."""
+    parts = list(iter(lambda: client.recv(65536), b""))
+    return b"".join(parts)
+
+
+def talk(port: int, request: bytes) -> bytes:
+    """All that the server at `port` sends for these bytes, until it closes."""
+    with dial(port) as client:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            client.sendall(request)
+        return read_all(client)
+
+
+class _Wire(io.BytesIO):
+    """Bytes in the place of a socket, for http.client to parse."""
+
+    def makefile(self, mode: str) -> _Wire:
+        return self
+
+    def close(self) -> None:
+        """Stays open: the next response follows in the same bytes."""
+
+
+def responses(data: bytes, method: str = "GET") -> list[Answer]:
+    """Every response in `data`; an HTTPException if there is anything else in it."""
+    wire, found = _Wire(data), []
+    while wire.tell() < len(data):
+        response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]
+        response.begin()
+        found.append(answer_from(response))
+    return found
+
+
+# --- the program -------------------------------------------------------------
+
+KEPT_VARIABLES = ("LANG", "PATH", "SSL_CERT_DIR", "SSL_CERT_FILE", "SYSTEMROOT", "TMPDIR")
+STAMP = r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d "
+COMPLAINTS = ("Traceback", "ResourceWarning", "Warning:", "Exception ignored")
+
+
+def clean_environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables a test may depend on: no proxy, no setting and no netrc of whoever runs it."""
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    return {**kept, "HOME": str(home), **(extra or {})}
+
+
+def flags(settings: Mapping[str, object]) -> list[str]:
+    """`log_format="json"` as `-log-format=json`."""
+    return [f"-{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-W", "error", "-X", "dev", str(PROGRAM), *arguments]
+
+
+class Proxy:
+    """A goproxy.py process; `prefix` is a command that runs it as its child."""
+
+    def __init__(
+        self, arguments: list[str], environ: dict[str, str], cwd: Path, prefix: Iterable[str] = ()
+    ) -> None:
+        self._prefix = list(prefix)
+        self._changed = threading.Condition()
+        self._log = b""
+        self._ended = False
+        self.process = subprocess.Popen(
+            [*self._prefix, *command(*arguments)], env=environ, cwd=cwd, stderr=subprocess.PIPE
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        with self.process.stderr as pipe:
+            for line in pipe:
+                self._add(line)
+        self._add(b"", ended=True)
+
+    def _add(self, line: bytes, ended: bool = False) -> None:
+        with self._changed:
+            self._log += line
+            self._ended = ended
+            self._changed.notify_all()
+
+    @property
+    def log(self) -> str:
+        """What it wrote to stderr so far; bytes that are not UTF-8 as \\xNN."""
+        return self._log.decode(errors="backslashreplace")
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines after the start-up block, without their time."""
+        after = self.log.partition("  Set GOPROXY=")[2].splitlines()[1:]
+        return [re.sub("^" + STAMP, "", line) for line in after]
+
+    def logged(self, text: str, times: int = 1) -> str:
+        """The first line with `text` in it, once there are `times` of them."""
+
+        def found() -> list[str]:
+            return [line for line in self.log.split("\n")[:-1] if text in line]
+
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or len(found()) >= times, PATIENCE)
+        assert len(found()) >= times, f"not logged {times} times: {text!r} in\n{self.log}"
+        return found()[0]
+
+    @property
+    def port(self) -> int:
+        return int(self.logged("  Port: ").partition("Port: ")[2].split()[0])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+
+    def get(self, path: str, method: str = "GET", **fields: str) -> Answer:
+        with contextlib.closing(self.connect()) as connection:
+            return ask(connection, method, "/" + path, fields)
+
+    def begin(self, path: str) -> socket.socket:
+        """A client that has the first bytes of the body and has not read on."""
+        client = dial(self.port)
+        client.sendall(f"GET /{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        head = b""
+        while not head.partition(b"\r\n\r\n")[2]:
+            part = client.recv(4096)
+            assert part, f"closed after {head!r}\n{self.log}"
+            head += part
+        assert head.startswith(b"HTTP/1.1 200 "), head
+        return client
+
+    def signal(self, number: int) -> None:
+        pid = str(self.process.pid)
+        if self._prefix:
+            pid = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        os.kill(int(pid), number)
+
+    def wait(self) -> int:
+        """Its exit status, once it has ended by itself."""
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"does not end:\n{self.log}") from None
+        finally:
+            self._reader.join(PATIENCE)
+            assert not self._reader.is_alive(), "a child of it still lives"
+
+    def stop(self) -> Proxy:
+        """Ends it as systemd does, and holds it to a clean end."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+            assert self.wait() == 0, self.log
+        self._reader.join()
+        assert not [word for word in COMPLAINTS if word in self.log], self.log
+        return self
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+
+# One process that asks for what it is asked for and nothing else: so requests can be counted.
+PLAIN = {"host": "127.0.0.1", "port": 0, "read_ahead": "false", "workers": 1}
+
+
+class Run:
+    """Starts goproxy.py: settings are flags, the cache is the test's unless it says otherwise."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cache = folder / "cache"
+        self.started: list[Proxy] = []
+
+    def __call__(
+        self,
+        environ: Mapping[str, str] | None = None,
+        ready: str = "  Set GOPROXY=",
+        prefix: Iterable[str] = (),
+        **settings: object,
+    ) -> Proxy:
+        """A proxy that has logged `ready`."""
+        given = {"cache": self.cache, **PLAIN, **settings}
+        variables = clean_environment(self.folder, environ)
+        proxy = Proxy(flags(given), variables, self.folder, prefix)
+        self.started.append(proxy)
+        proxy.logged(ready)
+        return proxy
+
+    def stop(self) -> None:
+        try:
+            for proxy in self.started:
+                proxy.stop()
+        finally:
+            for proxy in self.started:
+                if proxy.process.poll() is None:
+                    proxy.kill()
+
+    def stored(self, cache: Path | None = None) -> list[str]:
+        """Every file in the cache but goproxy.py's own side files in its root."""
+        root = cache or self.cache
+        files = (str(file.relative_to(root)) for file in root.rglob("*") if not file.is_dir())
+        return sorted(name for name in files if not name.startswith(".goproxy-"))
+
+
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def finish(folder: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> Ended:
+    """A goproxy.py that is expected to end by itself, run in `folder`."""
+    done = subprocess.run(
+        command(*arguments),
+        env=clean_environment(folder, environ),
+        cwd=folder,
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+SITE = site(MODULES)
+SITE["example.com/quote/@v/main.info"] = info_of(BRANCH)
+SITE["example.com/quote/@v/abcdefabcdef.info"] = info_of(BRANCH)
+SITE.update({f"sumdb/sum.test/{path}": body for path, body in DATABASE.items()})
+SITE.update(DATABASE)  # so that /good alone is the database itself, without a proxy before it
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    server = Upstream(SITE)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def run(tmp_path: Path, upstream: Upstream) -> Iterator[Run]:
+    """Starts proxies; at the end each must stop cleanly, before the upstream does."""
+    factory = Run(tmp_path)
+    yield factory
+    factory.stop()
+
+
+@pytest.fixture
+def proxy(run: Run, upstream: Upstream) -> Proxy:
+    """A proxy of the test's own, with an empty cache and a good upstream."""
+    return run(upstream=upstream.url(), sumdb=f"sum.test {upstream.url()}")
+
+
+class Shared(NamedTuple):
+    proxy: Proxy
+    upstream: Upstream
+    run: Run
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """One proxy for all tests that neither need an empty cache nor leave anything behind."""
+    server = Upstream(SITE)
+    factory = Run(tmp_path_factory.mktemp("shared"))
+    database = f"sum.test {server.url()}"
+    proxy = factory(upstream=server.url(), sumdb=database, exclude="example.com/secret/**")
+    yield Shared(proxy, server, factory)
+    factory.stop()
+    server.close()
+
+
+@pytest.fixture
+def refused() -> Iterator[str]:
+    """The URL of a port that refuses every connection, and that nobody else can take meanwhile."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{held.getsockname()[1]}"
+
+
+def accepts(function: Callable[..., object], *args: object) -> bool:
+    """Whether `function` returns; a refusal must be a 404 or 502 that can be told in one line."""
+    try:
+        function(*args)
+    except goproxy.ProxyError as error:
+        assert error.status in (404, 502)
+        assert str(error).isprintable() and str(error).isascii()
+        assert len(str(error)) < 2000
+        return False
+    return True
+
+
+def lines_run(call: Callable[[], object]) -> int:
+    """How many lines of Python `call` executes: a measure of work that no machine load changes."""
+    count = 0
+
+    def trace(_frame: types.FrameType, event: str, _arg: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+MODULE = "example.com/m"
+VERSION = "v1.0.0"
+PREFIX = f"{MODULE}@{VERSION}/"
+
+
+class Part(NamedTuple):
+    """One zip entry, with what its local and central header say, where that is not the truth."""
+
+    name: str
+    data: bytes = b""
+    method: int = 8
+    flags: int = 8
+    local: dict[str, Any] | None = None
+    central: dict[str, Any] | None = None
+    descriptor: str | None = "<4sLLL"
+    trailer: bytes = b""
+
+
+def deflated(data: bytes) -> bytes:
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return b"".join([deflater.compress(data), deflater.flush()])
+
+
+def zip_header(signature: bytes, layout: str, head: list[int], truth: dict[str, Any]) -> bytes:
+    """A local or central header: signature, versions, flags to sizes, the `layout`, the name."""
+    name: bytes = truth["name"]
+    extra: bytes = truth["extra"]
+    common = [truth["flags"], truth["method"], 0, 0, truth["crc"], truth["packed"], truth["size"]]
+    lengths = [len(name), len(extra)]
+    fields = struct.pack("<" + layout, *truth["rest"])
+    start = struct.pack("<" + "H" * len(head) + "HHHHLLLHH", *head, *common, *lengths)
+    return signature + start + fields + name + extra
+
+
+def pack(*parts: Part, before: bytes = b"", comment: bytes = b"", **end: int) -> bytes:
+    """A zip file of `parts`; `end` overrides fields of the end record."""
+    body, directory = before, b""
+    for part in parts:
+        packed = deflated(part.data) if part.method == 8 else part.data
+        crc = zlib.crc32(part.data)
+        truth: dict[str, Any] = {
+            "crc": crc, "extra": b"", "flags": part.flags, "method": part.method,
+            "name": part.name.encode("utf-8", "surrogateescape"), "packed": len(packed),
+            "rest": [], "size": len(part.data),
+        }  # fmt: skip
+        central = {**truth, "rest": [0, 0, 0, 0, len(body)], **(part.central or {})}
+        told = {"crc": 0, "packed": 0, "size": 0} if part.flags & 8 else {}
+        local = {**truth, **told, **(part.local or {})}
+        directory += zip_header(b"PK\1\2", "HHHLL", [20, 20], central)
+        body += zip_header(b"PK\3\4", "", [20], local) + packed + part.trailer
+        if part.flags & 8 and part.descriptor:
+            fields = [crc, len(packed), len(part.data)]
+            mark = [b"PK\7\10"] if "4s" in part.descriptor else []
+            body += struct.pack(part.descriptor, *mark, *fields)
+    facts = {"count": len(parts), "size": len(directory), "offset": len(body), **end}
+    numbers = (0, 0, facts["count"], facts["count"], facts["size"], facts["offset"], len(comment))
+    return body + directory + struct.pack("<4s4H2LH", b"PK\5\6", *numbers) + comment
+
+
+def pack64(*parts: Part, **saturated: int) -> bytes:
+    """`pack` with the zip64 records that Go and others write for many entries."""
+    plain = pack(*parts)
+    size, offset = struct.unpack_from("<2L", plain, len(plain) - 10)
+    at = len(plain) - 22
+    numbers = (44, 45, 45, 0, 0, len(parts), len(parts), size, offset)
+    record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", *numbers)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, at, 1)
+    facts = {"count": 0xFFFF, "size": 0xFFFFFFFF, "offset": 0xFFFFFFFF, **saturated}
+    ends = (0, 0, facts["count"], facts["count"], facts["size"], facts["offset"], 0)
+    return plain[:at] + record + locator + struct.pack("<4s4H2LH", b"PK\5\6", *ends)
+
+
+def zip_of(files: dict[str, bytes], **options: Any) -> bytes:
+    """A zip as Python's zipfile makes it: no data descriptors, folders if the name says so."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", **{"compression": zipfile.ZIP_DEFLATED, **options}) as archive:
+        for name, data in files.items():
+            archive.writestr(PREFIX + name, data)
+    return out.getvalue()
+
+
+def hash_of(data: bytes) -> str:
+    return goproxy.check_zip(io.BytesIO(data), MODULE, VERSION)
+
+
+def dirhash(files: dict[str, bytes]) -> str:
+    lines = (
+        f"{hashlib.sha256(files[name]).hexdigest()}  {PREFIX}{name}\n" for name in sorted(files)
+    )
+    return "h1:" + base64.b64encode(hashlib.sha256("".join(lines).encode()).digest()).decode()
+
+
+ORACLE = r"""
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"os"
+	"path"
+	"strings"
+
+	"golang.org/x/mod/modfile"
+	"golang.org/x/mod/module"
+	"golang.org/x/mod/semver"
+	"golang.org/x/mod/sumdb/dirhash"
+	"golang.org/x/mod/zip"
+)
+
+func said(err error) string {
+	if err != nil {
+		return err.Error()
+	}
+	return "ok"
+}
+
+func answer(q []string) string {
+	switch q[0] {
+	case "check":
+		return said(module.Check(q[1], q[2]))
+	case "check_file_path":
+		return said(module.CheckFilePath(q[1]))
+	case "check_path":
+		return said(module.CheckPath(q[1]))
+	case "check_version":
+		_, err := module.EscapeVersion(q[1])
+		return said(err)
+	case "canonical":
+		return module.CanonicalVersion(q[1])
+	case "compare":
+		return string("<=>"[semver.Compare(q[1], q[2])+1])
+	case "glob":
+		_, err := path.Match(q[1], "x")
+		if ok := module.MatchPrefixPatterns(q[1], q[2]); ok || err != nil {
+			return map[bool]string{true: "yes", false: "bad"}[ok]
+		}
+		return "no"
+	case "module_path":
+		return modfile.ModulePath([]byte(q[1]))
+	case "pseudo":
+		return map[bool]string{true: "yes", false: "no"}[module.IsPseudoVersion(q[1])]
+	case "same_fold":
+		return map[bool]string{true: "yes", false: "no"}[strings.EqualFold(q[1], q[2])]
+	case "split":
+		prefix, major, ok := module.SplitPathVersion(q[1])
+		return prefix + " " + major + map[bool]string{true: " ok", false: " no"}[ok]
+	case "zip":
+		mod := module.Version{Path: q[1], Version: q[2]}
+		if cf, err := zip.CheckZip(mod, q[3]); err != nil || cf.Err() != nil {
+			return "refused"
+		}
+		dir, _ := os.MkdirTemp(os.TempDir(), "unzip")
+		defer os.RemoveAll(dir)
+		if err := zip.Unzip(dir, mod, q[3]); err != nil {
+			return "corrupt"
+		}
+		hash, err := dirhash.HashZip(q[3], dirhash.Hash1)
+		if err != nil {
+			return "corrupt"
+		}
+		return hash
+	}
+	panic(q[0])
+}
+
+func main() {
+	in, out := json.NewDecoder(os.Stdin), bufio.NewWriter(os.Stdout)
+	defer out.Flush()
+	for {
+		var q []string
+		if in.Decode(&q) != nil {
+			return
+		}
+		line, _ := json.Marshal(answer(q))
+		out.Write(append(line, '\n'))
+	}
+}
+"""
+
+Ask = Callable[[Sequence[Sequence[str]]], "list[str]"]
+
+
+@pytest.fixture(scope="session", name="ask_go")
+def make_ask_go(tmp_path_factory: pytest.TempPathFactory) -> Ask:
+    """Asks golang.org/x/mod itself, the copy that comes with the go command; needs no network."""
+    go = shutil.which("go")
+    if not go:
+        pytest.skip("no go command")
+    root = subprocess.run([go, "env", "GOROOT"], capture_output=True, text=True, check=True).stdout
+    vendored = Path(root.strip(), "src/cmd/vendor/golang.org/x/mod")
+    if not (vendored / "zip").is_dir():
+        pytest.skip("no source of golang.org/x/mod")
+    folder = tmp_path_factory.mktemp("oracle")
+    for name in ("internal", "modfile", "module", "semver", "sumdb", "zip"):
+        shutil.copytree(vendored / name, folder / "mod" / name)
+    (folder / "mod/go.mod").write_text("module golang.org/x/mod\ngo 1.23\n")
+    (folder / "main.go").write_text(ORACLE)
+    needed = "require golang.org/x/mod v0.0.0\nreplace golang.org/x/mod => ./mod\n"
+    (folder / "go.mod").write_text(f"module oracle\ngo 1.23\n{needed}")
+    env = {**os.environ, "GOFLAGS": "-mod=mod", "GOPROXY": "off", "GOTOOLCHAIN": "local"}
+    built = [go, "build", "-o", "oracle", "."]
+    subprocess.run(built, cwd=folder, env={**env, "GOWORK": "off"}, check=True)
+
+    def ask(questions: Sequence[Sequence[str]]) -> list[str]:
+        lines = "".join(json.dumps(list(question)) + "\n" for question in questions)
+        done = subprocess.run(
+            [str(folder / "oracle")], input=lines, capture_output=True, text=True, check=True
+        )
+        answers: list[str] = [json.loads(line) for line in done.stdout.splitlines()]
+        assert len(answers) == len(questions)
+        return answers
+
+    return ask
+
+
+# =============================================================================
+# 1. Errors
+# =============================================================================
+
+
+def kinds(base: type[goproxy.ProxyError]) -> list[type[goproxy.ProxyError]]:
+    return [base, *(kind for child in base.__subclasses__() for kind in kinds(child))]
+
+
+@pytest.mark.parametrize("kind", kinds(goproxy.ProxyError), ids=lambda kind: kind.__name__)
+def test_only_absence_says_404_or_410(kind: type[goproxy.ProxyError]) -> None:
+    assert (kind.status in (404, 410)) == issubclass(kind, goproxy.NotFound)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        (goproxy.BadName, 404),
+        (goproxy.BadRequest, 400),
+        (goproxy.BadUpstream, 502),
+        (goproxy.Forbidden, 403),
+        (goproxy.Gone, 410),
+        (goproxy.NotFound, 404),
+        (goproxy.Overloaded, 503),
+        (goproxy.ProxyError, 500),
+        (goproxy.UpstreamTimeout, 504),
+    ],
+)
+def test_an_error_carries_its_status(kind: type[goproxy.ProxyError], status: int) -> None:
+    assert kind.status == status
+
+
+# =============================================================================
+# 2. Names
+# =============================================================================
+
+
+# path, may be a module path, may be a file path
+PATHS = [
+    ("x.y/z", True, True),
+    ("x.y", True, True),
+    ("", False, False),
+    ("x.y/\udcffz", False, False),
+    ("x.y/\ufffdz", False, False),
+    ("/x.y/z", False, False),
+    ("x./z", False, False),
+    (".x/z", False, True),
+    ("-x/z", False, True),
+    ("-x.y/z", False, True),
+    ("x..y/z", True, True),
+    ("x.y/z/../../w", False, False),
+    ("x.y/./w", False, False),
+    ("x.y/.w", False, True),
+    ("x.y/...", False, False),
+    ("x.y//z", False, False),
+    ("x.y/z//w", False, False),
+    ("x.y/z/", False, False),
+    ("x.y/z/v0", False, True),
+    ("x.y/z/v1", False, True),
+    ("x.y/z/v2", True, True),
+    ("x.y/z/v02", False, True),
+    ("x.y/z/v2.0", False, True),
+    ("x.y/z/v10", True, True),
+    ("x.y/v", True, True),
+    ("x.y/vv2", True, True),
+    ("gopkg.in/yaml", False, True),
+    ("gopkg.in/yaml.v0", True, True),
+    ("gopkg.in/yaml.v01", False, True),
+    ("gopkg.in/yaml.v1", True, True),
+    ("gopkg.in/yaml.v2-unstable", True, True),
+    ("gopkg.in/yaml.v0-unstable", False, True),
+    ("gopkg.in/yaml.v", False, True),
+    ("gopkg.in/yaml/v2", False, True),
+    ("X.y/z", False, True),
+    ("xy/z", False, True),
+    ("x.y/Z", True, True),
+    ("!x.y/z", False, True),
+    ("_x.y/z", False, True),
+    ("x.y~/z", False, True),
+    ("x.y+/z", False, True),
+    ("x.y/z++", False, True),
+    ("x.y/z.t", True, True),
+    ("x.y/z:", False, False),
+    ("x.y/z\\w", False, False),
+    ("x.y/z\nw", False, False),
+    ("x.y/z\n", False, False),
+    ("x.y/z\0", False, False),
+    ("x.y/z\x7f", False, False),
+    ("x.y/con", False, False),
+    ("x.y/CoN.foo", False, False),
+    ("x.y/aux.foo", False, False),
+    ("x.y/aux", False, False),
+    ("x.y/nul.tar.gz", False, False),
+    ("x.y/prn", False, False),
+    ("x.y/prn2", True, True),
+    ("x.y/com", True, True),
+    ("x.y/com0", True, True),
+    ("x.y/com1", False, False),
+    ("x.y/lpt9.txt", False, False),
+    ("x.y/calm1", True, True),
+    ("x.y/z~", True, True),
+    ("x.y/z~0", False, True),
+    ("x.y/z~09", False, True),
+    ("x.y/z~09.go", False, True),
+    ("x.y/z.~09", True, True),
+    ("x.y/z09~", True, True),
+    ("x.y/z09~09z", True, True),
+    ("x.y/z09~09z~09", False, True),
+    ("x.y/z~\u0661", False, False),
+    ("github.com/!123/logrus", False, True),
+    ("github.com/user/unicode/испытание", False, True),
+    ("x.y/\u00b5", False, True),
+    ("x.y/\u00b2", False, False),
+    ("x.y/\u0301", False, False),
+    ("x.y/\u200d", False, False),
+    ("x☺y", False, False),
+    ("../x", False, False),
+    ("./y", False, False),
+    ("x:y", False, False),
+    ("\\temp\\foo", False, False),
+    (".gitignore", False, True),
+    (".github/ISSUE_TEMPLATE", False, True),
+]
+
+# punctuation that may stand in a module path, and in a file path besides
+MODULE_PUNCTUATION = "-._~"
+FILE_PUNCTUATION = "!#$%&()+,=@[]^{} "
+
+
+@pytest.mark.parametrize(("path", "module", "file"), PATHS)
+def test_check_path(path: str, module: bool, file: bool) -> None:
+    assert accepts(goproxy.check_path, path) is module
+    assert accepts(goproxy.check_file_path, path) is file
+    assert accepts(goproxy.escape_path, path) is module
+    if not module:
+        assert not accepts(goproxy.unescape_path, path)
+
+
+@pytest.mark.parametrize("char", [chr(code) for code in range(128) if not chr(code).isalnum()])
+def test_check_path_punctuation(char: str) -> None:
+    assert accepts(goproxy.check_path, f"x.y/a{char}b") is (char in MODULE_PUNCTUATION + "/")
+    allowed = MODULE_PUNCTUATION + FILE_PUNCTUATION
+    assert accepts(goproxy.check_file_path, f"a{char}b") is (char in allowed + "/")
+    assert accepts(goproxy.check_version, f"a{char}b") is (char in allowed.replace("!", ""))
+
+
+REASONS = [
+    (goproxy.check_path, "", 'malformed module path "": empty string'),
+    (goproxy.check_path, "-a.b", 'malformed module path "-a.b": leading dash'),
+    (goproxy.check_path, "a.b//c", 'malformed module path "a.b//c": double slash'),
+    (goproxy.check_path, "a.b/", 'malformed module path "a.b/": trailing slash'),
+    (goproxy.check_path, "/a.b", 'malformed module path "/a.b": empty path element'),
+    (goproxy.check_path, "a.b/..", 'malformed module path "a.b/..": invalid path element ".."'),
+    (goproxy.check_path, "a.b/c.", 'malformed module path "a.b/c.": trailing dot in path element'),
+    (goproxy.check_path, "a.b/.c", 'malformed module path "a.b/.c": leading dot in path element'),
+    (goproxy.check_path, "a.b/c d", 'malformed module path "a.b/c d": invalid char " "'),
+    (goproxy.check_path, "ab", 'malformed module path "ab": missing dot in first path element'),
+    (
+        goproxy.check_path,
+        "A.b",
+        'malformed module path "A.b": invalid char "A" in first path element',
+    ),
+    (goproxy.check_path, "a.b/v1", 'malformed module path "a.b/v1": invalid version'),
+    (goproxy.check_path, "a.b/\n", 'malformed module path "a.b/\\n": invalid char "\\n"'),
+    (goproxy.check_file_path, "a*", 'malformed file path "a*": invalid char "*"'),
+    (goproxy.check_version, "a/b", 'version "a/b" invalid: invalid char "/"'),
+    (goproxy.check_version, "a!b", 'version "a!b" invalid: disallowed version string'),
+    (goproxy.unescape_path, "a.b/C", 'invalid escaped module path "a.b/C"'),
+    (goproxy.unescape_version, "V1", 'invalid escaped version "V1"'),
+]
+
+
+@pytest.mark.parametrize(("function", "name", "reason"), REASONS)
+def test_reason(function: Callable[[str], object], name: str, reason: str) -> None:
+    with pytest.raises(goproxy.BadName) as caught:
+        function(name)
+    assert str(caught.value) == reason
+    assert caught.value.status == 404
+
+
+# module path, version, may be asked for as .mod and .zip
+MODULE_CASES = [
+    ("rsc.io/quote", "0.1.0", False),
+    ("rsc io/quote", "v1.0.0", False),
+    ("github.com/go-yaml/yaml", "v0.8.0", True),
+    ("github.com/go-yaml/yaml", "v1.0.0", True),
+    ("github.com/go-yaml/yaml", "v2.0.0", False),
+    ("github.com/go-yaml/yaml", "v2.1.5", False),
+    ("github.com/go-yaml/yaml/v2", "v1.0.0", False),
+    ("github.com/go-yaml/yaml/v2", "v2.0.0", True),
+    ("github.com/go-yaml/yaml/v2", "v2.1.5", True),
+    ("github.com/go-yaml/yaml/v2", "v3.0.0", False),
+    ("github.com/go-yaml/yaml/v2", "v2.0.0+incompatible", True),
+    ("gopkg.in/yaml.v0", "v0.8.0", True),
+    ("gopkg.in/yaml.v0", "v1.0.0", False),
+    ("gopkg.in/yaml.v1", "v0.8.0", False),
+    ("gopkg.in/yaml.v1", "v1.0.0", True),
+    ("gopkg.in/yaml.v1", "v2.0.0", False),
+    ("gopkg.in/check.v1", "v0.0.0", False),
+    ("gopkg.in/check.v1", "v0.0.0-20160102150405-abcdef123456", True),
+    ("gopkg.in/yaml.v2", "v1.0.0", False),
+    ("gopkg.in/yaml.v2", "v2.1.5", True),
+    ("gopkg.in/yaml.v2", "v3.0.0", False),
+    ("gopkg.in/yaml.v1-unstable", "v1.0.0", True),
+    ("gopkg.in/yaml.v1-unstable", "v2.0.0", False),
+    ("rsc.io/quote", "v17.0.0", False),
+    ("rsc.io/quote", "v17.0.0+incompatible", True),
+    ("rsc.io/quote", "v17.0.0+other", False),
+    ("rsc.io/quote", "v1.0.0+meta", False),
+    ("rsc.io/quote", "v1.0", False),
+    ("rsc.io/quote", "v1", False),
+    ("rsc.io/quote", "latest", False),
+    ("rsc.io/quote", "", False),
+    ("golang.org/toolchain", "v0.0.1-go1.21.0.linux-amd64", True),
+    ("golang.org/toolchain", "v0.0.1-go1.24rc1.windows-arm64", True),
+]
+
+
+@pytest.mark.parametrize(("path", "version", "good"), MODULE_CASES)
+def test_check_module(path: str, version: str, good: bool) -> None:
+    assert accepts(goproxy.check_module, path, version) is good
+
+
+SPLITS = [
+    ("x.y/z", "x.y/z", ""),
+    ("x.y/z/v2", "x.y/z", "/v2"),
+    ("x.y/z/v33", "x.y/z", "/v33"),
+    ("x.y/v", "x.y/v", ""),
+    ("x.y/zv2", "x.y/zv2", ""),
+    ("gopkg.in/yaml.v0", "gopkg.in/yaml", ".v0"),
+    ("gopkg.in/yaml.v3", "gopkg.in/yaml", ".v3"),
+    ("gopkg.in/go-yaml/yaml.v2-unstable", "gopkg.in/go-yaml/yaml", ".v2-unstable"),
+]
+
+
+@pytest.mark.parametrize(("path", "prefix", "major"), SPLITS)
+def test_split_path_version(path: str, prefix: str, major: str) -> None:
+    assert goproxy.split_path_version(path) == (prefix, major)
+
+
+@pytest.mark.parametrize(
+    "path", ["x.y/v0", "x.y/v1", "x.y/v2.1", "gopkg.in/yaml", "gopkg.in/y.v01"]
+)
+def test_split_path_version_refuses(path: str) -> None:
+    assert not accepts(goproxy.split_path_version, path)
+
+
+ESCAPES = [
+    ("ascii.com/abcdefghijklmnopqrstuvwxyz.-/~_0123456789",) * 2,
+    ("github.com/GoogleCloudPlatform/omega", "github.com/!google!cloud!platform/omega"),
+    ("github.com/Azure/azure-sdk-for-go", "github.com/!azure/azure-sdk-for-go"),
+]
+
+
+@pytest.mark.parametrize(("path", "escaped"), ESCAPES)
+def test_escape_path(path: str, escaped: str) -> None:
+    assert goproxy.escape_path(path) == escaped
+    assert goproxy.unescape_path(escaped) == path
+
+
+BAD_ESCAPES = [
+    "",
+    "github.com/GoogleCloudPlatform/omega",
+    "github.com/!google!cloud!platform!/omega",
+    "github.com/!0google!cloud!platform/omega",
+    "github.com/!_google!cloud!platform/omega",
+    "github.com/!!google!cloud!platform/omega",
+    "github.com/!!a",
+    "github.com/!A",
+    "github.com/a!",
+    "github.com/ä",
+    "github.com/!ä",
+    "github.com/\u212a",
+    "github.com/..",
+    "github.com/%2e%2e",
+    "github.com/a%2fb",
+    "github.com/a\\b",
+    "!github.com/a",
+]
+
+
+@pytest.mark.parametrize("escaped", BAD_ESCAPES)
+def test_unescape_refuses(escaped: str) -> None:
+    assert not accepts(goproxy.unescape_path, escaped)
+
+
+# version or query, escaped form; None: cannot be written in a URL
+VERSIONS = [
+    ("v1.0.0", "v1.0.0"),
+    ("v1.0.0-RC1", "v1.0.0-!r!c1"),
+    ("v2.0.0+incompatible", "v2.0.0+incompatible"),
+    ("main", "main"),
+    ("HEAD", "!h!e!a!d"),
+    ("feature x", "feature x"),
+    ("feature/x", None),
+    ("<v2", None),
+    (">=v2", None),
+    ("a!b", None),
+    ("", None),
+    (".", None),
+    ("..", None),
+    ("v1.", None),
+    ("con", None),
+    ("nul.txt", None),
+    ("v1~1", "v1~1"),
+    ("a\\b", None),
+    ("a:b", None),
+    ("ветка", None),
+    ("a\0", None),
+    ("v1.0.0\n", None),
+]
+
+
+@pytest.mark.parametrize(("version", "escaped"), VERSIONS)
+def test_escape_version(version: str, escaped: str | None) -> None:
+    assert accepts(goproxy.check_version, version) is (escaped is not None)
+    assert accepts(goproxy.escape_version, version) is (escaped is not None)
+    if escaped is None:
+        assert "!" in version or not accepts(goproxy.unescape_version, version)
+    else:
+        assert goproxy.escape_version(version) == escaped
+        assert goproxy.unescape_version(escaped) == version
+
+
+# version, canonical form; in ascending order from v1.0.0-alpha on
+SEMVERS = [
+    ("", ""),
+    ("bad", ""),
+    ("1.0.0", ""),
+    ("v", ""),
+    ("v01", ""),
+    ("v1.02.3", ""),
+    ("v1.2.3.4", ""),
+    ("v1.", ""),
+    ("v1-alpha.beta.gamma", ""),
+    ("v1-pre", ""),
+    ("v1+meta", ""),
+    ("v1.2-pre", ""),
+    ("v1.2+meta", ""),
+    ("v1.2.3-", ""),
+    ("v1.2.3+", ""),
+    ("v1.2.3-a..b", ""),
+    ("v1.2.3-01", ""),
+    ("v1.2.3+a..b", ""),
+    ("v1.2.3-a_b", ""),
+    ("v1.2.3\n", ""),
+    ("v1.2.\u0663", ""),
+    ("v1.0.0-alpha", "v1.0.0-alpha"),
+    ("v1.0.0-alpha.1", "v1.0.0-alpha.1"),
+    ("v1.0.0-alpha.beta", "v1.0.0-alpha.beta"),
+    ("v1.0.0-beta", "v1.0.0-beta"),
+    ("v1.0.0-beta.2", "v1.0.0-beta.2"),
+    ("v1.0.0-beta.11", "v1.0.0-beta.11"),
+    ("v1.0.0-rc.1", "v1.0.0-rc.1"),
+    ("v1", "v1.0.0"),
+    ("v1.0", "v1.0.0"),
+    ("v1.0.0", "v1.0.0"),
+    ("v1.2", "v1.2.0"),
+    ("v1.2.0", "v1.2.0"),
+    ("v1.2.3-0", "v1.2.3-0"),
+    ("v1.2.3-456", "v1.2.3-456"),
+    ("v1.2.3-456.789", "v1.2.3-456.789"),
+    ("v1.2.3--", "v1.2.3--"),
+    ("v1.2.3-0a", "v1.2.3-0a"),
+    ("v1.2.3-456-789", "v1.2.3-456-789"),
+    ("v1.2.3-456a", "v1.2.3-456a"),
+    ("v1.2.3-pre", "v1.2.3-pre"),
+    ("v1.2.3-pre+meta", "v1.2.3-pre"),
+    ("v1.2.3-pre.1", "v1.2.3-pre.1"),
+    ("v1.2.3-zzz", "v1.2.3-zzz"),
+    ("v1.2.3", "v1.2.3"),
+    ("v1.2.3+incompatible", "v1.2.3+incompatible"),
+    ("v1.2.3+incompatible.1", "v1.2.3"),
+    ("v1.2.3+meta", "v1.2.3"),
+    ("v1.2.3+meta-pre", "v1.2.3"),
+    ("v1.2.3+meta-pre.sha.256a", "v1.2.3"),
+    ("v1.2.99999999999999999999", "v1.2.99999999999999999999"),
+    ("v1.2.100000000000000000000", "v1.2.100000000000000000000"),
+    ("v1.10.0", "v1.10.0"),
+    ("v2.0.0", "v2.0.0"),
+    ("v10.0.0", "v10.0.0"),
+]
+
+
+@pytest.mark.parametrize(("version", "canonical"), SEMVERS)
+def test_canonical(version: str, canonical: str) -> None:
+    assert goproxy.canonical(version) == canonical
+    assert goproxy.is_semver(version) is bool(canonical)
+    assert goproxy.is_canonical(version) is (bool(version) and version == canonical)
+    assert goproxy.is_prerelease(version) is ("-" in canonical)
+
+
+def test_semver_key() -> None:
+    valid = [version for version, canonical in SEMVERS if canonical]
+    invalid = [version for version, canonical in SEMVERS if not canonical]
+    shuffled = valid + invalid
+    random.Random(1).shuffle(shuffled)
+    assert sorted(shuffled, key=goproxy.semver_key) == sorted(invalid) + valid
+
+
+def test_semver_key_of_endless_number() -> None:
+    assert goproxy.semver_key(f"v1.0.{'9' * 5000}") < goproxy.semver_key(f"v1.0.1{'0' * 5000}")
+
+
+PSEUDO = [
+    ("v0.0.0-20060102150405-hash", True),
+    ("v2.0.0-20060102150405-hash", True),
+    ("v0.0.1-0.20060102150405-hash", True),
+    ("v1.2.4-0.20060102150405-hash", True),
+    ("v1.2.100000000000000000-0.20060102150405-hash", True),
+    ("v1.2.3-pre.0.20060102150405-hash", True),
+    ("v0.0.0--.0.20060102150405-hash", True),
+    ("v1.0.1-0.20060102150405-hash+metadata", True),
+    ("v2.0.1-0.20060102150405-hash+incompatible", True),
+    ("v2.3.0-pre.0.20060102150405-hash+incompatible", True),
+    ("v1.2.3-a.b.0.20060102150405-hash", True),
+    ("v0.0.0", False),
+    ("v1.2.3-pre", False),
+    ("v1.0.0+metadata", False),
+    ("v0.0.0-", False),
+    ("---", False),
+    ("v0.0.1-20060102150405-hash", False),
+    ("v0.1.0-20060102150405-hash", False),
+    ("v1.2.3-pre.20060102150405-hash", False),
+    ("v1.2.3-10.20060102150405-hash", False),
+    ("v1.2.3-0.2006010215040-hash", False),
+    ("v1.2.3-0.200601021504055-hash", False),
+    ("v1.2.3-0.20060102150405-ha-sh", False),
+    ("v1.2.3-0.20060102150405", False),
+    ("v1.2.3-0.20060102150405-hash.x", False),
+]
+
+
+@pytest.mark.parametrize(("version", "pseudo"), PSEUDO)
+def test_is_pseudo(version: str, pseudo: bool) -> None:
+    assert goproxy.is_pseudo(version) is pseudo
+
+
+FOLDS = [
+    ("README", "readme", True),
+    ("a/B", "A/b", True),
+    ("straße", "STRASSE", False),
+    ("ß", "ẞ", True),
+    ("\u03c3", "ς", True),
+    ("Σ", "ς", True),
+    ("\u00b5", "\u03bc", True),
+    ("k", "\u212a", True),
+    ("s", "\u017f", True),
+    ("i", "İ", False),
+    ("i", "\u0131", False),
+    ("I", "i", True),
+    ("ǆ", "ǅ", True),
+    ("ǆ", "Ǆ", True),
+    ("ﬅ", "ﬆ", False),
+    ("\u13a0", "\uab70", True),
+    ("\u2c2f", "\u2c5f", True),
+    ("\ua7c0", "\ua7c1", True),
+    ("\U00010570", "\U00010597", True),
+    ("\U00010595", "\U000105bc", True),
+    ("é", "e\u0301", False),
+]
+
+
+@pytest.mark.parametrize(("left", "right", "same"), FOLDS)
+def test_fold(left: str, right: str, same: bool) -> None:
+    assert (goproxy.fold(left) == goproxy.fold(right)) is same
+
+
+# globs as in GOPRIVATE, path, match
+GLOBS = [
+    ("", "rsc.io/quote", False),
+    ("/", "rsc.io/quote", False),
+    ("*/quote", "rsc.io/quote", True),
+    ("*/quo", "rsc.io/quote", False),
+    ("*/quo??", "rsc.io/quote", True),
+    ("*/quo*", "rsc.io/quote", True),
+    ("*quo*", "rsc.io/quote", False),
+    ("rsc.io", "rsc.io/quote", True),
+    ("*.io", "rsc.io/quote", True),
+    ("rsc.io/", "rsc.io/quote", True),
+    ("rsc", "rsc.io/quote", False),
+    ("rsc*", "rsc.io/quote", True),
+    ("rsc.io", "rsc.io/quote/v3", True),
+    ("*/quote", "rsc.io/quote/v3", True),
+    ("*/quote/", "rsc.io/quote/v3", True),
+    ("*/quote/*", "rsc.io/quote/v3", True),
+    ("*/quote/*/", "rsc.io/quote/v3", True),
+    ("*/v3", "rsc.io/quote/v3", False),
+    ("*/*/v3", "rsc.io/quote/v3", True),
+    ("*/*/*", "rsc.io/quote/v3", True),
+    ("*/*/*", "rsc.io/quote", False),
+    ("*/*/*,,", "rsc.io/quote", False),
+    ("*/*/*,,*/quote", "rsc.io/quote", True),
+    (",,*/quote", "rsc.io/quote", True),
+    (" a.b , rsc.io ", "rsc.io/quote", True),
+    ("RSC.io", "rsc.io/quote", False),
+    ("github.internal.com/**", "github.internal.com", True),
+    ("github.internal.com/**", "github.internal.com/a/b", True),
+    ("github.internal.com/**", "github.internal.com.evil", False),
+    ("github.internal.com", "github.internal.com", True),
+    ("**", "rsc.io", True),
+    ("**/secret", "rsc.io/secret", True),
+    ("**/secret", "rsc.io/a/b/secret/c", True),
+    ("**/secret", "rsc.io/a/b/secrets", False),
+    ("rsc.io/**/x/y", "rsc.io/x/x/y", True),
+    ("rsc.io/**/x/y", "rsc.io/x/y", True),
+    ("rsc.io/**/x/y", "rsc.io/x/z/y", False),
+    ("rsc.io/**/**/x", "rsc.io/a/x", True),
+    ("rsc.io/a**b", "rsc.io/axb", True),
+    ("rsc.io/a**b", "rsc.io/a/b", False),
+]
+
+
+@pytest.mark.parametrize(("globs", "path", "match"), GLOBS)
+def test_matches(globs: str, path: str, match: bool) -> None:
+    assert goproxy.matches(goproxy.parse_globs(globs), path) is match
+
+
+# one element, as path.Match matches it
+ELEMENTS = [
+    ("abc", "abc", True),
+    ("*", "abc", True),
+    ("*c", "abc", True),
+    ("a*", "a", True),
+    ("a*", "abc", True),
+    ("a*b?c*x", "abxbbxdbxebxczzx", True),
+    ("a*b?c*x", "abxbbxdbxebxczzy", False),
+    ("ab[c]", "abc", True),
+    ("ab[b-d]", "abc", True),
+    ("ab[e-g]", "abc", False),
+    ("ab[^c]", "abc", False),
+    ("ab[^b-d]", "abc", False),
+    ("ab[^e-g]", "abc", True),
+    ("a\\*b", "a*b", True),
+    ("a\\*b", "ab", False),
+    ("a?b", "a☺b", True),
+    ("a[^a]b", "a☺b", True),
+    ("a???b", "a☺b", False),
+    ("[a-ζ]*", "\u03b1", True),
+    ("*[a-ζ]", "A", False),
+    ("[\\]a]", "]", True),
+    ("[\\-]", "-", True),
+    ("[x\\-]", "x", True),
+    ("[x\\-]", "-", True),
+    ("[x\\-]", "z", False),
+    ("[\\-x]", "a", False),
+    ("[[]*]", "[a]", True),
+    ("[*]", "*", True),
+    ("[*]", "a", False),
+    ("*x", "xxx", True),
+    ("", "a", False),
+]
+
+
+@pytest.mark.parametrize(("glob", "path", "match"), ELEMENTS)
+def test_matches_element(glob: str, path: str, match: bool) -> None:
+    assert goproxy.matches(goproxy.parse_globs(glob), path) is match
+
+
+BAD_GLOBS = [
+    ("[]a]", "syntax error in [...]"),
+    ("[-]", "syntax error in [...]"),
+    ("[x-]", "syntax error in [...]"),
+    ("[-x]", "syntax error in [...]"),
+    ("[a-b-c]", "syntax error in [...]"),
+    ("[", "syntax error in [...]"),
+    ("[^", "syntax error in [...]"),
+    ("[^bc", "syntax error in [...]"),
+    ("a[", "syntax error in [...]"),
+    ("a/b[", "syntax error in [...]"),
+    ("a[b/c]", "syntax error in [...]"),
+    ("\\", "nothing after the last backslash"),
+    ("[\\", "nothing after the last backslash"),
+    ("/rsc.io", "empty path element"),
+    ("rsc.io//x", "empty path element"),
+    ("https://rsc.io", "empty path element"),
+]
+
+
+@pytest.mark.parametrize(("glob", "reason"), BAD_GLOBS)
+def test_parse_globs_refuses(glob: str, reason: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        goproxy.parse_globs(f"good.example,{glob}")
+    assert str(caught.value) == f"malformed glob {json.dumps(glob)}: {reason}"
+
+
+def test_parse_globs_trims() -> None:
+    assert goproxy.parse_globs(" a.b/ ,, c.d ,/") == ("a.b", "c.d")
+
+
+STEPS = [
+    lambda size: goproxy.matches(goproxy.parse_globs("*a*a*a*a*b"), "a" * size),
+    lambda size: goproxy.matches(goproxy.parse_globs("**/a/**/a/**/b"), "/".join("a" * size)),
+    lambda size: goproxy.parse_globs("[a-b]" * size),
+    lambda size: goproxy.check_file_path("/".join("a" * size)),
+    lambda size: goproxy.check_file_path("ä" * size),
+    lambda size: goproxy.semver_key("v1.0.0-" + ".".join("a" * size)),
+    lambda size: goproxy.fold("ä" * size),
+    lambda size: goproxy.module_path(b"module\n" * size),
+]
+
+
+@pytest.mark.parametrize("call", STEPS)
+def test_linear(call: Callable[[int], object]) -> None:
+    few, many = lines_run(lambda: call(500)), lines_run(lambda: call(4000))
+    assert few <= many <= few * 8 + 100
+
+
+LONG = [
+    "a" * 1_000_000,
+    "a/" * 500_000,
+    "!a" * 500_000,
+    "v1.0.0-" + "1" * 1_000_000,
+    "v1.0.0-" + "0." * 500_000,
+    "v1.0.0-" + "a.0.20060102150405-" * 50_000,
+    "~1" * 500_000,
+    "/v2" * 300_000,
+]
+
+
+@pytest.mark.parametrize("name", LONG, ids=lambda name: name[:12])
+def test_long_names_end_soon(name: str) -> None:
+    for function in (
+        goproxy.check_path, goproxy.check_version, goproxy.check_file_path, goproxy.unescape_path,
+        goproxy.split_path_version, goproxy.canonical, goproxy.is_pseudo, goproxy.semver_key,
+    ):  # fmt: skip
+        accepts(function, name)
+
+
+def scramble(rows: Iterable[str], count: int, seed: int, alphabet: str) -> list[str]:
+    """Strings cut and mixed from `rows`, with some characters of `alphabet` thrown in."""
+    dice, pool = random.Random(seed), list(rows)
+    mixed = []
+    for _ in range(count):
+        left, right = dice.choice(pool), dice.choice(pool)
+        text = left[: dice.randint(0, len(left))] + right[dice.randint(0, len(right)) :]
+        at = dice.randint(0, len(text))
+        mixed.append(text[:at] + dice.choice(["", dice.choice(alphabet)]) + text[at:])
+    return [text for text in mixed if text.isprintable() or text.isascii()]
+
+
+ODD = "!/.-+~v0129aZ\\[]^*?@: äß\u017f\u212a☺\x00\n"
+
+
+def test_names_like_go(ask_go: Ask) -> None:
+    paths = [row[0] for row in PATHS if "\udcff" not in row[0]]
+    paths += scramble(paths, 3000, 1, ODD)
+    versions = [row[0] for row in SEMVERS + PSEUDO + VERSIONS]
+    versions += scramble(versions, 3000, 2, ODD)
+    said: dict[tuple[str, ...], object] = {}
+    for path in paths:
+        said["check_path", path] = accepts(goproxy.check_path, path)
+        said["check_file_path", path] = accepts(goproxy.check_file_path, path)
+    for version, path in zip(versions, itertools.cycle(row[0] for row in MODULE_CASES)):
+        said["check_version", version] = accepts(goproxy.check_version, version)
+        said["canonical", version] = goproxy.canonical(version)
+        said["pseudo", version] = "yes" if goproxy.is_pseudo(version) else "no"
+        if goproxy.is_canonical(version):
+            said["check", path, version] = accepts(goproxy.check_module, path, version)
+    answers = ask_go(list(said))
+    for (question, ours), theirs in zip(said.items(), answers):
+        expected = theirs if isinstance(ours, str) else theirs == "ok"
+        assert ours == expected, (question, theirs)
+
+
+def test_order_like_go(ask_go: Ask) -> None:
+    rows = [row[0] for row in SEMVERS + PSEUDO if row[1]]
+    pairs = list(itertools.product(rows, rows))
+    for (left, right), theirs in zip(pairs, ask_go([("compare", *pair) for pair in pairs])):
+        ours = goproxy.semver_key(left), goproxy.semver_key(right)
+        same = theirs == "="
+        assert same or (theirs == "<") is (ours[0] < ours[1]), (left, right, theirs)
+        assert not same or ours[0][:-1] == ours[1][:-1], (left, right)
+
+
+def test_globs_like_go(ask_go: Ask) -> None:
+    # Go has no **, and lets a slash be escaped or stand in brackets, and elements be empty.
+    globs = [row[0] for row in GLOBS + ELEMENTS + BAD_GLOBS]
+    globs = scramble(globs, 4000, 3, "[]^-*?\\/ab")
+    globs = [glob for glob in globs if "," not in glob and "**" not in glob and " " not in glob]
+    paths = itertools.cycle(row[1] for row in GLOBS + ELEMENTS)
+    pairs = list(zip(globs, paths))
+    for (glob, path), theirs in zip(pairs, ask_go([("glob", *pair) for pair in pairs])):
+        try:
+            ours = goproxy.matches(goproxy.parse_globs(glob), path)
+        except ValueError as error:
+            odd = "empty path element" in str(error) or (
+                "/" in glob and ("[" in glob or "\\" in glob)
+            )
+            assert theirs == "bad" or odd, (glob, path, theirs)
+        else:
+            assert theirs == ("yes" if ours else "no"), (glob, path)
+
+
+def test_folds_like_go(ask_go: Ask) -> None:
+    letters = [chr(code) for code in range(0x80, 0x1F000) if chr(code).isalpha()]
+    cased = [char for char in letters if len({char, char.lower(), char.upper()}) > 1]
+    pairs = [(char, other) for char in cased for other in (char.lower(), char.upper())]
+    pairs += [(char, char.casefold()) for char in cased]
+    pairs += [(row[0], row[1]) for row in FOLDS]
+    for (left, right), theirs in zip(pairs, ask_go([("same_fold", *pair) for pair in pairs])):
+        ours = goproxy.fold(left) == goproxy.fold(right)
+        # A newer Unicode than Go's has more capitals; the other way round must not happen.
+        assert ours is (theirs == "yes") or (ours and sys.version_info >= (3, 13)), (left, right)
+
+
+# =============================================================================
+# 3. Settings
+# =============================================================================
+
+SETTINGS = {
+    "-" + field.name.replace("_", "-"): field.metadata["variable"]
+    for field in dataclasses.fields(goproxy.Settings)
+    if field.metadata
+}
+BAD_SETTINGS = [
+    ("cache", "CACHE_DIR", ""),
+    ("exclude", "GOPROXY_EXCLUDE", "example.com/["),
+    ("host", "GOPROXY_HOST", "no such host"),
+    ("log-format", "GOPROXY_LOG_FORMAT", "xml"),
+    ("offline", "GOPROXY_OFFLINE", "perhaps"),
+    ("port", "PORT", "-1"),
+    ("port", "PORT", "65536"),
+    ("port", "PORT", "http"),
+    ("quiet", "GOPROXY_QUIET", "2"),
+    ("sumdb", "GOPROXY_SUMDB", "sum.test ftp://sum.test"),
+    ("ttl", "GOPROXY_TTL", "-1s"),
+    ("ttl", "GOPROXY_TTL", "soon"),
+    ("upstream", "UPSTREAM_PROXY", "ftp://example.com"),
+    ("upstream", "UPSTREAM_PROXY", "http://"),
+    ("upstream", "UPSTREAM_PROXY", "http://example.com,direct"),
+    ("upstream", "UPSTREAM_PROXY", ",|"),
+]
+
+
+@pytest.mark.parametrize("spelling", [["-port=1"], ["-port", "1"], ["--port=1"], ["--port", "1"]])
+def test_a_flag_may_be_spelt_in_four_ways(spelling: list[str]) -> None:
+    assert goproxy.Settings.load(spelling, {}).port == 1
+
+
+@pytest.mark.parametrize("spelling", [["-quiet"], ["-quiet=true"], ["--quiet"], ["--quiet=1"]])
+def test_a_switch_needs_no_value(spelling: list[str]) -> None:
+    assert goproxy.Settings.load(spelling, {}).quiet is True
+
+
+def test_the_environment_overrides_flags() -> None:
+    assert goproxy.Settings.load(["-port=1"], {"PORT": "2"}).port == 2
+
+
+def test_the_running_program_obeys_the_environment(run: Run, upstream: Upstream) -> None:
+    variables = {"CACHE_DIR": str(run.folder / "other"), "UPSTREAM_PROXY": upstream.url()}
+    proxy = run(variables, upstream="http://127.0.0.1:1")
+    assert proxy.get(INFO).status == 200
+    assert run.stored(run.folder / "other") == [INFO]
+    assert not run.cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("http://user:pass@host/x", "http://user:***@host/x"),
+        ("http://:pass@host", "http://:***@host"),
+        ("https://a:b@c,https://d:e@f|off", "https://a:***@c,https://d:***@f|off"),
+        ("https://host/a@b", "https://host/a@b"),
+    ],
+)
+def test_a_password_in_a_url_is_masked(text: str, masked: str) -> None:
+    assert goproxy.mask(text) == masked
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("0s", 0), ("1h30m", 5400), ("1.5s", 1.5), ("2d", 172_800), ("60", 60), ("60s", 60)],
+)
+def test_a_time_is_written_as_in_go(text: str, seconds: float) -> None:
+    assert goproxy.Settings.load([f"-ttl={text}"], {}).ttl == seconds
+
+
+def test_the_defaults_are_those_of_the_design() -> None:
+    settings = goproxy.Settings.load([], {})
+    assert (settings.port, settings.offline, settings.quiet) == (12345, False, False)
+
+
+@pytest.mark.parametrize(("flag", "variable", "value"), BAD_SETTINGS)
+@pytest.mark.parametrize("by", ["flag", "variable"])
+def test_a_bad_value_is_one_line_and_status_2(
+    tmp_path: Path, by: str, flag: str, variable: str, value: str
+) -> None:
+    if by == "flag":
+        ended = finish(tmp_path, f"-{flag}={value}")
+    elif value:
+        ended = finish(tmp_path, environ={variable: value})
+    else:
+        pytest.skip("an empty variable is an unset one")
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert (f"-{flag}" if by == "flag" else variable) in ended.err
+    assert value in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argument", ["-nonsense", "nonsense", "-port"])
+def test_an_unknown_argument_is_one_line_and_status_2(tmp_path: Path, argument: str) -> None:
+    ended = finish(tmp_path, argument)
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert argument in ended.err
+
+
+def test_direct_is_refused_with_a_line_that_says_so(tmp_path: Path) -> None:
+    ended = finish(tmp_path, "-upstream=https://example.com,direct")
+    assert ended.status == 2
+    assert "direct" in ended.err
+
+
+@pytest.mark.parametrize("flag", ["-help", "--help", "-h"])
+def test_help_names_every_flag_and_its_variable(tmp_path: Path, flag: str) -> None:
+    ended = finish(tmp_path, flag)
+    assert (ended.status, ended.err) == (0, "")
+    assert [name for name in SETTINGS if f"{name} " not in ended.out] == []
+    assert [name for name in SETTINGS.values() if f"[{name}]" not in ended.out] == []
+
+
+def test_version_is_one_line_on_stdout(tmp_path: Path) -> None:
+    ended = finish(tmp_path, "-version")
+    assert (ended.status, ended.err) == (0, "")
+    assert goproxy.__version__ in ended.out
+    assert ended.out.count("\n") == 1
+
+
+def test_the_readme_has_a_row_for_every_setting() -> None:
+    readme = (HERE / "README.md").read_text()
+    rows = [f"| `{flag}` | `{variable}` |" for flag, variable in SETTINGS.items()]
+    assert [row for row in rows if row not in readme] == []
+
+
+# =============================================================================
+# 4. Artifacts
+# =============================================================================
+
+
+def test_artifact_name() -> None:
+    artifact = goproxy.Artifact("github.com/Foo/bar/v2", "v2.0.0-RC1", "zip")
+    assert artifact.name == "github.com/!foo/bar/v2/@v/v2.0.0-!r!c1.zip"
+    for path, version in (("github.com/../bar", "v1.0.0"), ("github.com/foo", "../v1.0.0")):
+        with pytest.raises(goproxy.BadName):
+            _ = goproxy.Artifact(path, version, "mod").name
+
+
+GOOD_INFOS = [
+    (b'{"Version":"v1.0.0"}', ""),
+    (b'{"Version":"v1.0.0","Time":"2024-02-29T23:59:59Z"}', "2024-02-29T23:59:59Z"),
+    (b'{"Version":"v1.0.0","Time":"2024-02-29T23:59:59.12-23:59"}', "2024-02-29T23:59:59.12-23:59"),
+    (b'{"Version":"v1.0.0","Time":"0001-01-01T00:00:00Z"}', "0001-01-01T00:00:00Z"),
+    (b'{"Version":"v1.0.0","Time":"0000-02-29T00:00:00Z"}', "0000-02-29T00:00:00Z"),
+    (b'{"Version":"v1.0.0","Time":null,"Origin":null}', ""),
+    (b'{"Version":"v1.0.0","Origin":{"VCS":"git","Hash":"x"}}', ""),
+    (b' {"Version":"v1.0.0","Other":[1,2.5e400,{"a":true}]}\r\n\t', ""),
+    (b'{"Version":"v1.0.0","x":' + b"[" * 99 + b"]" * 99 + b"}", ""),
+    (b'{"version":"v1.0.0"}', ""),
+    ('{"VER\u017fION":"v1.0.0"}'.encode(), ""),
+    (b'{"Version":"v9.0.0","Version":"v1.0.0"}', ""),
+    (b'{"Version":"v9.0.0","version":"v1.0.0"}', ""),
+    (b'{"Version":"v1.0.0","version":null}', ""),
+    (b'{"Version":"\\u00761.0.0"}', ""),
+    (b'{"Version":"v1.0.0","n":' + b"9" * 60_000 + b"}", ""),
+    (b'{"Version":"v1.0.0","s":"\\ud800"}', ""),
+]
+
+
+@pytest.mark.parametrize(("raw", "time"), GOOD_INFOS, ids=lambda value: str(value)[:40])
+def test_read_info(raw: bytes, time: str) -> None:
+    assert goproxy.read_info(raw) == goproxy.Info("v1.0.0", time, raw)
+    assert goproxy.read_info(raw, "v1.0.0").raw is raw
+    with pytest.raises(goproxy.BadUpstream, match="instead of requested version"):
+        goproxy.read_info(raw, "v1.0.1")
+
+
+BAD_INFOS = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b'"v1.0.0"',
+    b"<html>sign in</html>",
+    b"v1.0.0",
+    b'{"Version":"v1.0.0"}{}',
+    b'{"Version":"v1.0.0",}',
+    b"{'Version':'v1.0.0'}",
+    b'\xef\xbb\xbf{"Version":"v1.0.0"}',
+    '{"Version":"v1.0.0"}'.encode("utf-16"),
+    b'{"Version":"v1.0.0","x":"\xff"}',
+    b'{"Version":"v1.0.0","x":"\n"}',
+    b'{"Version":"v1.0.0","x":NaN}',
+    b'{"Version":"v1.0.0","x":-Infinity}',
+    b'{"Version":"v1.0.0","x":01}',
+    b'{"Version":"v1.0.0","x":' + b"[" * 60_000 + b"]" * 5,
+    b'{"x":' * 10_000,
+    b'{"Version":"v1.0.0","x":' + b"[" * 100 + b"]" * 100 + b"}",
+    b'{"Version":"v1.0.0","x":"' + b"y" * (64 << 10) + b'"}',
+    b"{}",
+    b'{"Version":null}',
+    b'{"Version":1}',
+    b'{"Version":["v1.0.0"]}',
+    b'{"Version":""}',
+    b'{"Version":"v1.0"}',
+    b'{"Version":"v1.0.0+meta"}',
+    b'{"Version":"master"}',
+    b'{"Version":"v1.0.0\\n"}',
+    b'{"Version":"\\ud800"}',
+    b'{"Version":"v1.0.0","Time":""}',
+    b'{"Version":"v1.0.0","Time":1}',
+    b'{"Version":"v1.0.0","Time":"2024-01-02"}',
+    b'{"Version":"v1.0.0","Time":"2024-01-02 03:04:05Z"}',
+    b'{"Version":"v1.0.0","Time":"2024-01-02T03:04:05"}',
+    b'{"Version":"v1.0.0","Time":"2024-01-02T03:04:05z"}',
+    b'{"Version":"v1.0.0","Time":"2024-01-02T03:04:05,5Z"}',
+    b'{"Version":"v1.0.0","Time":"2024-01-02T03:04:05+24:00"}',
+    b'{"Version":"v1.0.0","Time":"2024-01-02T03:04:05+0000"}',
+    b'{"Version":"v1.0.0","Time":"2023-02-29T03:04:05Z"}',
+    b'{"Version":"v1.0.0","Time":"2024-13-01T03:04:05Z"}',
+    b'{"Version":"v1.0.0","Time":"2024-01-02T24:00:00Z"}',
+    b'{"Version":"v1.0.0","Time":"2024-01-02T03:04:60Z"}',
+    b'{"Version":"v1.0.0","Time":"2024-01-02T03:04:05Z\\n"}',
+    '{"Version":"v1.0.0","Time":"\u0662024-01-02T03:04:05Z"}'.encode(),
+    b'{"Version":"v1.0.0","Origin":"git"}',
+]
+
+
+@pytest.mark.parametrize("raw", BAD_INFOS, ids=lambda value: str(value)[:60])
+def test_read_info_refuses(raw: bytes) -> None:
+    assert not accepts(goproxy.read_info, raw)
+
+
+GO_MODS = [
+    (b'module "github.com/rsc/vgotest"', "github.com/rsc/vgotest"),
+    (b"module github.com/rsc/vgotest", "github.com/rsc/vgotest"),
+    (b'module  "github.com/rsc/vgotest"', "github.com/rsc/vgotest"),
+    (b"module  github.com/rsc/vgotest", "github.com/rsc/vgotest"),
+    (b"module `github.com/rsc/vgotest`", "github.com/rsc/vgotest"),
+    (b"module gopkg.in/yaml.v2", "gopkg.in/yaml.v2"),
+    (b'module "gopkg.in/check.v1"\n', "gopkg.in/check.v1"),
+    (b'module "gopkg.in/check.v1\n"', ""),
+    (b"module gopkg.in/check.v1\r\n", "gopkg.in/check.v1"),
+    (b'module "gopkg.in/check.v1"\r\n', "gopkg.in/check.v1"),
+    (b'module \n"gopkg.in/check.v1"\n\n', ""),
+    (b"module \ngopkg.in/check.v1\n\n", ""),
+    (b'module "gopkg.in/check.v1"asd', ""),
+    (b"module  \nmodule a/b/c ", "a/b/c"),
+    (b'module "   "', "   "),
+    (b"module   ", ""),
+    (b'module "  a/b/c  "', "  a/b/c  "),
+    (b'module "github.com/rsc/vgotest1" // with a comment', "github.com/rsc/vgotest1"),
+    (b"// module x\n\n\tmodule\ty\n", "y"),
+    (b"", ""),
+    (b"go 1.20\n", ""),
+    (b"modules x\n", ""),
+    (b'module"x"\n', ""),
+    (b"module\xc2\xa0x\n", ""),
+    (b"\xef\xbb\xbfmodule x\n", ""),
+    (b"module (\n\tx.y/z\n)\n", "("),
+    (b'module "x\\x2ey\\u002fz\\057\\U0000002f"\n', "x.y/z//"),
+    (b'module "x\\q"\n', ""),
+    (b'module "x\\"\n', ""),
+    (b'module "x\\\'"\n', ""),
+    (b'module "x\\ud800"\n', ""),
+    (b'module "x\\400"\n', ""),
+    (b'module ""\n', ""),
+    (b"module ``\n", ""),
+    (b"module `\n", ""),
+    (b"module `a`b`\n", ""),
+    (b"module \xff\n", "\ufffd"),
+    (b"<html>\nmodule of the page</html>", "of the page</html>"),
+    (b"<html>sign in</html>", ""),
+]
+
+
+@pytest.mark.parametrize(("raw", "path"), GO_MODS)
+def test_module_path(raw: bytes, path: str) -> None:
+    assert goproxy.module_path(raw) == path
+    assert accepts(goproxy.check_go_mod, raw) is bool(path)
+
+
+def test_module_path_like_go(ask_go: Ask) -> None:
+    texts = [raw.decode() for raw, _ in GO_MODS if b"\xff" not in raw and b"\xa0" not in raw]
+    texts += scramble(texts, 3000, 4, '"`\\ \n\r\t/xu01')
+    for text, theirs in zip(texts, ask_go([("module_path", text) for text in texts])):
+        ours = goproxy.module_path(text.encode())
+        assert ours == theirs, text
+
+
+def test_check_go_mod_size() -> None:
+    start = b"module x.y/z\n"
+    goproxy.check_go_mod(start.ljust(goproxy.MAX_GO_MOD))
+    with pytest.raises(goproxy.BadUpstream, match=r"go\.mod file too large"):
+        goproxy.check_go_mod(start.ljust(goproxy.MAX_GO_MOD + 1))
+    with pytest.raises(goproxy.BadUpstream, match="missing module line"):
+        goproxy.check_go_mod(b'module "' + b'\\"' * ((8 << 20) - 8))
+
+
+FILES = {
+    "go.mod": b"module example.com/m\n",
+    "LICENSE": b"do what you like\n",
+    "m.go": b"package m\n" * 1000,
+    "empty": b"",
+    "sub/m-1.go": b"package sub\n",
+    "sub/m.go": b"package sub\n",
+    "sub.go": b"package m\n",
+    "зип/Ж.go": b"package zip\n",
+}
+
+GOOD_ZIPS = {
+    "deflate": zip_of(FILES),
+    "store": zip_of(FILES, compression=zipfile.ZIP_STORED),
+    "comment": pack(*(Part(PREFIX + name, FILES[name]) for name in FILES), comment=b"a" * 40),
+    "descriptor": pack(*(Part(PREFIX + name, FILES[name]) for name in FILES)),
+    "descriptor 12": pack(*(Part(PREFIX + n, FILES[n], descriptor="<LLL") for n in FILES)),
+    "descriptor 20": pack(*(Part(PREFIX + n, FILES[n], descriptor="<LQQ") for n in FILES)),
+    "descriptor 24": pack(*(Part(PREFIX + n, FILES[n], descriptor="<4sLQQ") for n in FILES)),
+    "descriptor, stored": pack(*(Part(PREFIX + name, FILES[name], 0) for name in FILES)),
+    "reversed": pack(*(Part(PREFIX + name, FILES[name]) for name in reversed(FILES))),
+    "zip64": pack64(*(Part(PREFIX + name, FILES[name]) for name in FILES)),
+    "zip64, only count": pack64(
+        *(Part(PREFIX + name, FILES[name]) for name in FILES), size=1, offset=1
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GOOD_ZIPS)
+def test_check_zip(kind: str) -> None:
+    assert hash_of(GOOD_ZIPS[kind]) == dirhash(FILES)
+
+
+def test_check_zip_folders_count() -> None:
+    files = {**FILES, "": b"", "sub/": b"", "зип/": b""}
+    assert hash_of(zip_of(files)) == dirhash(files) != dirhash(FILES)
+    twice = pack(Part(PREFIX + "a/", b"", 0, 0), Part(PREFIX + "a/", b"", 0, 0))
+    assert accepts(hash_of, twice)
+
+
+def test_check_zip_folder_of_jar() -> None:
+    assert hash_of(pack(Part(PREFIX + "a/"))) == dirhash({"a/": b""})  # an empty deflate stream
+
+
+def test_check_zip_empty() -> None:
+    assert hash_of(pack()) == dirhash({})
+
+
+def test_check_zip_zip64_sizes() -> None:
+    wide = struct.pack("<2H3Q", 1, 24, 4, 4, 0)
+    other = struct.pack("<2H", 0x5455, 0)
+    told = {"size": 0xFFFFFFFF, "packed": 0xFFFFFFFF, "rest": [0, 0, 0, 0, 0xFFFFFFFF]}
+    part = Part(PREFIX + "a", b"aaaa", 0, 0, central={**told, "extra": other + wide})
+    assert hash_of(pack(part)) == dirhash({"a": b"aaaa"})
+    for extra in (
+        b"",
+        other,
+        wide[:-8],
+        struct.pack("<2H2Q", 1, 16, 4, 4),
+        b"\1\0\377\377aaaaaaaa",
+    ):
+        assert not accepts(hash_of, pack(part._replace(central={**told, "extra": extra})))
+
+
+def test_check_zip_many_entries() -> None:
+    names = [f"{number:05}" for number in range(66_000)]
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name in names:
+            archive.writestr(PREFIX + name, b"")
+    assert hash_of(out.getvalue()) == dirhash(dict.fromkeys(names, b""))
+
+
+def test_check_zip_big_entry() -> None:
+    data = bytes(9 << 20) + random.Random(5).randbytes(1 << 20)
+    assert hash_of(zip_of({"big": data, "rest": b"x"})) == dirhash({"big": data, "rest": b"x"})
+
+
+COLLIDE = "case-insensitive file name collision"
+BOTH = "is both a file and a directory"
+
+# names of files, the reason they cannot be in one module zip
+BAD_NAMES = [
+    (["noprefix"], "path does not have prefix"),
+    ([PREFIX[:-1]], "path does not have prefix"),
+    ([PREFIX + "a", "Example.com/m@v1.0.0/b"], "path does not have prefix"),
+    ([PREFIX + "a", "example.com/m@v1.0.1/b"], "path does not have prefix"),
+    ([PREFIX + "not/../clean"], "file path is not clean"),
+    ([PREFIX + "../../etc/passwd"], "file path is not clean"),
+    ([PREFIX + "a//b"], "file path is not clean"),
+    ([PREFIX + "a//"], "file path is not clean"),
+    ([PREFIX + "/"], "file path is not clean"),
+    ([PREFIX + "/etc/passwd"], "file path is not clean"),
+    ([PREFIX + "./a"], "file path is not clean"),
+    ([PREFIX + "a/."], "file path is not clean"),
+    ([PREFIX + "a\\b"], "invalid char"),
+    ([PREFIX + "invalid.go'"], 'malformed file path "invalid.go\'": invalid char "\'"'),
+    ([PREFIX + "a\0b"], "invalid char"),
+    ([PREFIX + "a\nb"], "invalid char"),
+    ([PREFIX + "☺"], "invalid char"),
+    ([PREFIX + "a\udcffb"], "invalid UTF-8"),
+    ([PREFIX + "aux.go"], "disallowed as path element component on Windows"),
+    ([PREFIX + "a./b"], "trailing dot in path element"),
+    ([PREFIX + "GO.MOD"], "go.mod files must have lowercase names"),
+    ([PREFIX + "go.Mod"], "go.mod files must have lowercase names"),
+    ([PREFIX + "sub/go.mod"], "go.mod file not in module root directory"),
+    ([PREFIX + "sub/Go.mod"], "go.mod file not in module root directory"),
+    ([PREFIX + "a", PREFIX + "a"], "multiple entries for file"),
+    ([PREFIX + "a", PREFIX + "A"], COLLIDE),
+    ([PREFIX + "a/b", PREFIX + "A/c"], COLLIDE),
+    ([PREFIX + "a/b/x/y", PREFIX + "a/B/x/z"], COLLIDE),
+    ([PREFIX + "a/", PREFIX + "A/b"], COLLIDE),
+    ([PREFIX + "A", PREFIX + "a/b"], COLLIDE),
+    ([PREFIX + "ß", PREFIX + "ẞ"], COLLIDE),
+    ([PREFIX + "k/a", PREFIX + "a", PREFIX + "\u212a/b"], COLLIDE),
+    ([PREFIX + "a", PREFIX + "a/b"], BOTH),
+    ([PREFIX + "a/b/c", PREFIX + "a-b", PREFIX + "a/b", PREFIX + "a.b"], BOTH),
+    ([PREFIX + "a", PREFIX + "a/"], BOTH),
+]
+
+
+@pytest.mark.parametrize(("names", "reason"), BAD_NAMES)
+def test_check_zip_names(names: list[str], reason: str) -> None:
+    for order in (names, names[::-1]):
+        with pytest.raises(goproxy.BadUpstream) as caught:
+            hash_of(pack(*(Part(name) for name in order)))
+        assert reason in str(caught.value)
+        assert str(caught.value).isprintable()
+
+
+GOOD_NAMES = [
+    ["a", "a-b", "a.b", "ab", "A-c"],
+    ["a/go.mods", "a/xgo.mod", "go.mod.txt", "go.mod/"],
+    ["a/b", "a/c", "a/", "a-", "b/a/b"],
+    ["\u0131", "i", "İ", "ss", "ß"],
+    [".git/config", ".x", "~1", "a~1"],
+]
+
+
+@pytest.mark.parametrize("names", GOOD_NAMES)
+def test_check_zip_good_names(names: list[str]) -> None:
+    files = dict.fromkeys(names, b"")
+    assert hash_of(zip_of(files)) == dirhash(files)
+
+
+A = Part(PREFIX + "a", b"a" * 100)
+B = Part(PREFIX + "b", b"b" * 100)
+PLAIN_PART = A._replace(flags=0)
+
+
+def both(**told: int) -> dict[str, Any]:
+    return {"central": told, "local": told}
+
+
+# what is wrong, the file, what the reason says
+CORRUPT = [
+    ("empty file", b"", "not a valid zip file"),
+    ("no zip", b"<html>" * 99, "not a valid zip file"),
+    ("junk before", b"#!/bin/sh\n" + pack(A), "not a valid zip file"),
+    ("junk before, told", pack(A, before=b"#!/bin/sh\n"), "overlap or leave a gap"),
+    ("junk after", pack(A) + b"\n", "not a valid zip file"),
+    ("junk after comment", pack(A, comment=b"x") + b"\n", "not a valid zip file"),
+    ("end record in comment", pack(A, comment=b"PK\5\6" + bytes(30)), "not a valid zip file"),
+    ("junk before directory", pack(A._replace(trailer=b"x" * 30)), "overlap or leave a gap"),
+    ("junk, no entries", pack(before=b"junk"), "not a valid zip file"),
+    ("gap", pack(A, B._replace(central={"rest": [0, 0, 0, 0, 190]})), "overlap or leave a gap"),
+    ("too few", pack(A, B, count=1), "not a valid zip file"),
+    ("too many", pack(A, B, count=3), "not a valid zip file"),
+    ("directory too short", pack(A, B, size=40), "not a valid zip file"),
+    ("directory beyond", pack(A, offset=0xFFFFFFF), "not a valid zip file"),
+    ("no zip64", pack(A, offset=0xFFFFFFFF), "not a valid zip file"),
+    ("overlap", pack(A, A._replace(name=PREFIX + "b", central={"rest": [0] * 5})), "overlap"),
+    ("local name", pack(A._replace(local={"name": PREFIX.encode() + b"b"})), "local header"),
+    ("local method", pack(A._replace(local={"method": 0})), "local header"),
+    ("local flags", pack(A._replace(local={"flags": 0})), "local header"),
+    ("local crc", pack(PLAIN_PART._replace(local={"crc": 1})), "checksum error"),
+    ("local size", pack(PLAIN_PART._replace(local={"size": 1})), "sizes differ"),
+    ("local packed", pack(PLAIN_PART._replace(local={"packed": 1})), "sizes differ"),
+    ("crc", pack(A._replace(central={"crc": 1})), "checksum error"),
+    ("crc nought", pack(PLAIN_PART._replace(**both(crc=0))), "checksum error"),
+    ("too large", pack(A._replace(central={"size": 99})), "larger than declared size (99 bytes)"),
+    ("too small", pack(A._replace(central={"size": 101})), "unexpected EOF"),
+    ("stored size", pack(A._replace(method=0, central={"size": 101})), "unexpected EOF"),
+    ("packed short", pack(A._replace(central={"packed": 1})), "unexpected EOF"),
+    ("packed none", pack(A._replace(central={"packed": 0})), "unexpected EOF"),
+    ("packed long", pack(A._replace(central={"packed": 0xFFFFFFF})), "after the end of"),
+    ("after stream", pack(PLAIN_PART._replace(trailer=b"x", **both(packed=7))), "after the end of"),
+    ("no deflate", pack(PLAIN_PART._replace(method=0, **both(method=8))), "decompress"),
+    ("method", pack(A._replace(method=99)), "unsupported compression algorithm"),
+    ("encrypted", pack(A._replace(flags=9)), "encrypted"),
+    ("strongly", pack(A._replace(flags=0x48)), "encrypted"),
+    ("masked", pack(A._replace(flags=0x2008)), "encrypted"),
+    ("encrypted, local", pack(A._replace(local={"flags": 9})), "encrypted"),
+    ("no descriptor", pack(A._replace(descriptor=None)), "overlap or leave a gap"),
+    ("folder with data", pack(Part(PREFIX + "a/", b"x")), "larger than declared"),
+    ("folder with size", pack(Part(PREFIX + "a/", central={"size": 1})), "unexpected EOF"),
+    ("zip64 size", pack(A._replace(central={"size": 0xFFFFFFFF})), "not a valid zip file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [row[1:] for row in CORRUPT], ids=[r[0] for r in CORRUPT]
+)
+def test_check_zip_corrupt(data: bytes, reason: str) -> None:
+    with pytest.raises(goproxy.BadUpstream) as caught:
+        hash_of(data)
+    assert reason in str(caught.value)
+
+
+def test_check_zip_descriptor() -> None:
+    for layout in ("<4sLLL", "<LLL", "<LQQ", "<4sLQQ"):
+        good = pack(A._replace(descriptor=layout))
+        end = good.index(b"PK\1\2")
+        start = end - struct.calcsize(layout)
+        assert accepts(hash_of, good)
+        for at in range(start, end):
+            assert not accepts(hash_of, good[:at] + b"\x77" + good[at + 1 :])
+
+
+@pytest.mark.parametrize("name", ["go.mod", "LICENSE"])
+def test_check_zip_special_sizes(name: str) -> None:
+    limit = 16 << 20
+    for size, reason in ((limit + 1, f"{name} file too large"), (limit, "unexpected EOF")):
+        with pytest.raises(goproxy.BadUpstream, match=reason):
+            hash_of(pack(Part(PREFIX + name, central={"size": size})))
+    with pytest.raises(goproxy.BadUpstream, match="unexpected EOF"):
+        hash_of(pack(Part(f"{PREFIX}sub/{name.replace('.', '-')}", central={"size": limit + 1})))
+
+
+def test_check_zip_total_size() -> None:
+    half = {"size": goproxy.MAX_ZIP // 2}
+    first = A._replace(data=b"", central=half)
+    fits = pack(first, B._replace(data=b"", central=half))
+    with pytest.raises(goproxy.BadUpstream, match="unexpected EOF"):
+        hash_of(fits)
+    reason = "total uncompressed size of module contents too large"
+    with pytest.raises(goproxy.BadUpstream, match=reason):
+        hash_of(pack(first, B._replace(central={"size": goproxy.MAX_ZIP // 2 + 1})))
+    with pytest.raises(goproxy.BadUpstream, match=reason):
+        hash_of(pack(A._replace(central={"size": goproxy.MAX_ZIP + 1})))
+
+
+class Huge(io.BytesIO):
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return super().seek(offset, whence) + (goproxy.MAX_ZIP if whence == io.SEEK_END else 0)
+
+
+def test_check_zip_file_size() -> None:
+    with pytest.raises(goproxy.BadUpstream, match="module zip file is too large"):
+        goproxy.check_zip(Huge(b"x"), MODULE, VERSION)
+
+
+def test_check_zip_too_many() -> None:
+    data = pack64(A)
+    one, many = struct.pack("<2Q", 1, 1), struct.pack("<2Q", 1_000_001, 1_000_001)
+    assert data.count(one) == 1
+    with pytest.raises(goproxy.BadUpstream, match="too many entries"):
+        hash_of(data.replace(one, many))
+    start = pack(A)
+    length = 64 << 20
+    with pytest.raises(goproxy.BadUpstream, match="too many entries"):
+        hash_of(
+            bytes(length + 1) + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, length + 1, 0, 0)
+        )
+    assert accepts(hash_of, start)
+
+
+@pytest.mark.parametrize("where", ["data", "start", "size", "signature", "disks"])
+def test_check_zip_zip64_records(where: str) -> None:
+    data = bytearray(pack64(A, B))
+    assert accepts(hash_of, bytes(data))
+    at = {"data": 98, "start": 34, "size": 42, "signature": 97, "disks": 26}[where]
+    data[-at] ^= 1
+    assert not accepts(hash_of, bytes(data))
+
+
+def test_check_zip_names_the_caller_got_wrong() -> None:
+    for path, version in (("Example.com/m", VERSION), (MODULE, "v1.0"), (MODULE, "v2.0.0")):
+        with pytest.raises(goproxy.BadName):
+            goproxy.check_zip(io.BytesIO(GOOD_ZIPS["deflate"]), path, version)
+
+
+SMALL = {
+    "descriptor": pack(A, Part(PREFIX + "go.mod", b"module example.com/m\n")),
+    "folder": zip_of({"x/": b"", "x/y": b"text"}),
+    "stored": zip_of({"a": b"text", "b": b""}, compression=zipfile.ZIP_STORED),
+    "zip64": pack64(A, B._replace(flags=0)),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_check_zip_any_bit_flipped(kind: str) -> None:
+    """A flipped bit is found, or is in a time, a mode or the like: the content stays the same."""
+    good = SMALL[kind]
+    expected, kept = hash_of(good), 0
+    for at, bit in itertools.product(range(len(good)), range(8)):
+        bad = bytearray(good)
+        bad[at] ^= 1 << bit
+        try:
+            assert hash_of(bytes(bad)) == expected
+            kept += 1
+        except goproxy.BadUpstream:
+            pass
+    assert kept < len(good) * 4
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_check_zip_any_byte_cut_or_added(kind: str) -> None:
+    good = SMALL[kind]
+    for at in range(len(good)):
+        assert not accepts(hash_of, good[:at])
+        assert not accepts(hash_of, good[at + 1 :])
+        assert not accepts(hash_of, good[:at] + good[at + 1 :])
+        assert not accepts(hash_of, good[:at] + b"P" + good[at:])
+
+
+class Counting(io.BytesIO):
+    """A file that knows how many bytes were read of it, and the most at a time."""
+
+    total = most = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.total += len(data)
+        self.most = max(self.most, len(data))
+        return data
+
+
+def test_check_zip_reads_once() -> None:
+    data = random.Random(6).randbytes(3 << 20)
+    file = Counting(pack(*(Part(f"{PREFIX}{name}", data, 0) for name in "abc")))
+    goproxy.check_zip(file, MODULE, VERSION)
+    assert file.total < len(file.getvalue()) + (70 << 10)
+    assert file.most <= 256 << 10
+
+
+def test_check_zip_memory() -> None:
+    bomb = pack(*(Part(f"{PREFIX}{name}", bytes(24 << 20)) for name in "ab"))
+    tracemalloc.start()
+    try:
+        hash_of(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_check_zip_stops_a_bomb() -> None:
+    bomb = pack(Part(PREFIX + "a", bytes(24 << 20), central={"size": 1000}))
+    assert lines_run(lambda: accepts(hash_of, bomb)) < 1000
+
+
+ZIP_STEPS = [
+    lambda size: pack(*(Part(f"{PREFIX}dir/{number:04}") for number in range(size))),
+    lambda size: pack(Part(PREFIX + "a/" * size + "b"), Part(PREFIX + "a/" * size + "c")),
+    lambda size: pack(Part(PREFIX + "a/" * size + "b"), Part(PREFIX + "a/" * size + "B")),
+    lambda size: pack(
+        PLAIN_PART._replace(central={"size": 0xFFFFFFFF, "extra": b"\2\0\0\0" * size})
+    ),
+    lambda size: pack(Part(PREFIX + "a", bytes(size * 4096))),
+]
+
+
+@pytest.mark.parametrize("make", ZIP_STEPS)
+def test_check_zip_linear(make: Callable[[int], bytes]) -> None:
+    small, large = make(500), make(4000)
+    few = lines_run(lambda: accepts(hash_of, small))
+    many = lines_run(lambda: accepts(hash_of, large))
+    assert few <= many <= few * 8 + 500
+
+
+POOL = [
+    "a",
+    "A",
+    "a/b",
+    "a/B",
+    "a/b/c",
+    "a/",
+    "go.mod",
+    "GO.MOD",
+    "a/go.mod",
+    "LICENSE",
+    "con",
+    "ß",
+]
+POOL += ["ẞ", "x y", "x:y", "a//b", "../a", "☺", "é/è", "É/e", "z.go", "", "/", "a/b/", "x\udcff"]
+
+
+def random_part(dice: random.Random) -> Part:
+    name = dice.choice([PREFIX] * 30 + ["", "x/"]) + dice.choice(POOL)
+    data = b"" if name.endswith("/") else dice.randbytes(dice.choice([0, 1, 50]))
+    method = dice.choice([0, 8])
+    flags = dice.choice([0, 8, 0x800, 0x808])
+    layout = dice.choice(["<4sLLL", "<LLL", "<LQQ", "<4sLQQ"])
+    return Part(name, data, method, flags, descriptor=layout)
+
+
+def tampered(dice: random.Random, data: bytes) -> bytes:
+    """`data` with one or two small changes: a byte, a field of ones, a cut, something added."""
+    for _ in range(dice.randint(1, 2)):
+        at = dice.randrange(len(data))
+        size, new = dice.choice(
+            [(1, bytes([dice.randrange(256)])), (2, b"\xff\xff"), (4, b"\xff" * 4), (4, bytes(4)),
+             (dice.randrange(40), b""), (0, b"PK\5\6"), (0, dice.randbytes(9))]
+        )  # fmt: skip
+        data = (data[:at] + new + data[at + size :]) or b"PK"
+    return data
+
+
+def zips_like_go(ask_go: Ask, folder: Path, zips: Sequence[bytes]) -> Iterator[tuple[str, str]]:
+    """Our h1: hash or "refused", and Go's, which may also be "corrupt"."""
+    for number, data in enumerate(zips):
+        (folder / f"{number}.zip").write_bytes(data)
+    names = [str(folder / f"{number}.zip") for number in range(len(zips))]
+    answers = ask_go([("zip", MODULE, VERSION, name) for name in names])
+    for data, theirs in zip(zips, answers):
+        try:
+            yield hash_of(data), theirs
+        except goproxy.BadUpstream:
+            yield "refused", theirs
+
+
+def test_check_zip_like_go(ask_go: Ask, tmp_path: Path) -> None:
+    dice = random.Random(7)
+    lists = [[random_part(dice) for _ in range(dice.randint(0, 4))] for _ in range(1500)]
+    packers = [lambda parts: pack(*parts), lambda parts: pack64(*parts)]
+    zips = [*GOOD_ZIPS.values(), *(dice.choice(packers)(parts) for parts in lists)]
+    verdicts = list(zips_like_go(ask_go, tmp_path, zips))
+    for number, (ours, theirs) in enumerate(verdicts):
+        assert ours == theirs.replace("corrupt", "refused"), f"{number}: {lists[number - 11]}"
+    assert sum(ours != "refused" for ours, _ in verdicts) > 300
+
+
+def test_check_zip_never_laxer_than_go(ask_go: Ask, tmp_path: Path) -> None:
+    dice = random.Random(8)
+    good = [*GOOD_ZIPS.values(), *SMALL.values()]
+    zips = [tampered(dice, dice.choice(good)) for _ in range(3000)]
+    zips += [data for _, data, _ in CORRUPT]
+    zips += [pack(*map(Part, names)) for names, _ in BAD_NAMES]
+    for number, (ours, theirs) in enumerate(zips_like_go(ask_go, tmp_path, zips)):
+        assert ours in ("refused", theirs), number
+
+
+# =============================================================================
+# 5. Tools
+# =============================================================================
+
+
+def drafted(folder: Path, length: int) -> goproxy.Draft:
+    draft = goproxy.Draft(str(folder))
+    draft.write(bytes(length))
+    return draft
+
+
+def test_the_end_of_a_draft_is_hidden_until_it_is_finished(tmp_path: Path) -> None:
+    draft = drafted(tmp_path, 100_000)
+    with contextlib.closing(draft.reader()) as reader:
+        assert reader.ready() == 100_000 - goproxy.WITHHELD
+        draft.finish()
+        assert reader.ready() == 100_000
+        assert reader.read_all(100_000) == bytes(100_000)
+        assert reader.ready() is None
+
+
+def test_a_failed_draft_leaves_no_file_and_an_error(tmp_path: Path) -> None:
+    draft = drafted(tmp_path, 100_000)
+    with contextlib.closing(draft.reader()) as reader:
+        draft.fail(goproxy.BadUpstream("bad"))
+        assert list(tmp_path.iterdir()) == []
+        assert len(reader.read(1_000_000)) == 100_000 - goproxy.WITHHELD
+        with pytest.raises(goproxy.BadUpstream, match="bad"):
+            reader.read(1)
+
+
+def test_readers_are_woken_by_every_part_of_a_draft(tmp_path: Path) -> None:
+    draft = goproxy.Draft(str(tmp_path))
+    with contextlib.closing(draft.reader()) as reader:
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(reader.read_all, 10_000_000)
+            for _ in range(10):
+                draft.write(bytes(100_000))
+            draft.finish()
+        assert whole.result() == bytes(1_000_000)
+
+
+def test_more_bytes_than_allowed_are_refused() -> None:
+    assert goproxy.BytesBlob(bytes(10)).read_all(10) == bytes(10)
+    with pytest.raises(goproxy.BadUpstream):
+        goproxy.BytesBlob(bytes(11)).read_all(10)
+
+
+def test_whoever_comes_during_a_flight_shares_it() -> None:
+    flights: goproxy.Flights[object] = goproxy.Flights()
+    joined = together(20, lambda number: flights.join("key", object))
+    assert [first for _, first in joined].count(True) == 1
+    assert len({id(flight) for flight, _ in joined}) == 1
+    flights.land("key")
+    assert flights.join("key", object)[1]
+
+
+def test_a_memory_forgets_its_oldest_when_full() -> None:
+    memory: goproxy.TtlCache[int] = goproxy.TtlCache(3)
+    for number in range(5):
+        memory.put(str(number), number, 60)
+    assert [memory.get(str(number)) for number in range(5)] == [None, None, 2, 3, 4]
+
+
+def test_a_memory_forgets_after_the_time() -> None:
+    memory: goproxy.TtlCache[int] = goproxy.TtlCache(3)
+    memory.put("gone", 1, 0)
+    memory.put("dropped", 1, 60)
+    memory.drop("dropped")
+    assert (memory.get("gone"), memory.get("dropped"), memory.get("never")) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain é 漢", "plain é 漢"),
+        ("a\nb\tc", "a\\nb\\tc"),
+        ("\x1b[31m", "\\x1b[31m"),
+        ("\u202eabc", "\\u202eabc"),
+        ("\u2028", "\\u2028"),
+        ("\x9b", "\\x9b"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_what_moves_a_terminal_is_shown_as_an_escape(text: str, shown: str) -> None:
+    assert goproxy.printable(text) == shown
+
+
+def test_a_lane_hands_on_errors_and_goes_on() -> None:
+    lane = goproxy.Lane("test", 1)
+    with pytest.raises(ZeroDivisionError):
+        lane.submit(lambda: 1 // 0).result(PATIENCE)
+    assert lane.submit(lambda: 1).result(PATIENCE) == 1
+    lane.close()
+
+
+# =============================================================================
+# 6. Network
+# =============================================================================
+
+BROKEN = ["cutchunk", "gzip", "html", "interim", "longhead", "reset", "truncate"]
+
+
+def test_an_upstream_that_fails_once_is_asked_again(run: Run, upstream: Upstream) -> None:
+    assert run(upstream=upstream.url("drop-once")).get(INFO).body == SITE[INFO]
+    assert upstream.asked == [INFO, INFO]
+
+
+def test_a_zip_cut_in_the_middle_is_resumed(run: Run, upstream: Upstream) -> None:
+    assert run(upstream=upstream.url("cut-once")).get(BIG).body == SITE[BIG]
+    assert upstream.asked == [BIG, BIG]
+    assert upstream.seen[1].headers["range"] == f"bytes={len(SITE[BIG]) // 2}-"
+
+
+def test_a_zip_is_resumed_even_if_resuming_fails_once(run: Run, upstream: Upstream) -> None:
+    assert run(upstream=upstream.url("cut-drop")).get(BIG).body == SITE[BIG]
+    assert upstream.asked == [BIG] * 3
+
+
+def test_a_zip_that_changed_meanwhile_is_not_glued(run: Run, upstream: Upstream) -> None:
+    answer = run(upstream=upstream.url("swap-once")).get(BIG)
+    assert answer.status == 502 or not answer.whole
+    assert run.stored() == []
+
+
+def test_a_zip_of_more_than_500_mib_is_refused(run: Run, upstream: Upstream) -> None:
+    assert run(upstream=upstream.url("huge")).get(BIG).status == 502
+    assert run.stored() == []
+
+
+@pytest.mark.parametrize(("size", "status"), [((16 << 20) - 1, 200), ((16 << 20) + 1, 502)])
+def test_a_mod_may_have_16_mib(run: Run, upstream: Upstream, size: int, status: int) -> None:
+    upstream.files[MOD] = SITE[MOD].ljust(size, b"\n")
+    assert run(upstream=upstream.url()).get(MOD).status == status
+
+
+def test_a_failing_upstream_is_asked_three_times(run: Run, upstream: Upstream) -> None:
+    assert run(upstream=upstream.url("500")).get(INFO).status == 502
+    assert upstream.asked == [INFO] * 3
+
+
+@pytest.mark.parametrize("path", [INFO, MOD, ZIP, LIST, LATEST])
+def test_an_outage_is_not_absence(run: Run, upstream: Upstream, path: str) -> None:
+    proxy = run(upstream=upstream.url("500"))
+    assert proxy.get(path).status == 502
+    assert run.stored() == []
+
+
+def test_a_refused_connection_is_502(run: Run, refused: str) -> None:
+    assert run(upstream=refused).get(INFO).status == 502
+
+
+def test_an_unknown_host_is_502(run: Run) -> None:
+    assert run(upstream="http://no-such-host.invalid").get(INFO).status == 502
+
+
+@pytest.mark.parametrize("fault", ["429", "503"])
+def test_a_busy_upstream_is_503_with_its_retry_after(
+    run: Run, upstream: Upstream, fault: str
+) -> None:
+    answer = run(upstream=upstream.url(fault)).get(INFO)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "7")
+
+
+@pytest.mark.parametrize("fault", ["401", "403"])
+def test_an_upstream_that_forbids_is_403_with_its_words(
+    run: Run, upstream: Upstream, fault: str
+) -> None:
+    answer = run(upstream=upstream.url(fault)).get(INFO)
+    assert answer.status == 403
+    assert f"upstream says {fault}" in answer.text
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+@pytest.mark.parametrize("path", [INFO, LIST, MOD])
+def test_what_the_upstream_garbles_is_502(
+    run: Run, upstream: Upstream, fault: str, path: str
+) -> None:
+    assert run(upstream=upstream.url(fault)).get(path).status == 502
+    assert run.stored() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "path"),
+    [("chunked", BIG), ("chunked", INFO), ("nolength", BIG), ("redirect", BIG), ("redirect", INFO)],
+)
+def test_any_valid_framing_is_understood(
+    run: Run, upstream: Upstream, fault: str, path: str
+) -> None:
+    answer = run(upstream=upstream.url(fault)).get(path)
+    assert (answer.status, answer.whole) == (200, True)
+    assert answer.body == SITE[path]
+
+
+@pytest.mark.parametrize("path", [INFO, LIST, MOD])
+def test_what_might_be_cut_is_not_believed(run: Run, upstream: Upstream, path: str) -> None:
+    assert run(upstream=upstream.url("nolength")).get(path).status == 502
+
+
+def test_connections_to_the_upstream_are_kept(proxy: Proxy, upstream: Upstream) -> None:
+    for path in (INFO, MOD, ZIP, LIST, LATEST):
+        assert proxy.get(path).status == 200
+    assert len(upstream.connections) == 1
+
+
+def test_the_upstream_is_asked_for_plain_bytes(proxy: Proxy, upstream: Upstream) -> None:
+    proxy.get(INFO)
+    headers = upstream.seen[0].headers
+    assert headers.get("accept-encoding", "identity") == "identity"
+    assert "goproxy" in headers["user-agent"]
+    assert "connection" not in headers or headers["connection"] != "close"
+
+
+@pytest.mark.parametrize("fault", ["redirect-file", "redirect-loop"])
+def test_a_bad_redirect_is_502(run: Run, upstream: Upstream, fault: str) -> None:
+    assert run(upstream=upstream.url(fault)).get(INFO).status == 502
+    assert len(upstream.asked) <= 3 * 11
+
+
+def test_credentials_in_the_url_are_sent(run: Run, upstream: Upstream) -> None:
+    url = upstream.url("auth").replace("//", "//user:p%40ss%3Aword@")
+    proxy = run(upstream=url)
+    assert proxy.get(INFO).status == 200
+    assert "word" not in proxy.stop().log
+
+
+def test_credentials_of_netrc_are_sent(run: Run, upstream: Upstream) -> None:
+    (run.folder / "secrets").write_text("machine 127.0.0.1 login user password p@ss:word\n")
+    proxy = run({"NETRC": str(run.folder / "secrets")}, upstream=upstream.url("auth"))
+    assert proxy.get(INFO).status == 200
+
+
+def test_credentials_do_not_follow_to_another_host(run: Run, upstream: Upstream) -> None:
+    url = upstream.url("redirect-away").replace("//", "//user:secret@")
+    assert run(upstream=url).get(INFO).status == 200
+    assert ["authorization" in one.headers for one in upstream.seen] == [True, False]
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A self-signed certificate for 127.0.0.1 with its key, in one file."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a certificate")
+    made = tmp_path / "certificate.pem"
+    options = (
+        "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
+    )
+    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(made)]
+    subprocess.run(["openssl", "req", *options.split(), *files], check=True, capture_output=True)
+    made.write_text((tmp_path / "key.pem").read_text() + made.read_text())
+    return made
+
+
+@pytest.fixture
+def secure(certificate: Path) -> Iterator[Upstream]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server = Upstream(SITE, context)
+    yield server
+    server.close()
+
+
+def test_an_upstream_with_a_trusted_certificate_is_asked(
+    run: Run, secure: Upstream, certificate: Path
+) -> None:
+    proxy = run({"SSL_CERT_FILE": str(certificate)}, upstream=secure.url())
+    assert proxy.get(BIG).body == SITE[BIG]
+
+
+def test_an_upstream_with_an_unknown_certificate_is_never_asked(run: Run, secure: Upstream) -> None:
+    assert run(upstream=secure.url()).get(INFO).status == 502
+    assert secure.asked == []
+
+
+@pytest.mark.soak
+def test_an_upstream_that_never_answers_is_504(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url("hang"))
+    with contextlib.closing(proxy.connect()) as connection:
+        connection.timeout = 120
+        assert ask(connection, "GET", "/" + INFO, {}).status == 504
+
+
+# =============================================================================
+# 7. Storage
+# =============================================================================
+
+
+@pytest.fixture(params=sorted(goproxy.STORAGES))
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[goproxy.Storage]:
+    """Every storage in turn: what is tested with this fixture is the contract of all."""
+    with contextlib.closing(goproxy.STORAGES[request.param](str(tmp_path / "store"))) as made:
+        yield made
+
+
+def read(storage: goproxy.Storage, name: str) -> bytes:
+    with contextlib.closing(storage.open(name)) as blob:
+        return blob.read_all(1 << 30)
+
+
+def test_a_storage_gives_back_what_it_was_given(storage: goproxy.Storage) -> None:
+    storage.put(INFO, b"first")
+    storage.put(INFO, b"second")
+    draft = drafted(Path(storage.drafts), 1_000_000)
+    storage.adopt(ZIP, draft)
+    assert (read(storage, INFO), read(storage, ZIP)) == (b"second", bytes(1_000_000))
+
+
+def test_a_storage_does_not_find_what_is_not_there(storage: goproxy.Storage) -> None:
+    storage.put(INFO, b"")
+    for name in (MOD, "example.com", "example.com/quote/@v", INFO + "/x", "x" * 5000):
+        with pytest.raises(goproxy.NotFound):
+            storage.open(name)
+
+
+def test_a_storage_tells_names_directly_below_a_prefix(storage: goproxy.Storage) -> None:
+    for name in (INFO, ZIP, "example.com/quote/v2/@v/v2.0.0.info", "example.com/quoted/@v/list"):
+        storage.put(name, b"")
+    assert sorted(storage.names("example.com/quote/@v/")) == ["v1.0.0.info", "v1.0.0.zip"]
+    assert storage.names("example.com/none/@v/") == []
+
+
+def test_an_open_blob_survives_its_replacement(storage: goproxy.Storage) -> None:
+    storage.put(INFO, b"first")
+    with contextlib.closing(storage.open(INFO)) as blob:
+        storage.put(INFO, b"second")
+        assert blob.read_all(100) == b"first"
+
+
+def test_the_cache_has_the_layout_of_a_gomodcache(proxy: Proxy, run: Run) -> None:
+    names = [INFO, MOD, ZIP, f"{SHOUT}.info", f"{SHOUT}.zip"]
+    for name in names:
+        proxy.get(name)
+    assert run.stored() == sorted([*names, f"{ZIP}hash", f"{SHOUT}.ziphash"])
+    assert {name: (run.cache / name).read_bytes() for name in names} == {
+        name: SITE[name] for name in names
+    }
+
+
+def test_the_ziphash_is_the_one_the_go_command_keeps(proxy: Proxy, run: Run) -> None:
+    proxy.get(ZIP)
+    assert (run.cache / f"{ZIP}hash").read_text() == hash1(SITE[ZIP])
+
+
+def test_the_list_is_kept_beside_the_versions(proxy: Proxy, run: Run) -> None:
+    proxy.get(LIST)
+    assert (run.cache / LIST).read_text().split() == ["v1.0.0", "v1.1.0"]
+
+
+def test_files_are_readable_by_all_and_writable_by_the_owner(proxy: Proxy, run: Run) -> None:
+    proxy.get(ZIP)
+    folder = (run.cache / ZIP).parent
+    modes = {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()}
+    assert (modes, oct(folder.stat().st_mode & 0o777)) == ({"0o644"}, "0o755")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_download_leaves_nothing_behind(
+    run: Run, upstream: Upstream, workers: int
+) -> None:
+    first = run(upstream=upstream.url("hold"), workers=workers)
+    first.begin(BIG).close()
+    first.kill()
+    upstream.gate.set()
+    second = run(upstream=upstream.url())
+    assert run.stored() == []
+    assert second.get(BIG).body == SITE[BIG]
+
+
+def test_a_second_process_on_the_same_cache_does_no_harm(run: Run, upstream: Upstream) -> None:
+    first = run(upstream=upstream.url("hold"))
+    with first.begin(BIG) as client:
+        run(upstream=upstream.url())
+        upstream.gate.set()
+        assert read_all(client).endswith(SITE[BIG][-100_000:])
+    first.stop()
+    assert (run.cache / BIG).read_bytes() == SITE[BIG]
+
+
+def test_a_cache_survives_a_restart(proxy: Proxy, run: Run, upstream: Upstream) -> None:
+    proxy.get(ZIP)
+    proxy.stop()
+    again = run(upstream=upstream.url("500"))
+    assert again.get(ZIP).body == SITE[ZIP]
+    assert upstream.asked == [ZIP]
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_miss(proxy: Proxy, run: Run) -> None:
+    (run.cache / INFO).mkdir(parents=True)
+    assert proxy.get(INFO).body == SITE[INFO]
+
+
+def test_a_full_disk_does_not_cost_the_client_its_answer(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url())
+    shutil.rmtree(run.cache)
+    run.cache.write_text("no folder any more")
+    assert proxy.get(INFO).body == SITE[INFO]
+
+
+# =============================================================================
+# 8. Sources
+# =============================================================================
+
+OUTAGES = ["400", "403", "429", "500", "503", "html", "reset", "truncate", "wronginfo"]
+
+
+@pytest.mark.parametrize("fault", ["404", "410"])
+@pytest.mark.parametrize("separator", [",", "|"])
+def test_absence_moves_on_to_the_next_upstream(
+    run: Run, upstream: Upstream, separator: str, fault: str
+) -> None:
+    proxy = run(upstream=separator.join([upstream.url(fault), upstream.url()]))
+    assert proxy.get(INFO).body == SITE[INFO]
+    assert [one.fault for one in upstream.seen] == [fault, "good"]
+
+
+@pytest.mark.parametrize("fault", OUTAGES)
+def test_after_a_comma_an_outage_does_not_move_on(run: Run, upstream: Upstream, fault: str) -> None:
+    proxy = run(upstream=",".join([upstream.url(fault), upstream.url()]))
+    assert proxy.get(INFO).status in (403, 502, 503)
+    assert {one.fault for one in upstream.seen} == {fault}
+
+
+@pytest.mark.parametrize("fault", OUTAGES)
+def test_after_a_bar_any_error_moves_on(run: Run, upstream: Upstream, fault: str) -> None:
+    proxy = run(upstream="|".join([upstream.url(fault), upstream.url()]))
+    assert proxy.get(INFO).body == SITE[INFO]
+
+
+def test_a_refused_upstream_moves_on_after_a_bar(
+    run: Run, upstream: Upstream, refused: str
+) -> None:
+    assert run(upstream=f"{refused}|{upstream.url()}").get(ZIP).body == SITE[ZIP]
+
+
+@pytest.mark.parametrize("fault", ["cutchunk", "reset", "truncate"])
+def test_a_cut_zip_moves_on_after_a_bar(run: Run, upstream: Upstream, fault: str) -> None:
+    proxy = run(upstream=f"{upstream.url(fault)}|{upstream.url()}")
+    assert proxy.get(ZIP).body == SITE[ZIP]
+
+
+@pytest.mark.parametrize("fault", ["404", "410"])
+def test_absence_everywhere_is_absence(run: Run, upstream: Upstream, fault: str) -> None:
+    answer = run(upstream=f"{upstream.url('404')},{upstream.url(fault)}").get(INFO)
+    assert answer.status in (404, 410)
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.text.startswith("not found: example.com/quote@v1.0.0: ")
+
+
+def test_an_upstream_may_be_a_folder(run: Run, tmp_path: Path) -> None:
+    for name, body in SITE.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_bytes(body)
+    proxy = run(upstream=f"file://{tmp_path}/site")
+    for name in (INFO, MOD, ZIP, f"{SHOUT}.zip", "example.com/quote/@v/main.info"):
+        assert proxy.get(name).body == SITE[name]
+    assert proxy.get(LIST).versions == ["v1.0.0", "v1.1.0"]
+    assert proxy.get("example.com/none/@v/list").status == 404
+
+
+def test_a_folder_that_is_not_there_is_no_absence(run: Run, tmp_path: Path) -> None:
+    assert run(upstream=f"file://{tmp_path}/none").get(INFO).status == 502
+
+
+def test_off_ends_the_list(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=f"{upstream.url('404')},off,{upstream.url()}")
+    assert proxy.get(INFO).status == 404
+    assert upstream.asked == [INFO]
+
+
+def test_off_alone_asks_nobody(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream="off", sumdb=f"sum.test {upstream.url()}")
+    assert [proxy.get(path).status for path in (INFO, LIST)] == [404, 404]
+    assert upstream.asked == []
+
+
+# =============================================================================
+# 9. Mirror
+# =============================================================================
+
+BAD_FILES = [
+    ("gzip", INFO),
+    ("html", INFO),
+    ("notjson", INFO),
+    ("truncate", INFO),
+    ("wronginfo", INFO),
+    ("html", MOD),
+    ("nomodule", MOD),
+    ("truncate", MOD),
+    *(
+        (fault, ZIP)
+        for fault in ("cutchunk", "eof", "flip", "gzip", "html", "othermod", "truncate")
+    ),
+]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_clients_cost_one_upstream_request(run: Run, upstream: Upstream, workers: int) -> None:
+    proxy = run(upstream=upstream.url("hang"), workers=workers)
+    with ThreadPoolExecutor(1) as pool:
+        bodies = pool.submit(together, 50, lambda number: proxy.get(BIG).body)
+        proxy.logged(f"GET {BIG}", times=20)
+        upstream.gate.set()
+        assert set(bodies.result()) == {SITE[BIG]}
+    assert upstream.asked == [BIG]
+
+
+def test_followers_read_a_zip_while_it_arrives(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url("hold"))
+    clients = [proxy.begin(BIG) for _ in range(3)]
+    upstream.gate.set()
+    tails = [read_all(client)[-1000:] for client in clients]
+    for client in clients:
+        client.close()
+    assert tails == [SITE[BIG][-1000:]] * 3
+    assert upstream.asked == [BIG]
+
+
+def test_a_download_outlives_the_client_that_began_it(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url("hold"))
+    proxy.begin(BIG).close()
+    upstream.gate.set()
+    assert proxy.get(BIG).body == SITE[BIG]
+    assert upstream.asked == [BIG]
+
+
+def test_a_zip_reaches_the_client_while_it_arrives(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url("hold"))
+    with proxy.begin(BIG) as client:
+        assert not upstream.gate.is_set()
+        upstream.gate.set()
+        assert read_all(client).endswith(SITE[BIG][-100_000:])
+
+
+def test_the_end_of_a_bad_zip_is_withheld(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url("flip"))
+    answer = proxy.get(BIG)
+    assert (answer.status, answer.whole) == (200, False)
+    assert 0 < len(answer.body) < int(answer.headers["content-length"])
+    assert run.stored() == []
+
+
+@pytest.mark.parametrize(("fault", "path"), BAD_FILES)
+def test_nothing_bad_is_kept_or_passed_off_as_good(
+    run: Run, upstream: Upstream, fault: str, path: str
+) -> None:
+    proxy = run(upstream=upstream.url(fault))
+    answer = proxy.get(path)
+    assert answer.status == 502 or not answer.whole
+    assert run.stored() == []
+    upstream.fault = "good"
+    assert proxy.get(path).body == SITE[path]
+
+
+@pytest.mark.parametrize("fault", ["cutchunk", "eof", "flip", "truncate"])
+def test_a_long_bad_zip_ends_short(run: Run, upstream: Upstream, fault: str) -> None:
+    proxy = run(upstream=upstream.url(fault))
+    answer = proxy.get(BIG)
+    assert answer.status == 502 or not answer.whole
+    assert run.stored() == []
+    upstream.fault = "good"
+    assert proxy.get(BIG).body == SITE[BIG]
+
+
+def test_a_mod_never_drags_the_zip_along(proxy: Proxy, upstream: Upstream) -> None:
+    proxy.get(MOD)
+    assert upstream.asked == [MOD]
+
+
+def test_a_list_is_fresh_for_the_ttl(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), ttl="1h")
+    answers = [proxy.get(LIST) for _ in range(3)]
+    assert upstream.asked == [LIST]
+    assert [answer.headers["x-cache"] for answer in answers] == ["MISS", "HIT", "HIT"]
+
+
+def test_a_stale_list_is_served_while_one_refresh_runs(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), ttl="0s")
+    proxy.get(LIST)
+    upstream.fault, upstream.files[LIST] = "hang", b"v1.0.0\nv1.9.0\n"
+    stale = together(10, lambda number: proxy.get(LIST))
+    assert {answer.headers["x-cache"] for answer in stale} == {"STALE"}
+    assert all(answer.headers["age"].isdigit() for answer in stale)
+    upstream.wait_asked(LIST, 2)
+    assert upstream.asked == [LIST, LIST]
+    upstream.gate.set()
+    assert any("v1.9.0" in proxy.get(LIST).versions for _ in range(1000))
+
+
+@pytest.mark.parametrize("path", [LIST, LATEST, "example.com/quote/@v/main.info"])
+def test_a_stale_answer_is_better_than_none(run: Run, upstream: Upstream, path: str) -> None:
+    proxy = run(upstream=upstream.url(), ttl="0s")
+    fresh = proxy.get(path)
+    upstream.fault = "500"
+    for _ in range(3):
+        assert proxy.get(path).body == fresh.body
+    upstream.wait_asked(path, 2)
+
+
+def test_a_list_unites_the_upstream_with_the_store(proxy: Proxy, upstream: Upstream) -> None:
+    proxy.get("example.com/quote/@v/v1.1.0.info")
+    proxy.get("example.com/quote/@v/v1.1.0.mod")
+    proxy.get("example.com/quote/@v/v1.1.0.zip")
+    upstream.files[LIST] = b"v1.0.0\nv1.2.0\n"
+    assert proxy.get(LIST).versions == ["v1.0.0", "v1.1.0", "v1.2.0"]
+
+
+def test_a_stored_version_wins_over_a_changed_one(proxy: Proxy, upstream: Upstream) -> None:
+    proxy.get(ZIP)
+    upstream.files[ZIP] = SITE["example.com/quote/@v/v1.1.0.zip"]
+    assert proxy.get(ZIP).body == SITE[ZIP]
+
+
+def test_absence_is_remembered_for_a_while(proxy: Proxy, upstream: Upstream, run: Run) -> None:
+    missing = "example.com/none/@v/v1.0.0.info"
+    assert [proxy.get(missing).status for _ in range(3)] == [404] * 3
+    assert upstream.asked == [missing]
+    assert run.stored() == []
+
+
+def test_an_outage_is_not_remembered(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url("500"))
+    assert proxy.get(INFO).status == 502
+    upstream.fault = "good"
+    assert proxy.get(INFO).status == 200
+
+
+def test_a_branch_is_fresh_for_the_ttl(run: Run, upstream: Upstream) -> None:
+    branch = "example.com/quote/@v/main.info"
+    proxy = run(upstream=upstream.url(), ttl="1h")
+    assert [proxy.get(branch).version for _ in range(2)] == [BRANCH, BRANCH]
+    assert upstream.asked == [branch]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "example.com/private/@v/list",
+        "example.com/private/deep/er/@v/v1.0.0.info",
+        "github.com/!my!corp/tool/@latest",
+        "github.com/%21my%21corp/tool/@v/v1.0.0.zip",
+    ],
+)
+def test_an_excluded_path_never_asks_upstream(run: Run, upstream: Upstream, path: str) -> None:
+    proxy = run(upstream=upstream.url(), exclude="example.com/private,github.com/MyCorp/**")
+    assert proxy.get(path).status == 404
+    assert upstream.asked == []
+
+
+@pytest.mark.parametrize("module", ["example.com/quote", "example.com/privateer"])
+def test_a_glob_matches_whole_elements_only(run: Run, upstream: Upstream, module: str) -> None:
+    proxy = run(upstream=upstream.url(), exclude="example.com/private")
+    proxy.get(f"{module}/@v/list")
+    assert upstream.asked == [f"{module}/@v/list"]
+
+
+def warm(proxy: Proxy) -> None:
+    later = [name.replace("v1.0.0", "v1.1.0") for name in (INFO, MOD, ZIP)]
+    for name in (INFO, MOD, ZIP, LIST, *later):
+        assert proxy.get(name).status == 200
+    proxy.stop()
+
+
+def test_offline_answers_from_the_store_alone(proxy: Proxy, run: Run, upstream: Upstream) -> None:
+    warm(proxy)
+    asked = len(upstream.asked)
+    offline = run(upstream=upstream.url(), offline="true")
+    assert [offline.get(name).body for name in (INFO, MOD, ZIP)] == [
+        SITE[n] for n in (INFO, MOD, ZIP)
+    ]
+    assert offline.get(LIST).versions == ["v1.0.0", "v1.1.0"]
+    assert offline.get(BIG).status == 404
+    assert len(upstream.asked) == asked
+
+
+def test_latest_is_made_from_the_store_when_offline(proxy: Proxy, run: Run) -> None:
+    warm(proxy)
+    offline = run(upstream="off", offline="true")
+    assert offline.get(LATEST).version == "v1.1.0"
+    assert offline.get("example.com/big/@latest").status == 404
+
+
+# --- the checksum database ---------------------------------------------------
+
+
+def test_supported_is_answered_here(proxy: Proxy, upstream: Upstream) -> None:
+    assert proxy.get("sumdb/sum.test/supported").status == 200
+    assert upstream.asked == []
+
+
+def test_the_cache_folder_alone_can_stand_for_the_database(proxy: Proxy, run: Run) -> None:
+    """The go command believes a file:// proxy only if it has this file, and else dials out."""
+    proxy.get(LOOKUP)
+    assert "sumdb/sum.test/supported" in run.stored()
+
+
+def test_no_database_may_be_proxied(run: Run) -> None:
+    assert run(sumdb="off").get("sumdb/sum.golang.org/supported").status == 404
+
+
+def test_an_unknown_database_is_404(proxy: Proxy, upstream: Upstream) -> None:
+    assert proxy.get("sumdb/sum.unknown/supported").status == 404
+    assert proxy.get("sumdb/sum.unknown/latest").status == 404
+    assert upstream.asked == []
+
+
+@pytest.mark.parametrize("path", [LOOKUP, TILE, "sumdb/sum.test/tile/8/0/001.p/44"])
+def test_lookups_and_tiles_are_kept_for_ever(
+    proxy: Proxy, run: Run, upstream: Upstream, path: str
+) -> None:
+    assert proxy.get(path).body == SITE[path]
+    upstream.fault = "500"
+    assert proxy.get(path).body == SITE[path]
+    assert upstream.asked.count(path) == 1
+    assert path in run.stored()
+
+
+def test_a_partial_tile_is_cut_from_the_stored_full_one(proxy: Proxy, upstream: Upstream) -> None:
+    proxy.get(TILE)
+    upstream.fault = "500"
+    assert proxy.get(f"{TILE}.p/5").body == TREE[: 5 * 32]
+
+
+def test_a_partial_tile_is_cut_from_a_wider_stored_one(proxy: Proxy, upstream: Upstream) -> None:
+    """Offline the go command may meet the tree heads in another order than when it was online."""
+    proxy.get("sumdb/sum.test/tile/8/0/001.p/44")
+    upstream.fault = "500"
+    assert proxy.get("sumdb/sum.test/tile/8/0/001.p/9").body == TREE[: 9 * 32]
+    assert proxy.get("sumdb/sum.test/tile/8/0/001.p/45").status == 502
+
+
+def test_the_latest_tree_is_fresh_for_the_ttl(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), sumdb="sum.test http://127.0.0.1:1", ttl="1h")
+    latest = "sumdb/sum.test/latest"
+    assert [proxy.get(latest).body for _ in range(3)] == [SITE[latest]] * 3
+    assert upstream.asked.count(latest) == 1
+
+
+def test_the_database_is_asked_itself_if_the_upstream_has_none(
+    run: Run, upstream: Upstream
+) -> None:
+    proxy = run(upstream=upstream.url("404"), sumdb=f"sum.test {upstream.url()}")
+    assert proxy.get(LOOKUP).body == SITE[LOOKUP]
+    assert ("good", "lookup/example.com/quote@v1.0.0") in [one[1:3] for one in upstream.seen]
+
+
+@pytest.mark.parametrize("module", ["!my!corp/x", "%21my%21corp/x", "!my!corp"])
+def test_the_lookup_of_an_excluded_module_never_leaves(
+    run: Run, upstream: Upstream, module: str
+) -> None:
+    proxy = run(
+        upstream=upstream.url(),
+        sumdb=f"sum.test {upstream.url()}",
+        exclude="github.com/MyCorp/**",
+    )
+    path = f"sumdb/sum.test/lookup/github.com/{module}@v1.0.0"
+    assert proxy.get(path).status in (403, 404)
+    assert upstream.asked == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "lookup/Example.com/quote@v1.0.0",
+        "lookup/example.com/quote",
+        "nonsense",
+        "tile/8/0/000.p/256",
+        "tile/8/0/000.p/0",
+        "tile/8/0/00",
+        "tile/8/x/000",
+        "tile/8/0/../000",
+    ],
+)
+def test_a_path_no_database_has_is_not_asked_for(shared: Shared, path: str) -> None:
+    asked = len(shared.upstream.asked)
+    assert shared.proxy.get(f"sumdb/sum.test/{path}").status in (400, 404)
+    assert len(shared.upstream.asked) == asked
+
+
+@pytest.mark.parametrize("path", [LOOKUP, TILE])
+@pytest.mark.parametrize("fault", ["500", "truncate", "gzip"])
+def test_a_failing_database_is_an_outage(
+    run: Run, upstream: Upstream, path: str, fault: str
+) -> None:
+    proxy = run(upstream=upstream.url(fault), sumdb=f"sum.test {upstream.url(fault)}")
+    assert proxy.get(path).status == 502
+    assert path not in run.stored()
+
+
+# Old modules are read with all they require; of the others, paths after their own may follow.
+GRAPH = site(
+    {
+        "example.com/last@v1.0.0": {},
+        "example.com/new@v1.0.0": {
+            "go.mod": "module example.com/new\n\ngo 1.21\n\nrequire (\n"
+            "\texample.com/before v1.0.0\n\texample.com/next v1.0.0 // indirect\n)\n"
+        },
+        "example.com/next@v1.0.0": {},
+        "example.com/before@v1.0.0": {},
+        "example.com/old@v1.0.0": {
+            "go.mod": "module example.com/old\n\nrequire example.com/older v1.0.0\n"
+        },
+        "example.com/older@v1.0.0": {
+            "go.mod": "module example.com/older\n\nrequire example.com/oldest v1.0.0\n"
+        },
+        "example.com/oldest@v1.0.0": {},
+    }
+)
+
+
+def part_of(module: str, kind: str) -> str:
+    return f"example.com/{module}/@v/v1.0.0.{kind}"
+
+
+@pytest.fixture
+def ahead(run: Run, upstream: Upstream) -> Proxy:
+    """A proxy that reads ahead of its clients, in front of GRAPH."""
+    upstream.files.update(GRAPH)
+    return run(upstream=upstream.url(), read_ahead="true", exclude="example.com/secret")
+
+
+def asked_by_then(proxy: Proxy, upstream: Upstream) -> list[str]:
+    """What has been asked by the time a guess that is sure to come has come."""
+    proxy.get(part_of("last", "zip"))
+    upstream.wait_asked(part_of("last", "mod"))
+    return upstream.asked
+
+
+def test_what_old_modules_require_is_fetched_before_it_is_asked(
+    ahead: Proxy, upstream: Upstream
+) -> None:
+    ahead.get(part_of("old", "mod"))
+    upstream.wait_asked(part_of("oldest", "mod"))
+    assert ahead.get(part_of("older", "mod")).headers["x-cache"] == "HIT"
+    assert upstream.asked.count(part_of("older", "mod")) == 1
+
+
+def test_what_has_been_passed_in_the_order_of_paths_is_not_fetched(
+    ahead: Proxy, upstream: Upstream
+) -> None:
+    ahead.get(part_of("new", "mod"))
+    upstream.wait_asked(part_of("next", "mod"))
+    assert part_of("before", "mod") not in asked_by_then(ahead, upstream)
+
+
+def test_a_download_is_preceded_by_its_infos_and_zips(ahead: Proxy, upstream: Upstream) -> None:
+    for module in ("last", "next", "old"):
+        ahead.get(part_of(module, "mod"))
+    ahead.get(part_of("last", "info"))
+    upstream.wait_asked(part_of("last", "zip"))
+    upstream.wait_asked(part_of("old", "info"))
+    ahead.get(part_of("last", "zip"))
+    upstream.wait_asked(part_of("old", "zip"))
+
+
+def test_a_list_brings_the_newest_version_but_no_zip(ahead: Proxy, upstream: Upstream) -> None:
+    ahead.get("example.com/next/@v/list")
+    upstream.wait_asked(part_of("next", "info"))
+    upstream.wait_asked(part_of("next", "mod"))
+    ahead.get(part_of("next", "info"))
+    assert part_of("next", "zip") not in asked_by_then(ahead, upstream)
+
+
+def test_a_build_that_asks_a_zip_gets_its_mod_and_info_too(
+    ahead: Proxy, upstream: Upstream
+) -> None:
+    ahead.get(part_of("old", "zip"))
+    upstream.wait_asked(part_of("old", "mod"))
+    upstream.wait_asked(part_of("old", "info"))
+    assert part_of("older", "mod") not in asked_by_then(ahead, upstream)
+
+
+def test_guesses_that_go_unused_come_to_an_end(ahead: Proxy, upstream: Upstream) -> None:
+    wide = [f"example.com/wide{number}" for number in range(300)]
+    lines = "".join(f"require {path} v1.0.0\n" for path in wide)
+    upstream.files.update(site({"example.com/a@v1.0.0": {"go.mod": f"module a\n{lines}"}}))
+    upstream.files.update(site({f"{path}@v1.0.0": {} for path in wide}))
+    ahead.get(part_of("a", "mod"))
+    ahead.get(part_of("last", "zip"))
+    upstream.wait_asked(part_of("last", "info"))
+    assert len([path for path in upstream.asked if "wide" in path]) <= 70
+
+
+def test_nothing_is_guessed_of_excluded_modules(ahead: Proxy, upstream: Upstream) -> None:
+    upstream.files[part_of("a", "mod")] = b"module a\nrequire example.com/secret v1.0.0\n"
+    upstream.files[part_of("secret", "mod")] = b"module example.com/secret\n"
+    ahead.get(part_of("a", "mod"))
+    assert part_of("secret", "mod") not in asked_by_then(ahead, upstream)
+
+
+def test_a_guess_that_a_client_asks_meanwhile_is_one_request(run: Run, upstream: Upstream) -> None:
+    upstream.files.update(GRAPH)
+    run(upstream=upstream.url()).get(part_of("old", "mod"))
+    proxy = run(upstream=upstream.url("hang"), read_ahead="true")
+    proxy.get(part_of("old", "mod"))
+    upstream.wait_asked(part_of("older", "mod"))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(proxy.get, part_of("older", "mod"))
+        proxy.logged(f"GET {part_of('older', 'mod')}")
+        upstream.gate.set()
+        assert answer.result().status == 200
+    assert upstream.asked.count(part_of("older", "mod")) == 1
+
+
+@pytest.mark.parametrize("settings", [{"read_ahead": "false"}, {"offline": "true"}])
+def test_no_guess_is_made_where_none_is_wanted(
+    run: Run, upstream: Upstream, settings: dict[str, Any]
+) -> None:
+    upstream.files.update(GRAPH)
+    run(upstream=upstream.url()).get(part_of("old", "mod"))
+    proxy = run(upstream=upstream.url(), **{"read_ahead": "true", **settings})
+    assert proxy.get(part_of("old", "mod")).status == 200
+    proxy.stop()
+    assert upstream.asked == [part_of("old", "mod")]
+
+
+# =============================================================================
+# 11. HTTP
+# =============================================================================
+
+TYPES = {
+    INFO: "application/json",
+    LATEST: "application/json",
+    LIST: "text/plain; charset=utf-8",
+    MOD: "text/plain; charset=utf-8",
+    ZIP: "application/zip",
+}
+BAD_PATHS = [
+    "/%2e%2e/%2e%2e/etc/passwd",
+    "/../../etc/passwd/@v/list",
+    "/Example.com/quote/@v/list",
+    "/con.example/con/@v/list",
+    "/example.com%2fquote/@v/list",
+    "/example.com/!Quote/@v/list",
+    "/example.com/%2e%2e/quote/@v/list",
+    "/example.com/%252e%252e/quote/@v/list",
+    "/example.com/%c0%ae/@v/list",
+    "/example.com/%e2%98%83/@v/list",
+    "/example.com/%ff/@v/list",
+    "/example.com/./quote/@v/list",
+    "/example.com//quote/@v/list",
+    "/example.com/a%5cb/@v/list",
+    "/example.com/con/@v/list",
+    "/example.com/quote!/@v/list",
+    "/example.com/quote%/@v/list",
+    "/example.com/quote%00/@v/list",
+    "/example.com/quote%0d%0a/@v/list",
+    "/example.com/quote%zz/@v/list",
+    "/example.com/quote/",
+    "/example.com/quote/@v/",
+    "/example.com/quote/@v/%2e%2e%2f.info",
+    "/example.com/quote/@v/..%2f..%2f.info",
+    "/example.com/quote/@v/.info",
+    "/example.com/quote/@v/a:b.info",
+    "/example.com/quote/@v/feature%2fx.info",
+    "/example.com/quote/@v/main.mod",
+    "/example.com/quote/@v/main.zip",
+    "/example.com/quote/@v/v1.0.0",
+    "/example.com/quote/@v/v1.0.0+meta.zip",
+    "/example.com/quote/@v/v1.0.0.exe",
+    "/example.com/quote/@v/v1.0.0.zip/x",
+    "/example.com/quote/@v/v1.0.0.ziphash",
+    "/example.com/quote/@v/v1.0.zip",
+    "/example.com/quote/@v/v2.0.0.zip",
+    "/example.com/quote/v1/@v/list",
+    "/example.com/quote~1/@v/list",
+    "/example.com/secret/@v/list",
+    "/gopkg.in/yaml/@v/list",
+    "/nodot/quote/@v/list",
+]
+
+
+def talk_get(path: str, *fields: str) -> bytes:
+    lines = [f"GET {path} HTTP/1.1", "Host: x", "Connection: close", *fields, "", ""]
+    return "\r\n".join(lines).encode()
+
+
+@pytest.mark.parametrize("path", TYPES)
+def test_every_file_arrives_byte_for_byte(shared: Shared, path: str) -> None:
+    for _ in ("cold", "warm"):
+        answer = shared.proxy.get(path)
+        assert (answer.status, answer.body) == (200, SITE[path])
+        assert answer.headers["content-type"] == TYPES[path]
+        assert answer.headers["content-length"] == str(len(SITE[path]))
+
+
+@pytest.mark.parametrize("path", TYPES)
+def test_head_is_get_without_a_body(shared: Shared, path: str) -> None:
+    shared.proxy.get(path)
+    got, head = (shared.proxy.get(path, method) for method in ("GET", "HEAD"))
+    moving = ("age", "date")
+    assert {k: v for k, v in head.headers.items() if k not in moving} == {
+        k: v for k, v in got.headers.items() if k not in moving
+    }
+    assert (head.status, head.body) == (200, b"")
+
+
+def test_head_never_downloads_a_zip(proxy: Proxy, upstream: Upstream, run: Run) -> None:
+    assert proxy.get(ZIP, "HEAD").status in (200, 404)
+    assert [one for one in upstream.seen if one.method == "GET" and one.path == ZIP] == []
+    assert ZIP not in run.stored()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "example.com/old/@v/v2.0.0+incompatible.zip",
+        "example.com/old/@v/v2.0.0%2Bincompatible.mod",
+        "example.com/quote/v2/@v/v2.0.0.zip",
+        "example.com/untagged/@v/v0.0.0-20240102030405-abcdefabcdef.zip",
+        "github.com/!burnt!sushi/toml/@v/v1.0.0.zip",
+        "github.com/%21burnt%21sushi/toml/@v/list",
+        "golang.org/toolchain/@v/v0.0.1-go1.99.1.linux-amd64.zip",
+        "example.com/quote/@v/abcdefabcdef.info",
+    ],
+)
+def test_every_form_of_a_name_is_found(shared: Shared, path: str) -> None:
+    assert shared.proxy.get(path).body == SITE[urllib.parse.unquote(path)]
+
+
+def test_a_module_without_tags_has_an_empty_list(shared: Shared) -> None:
+    answer = shared.proxy.get("example.com/untagged/@v/list")
+    assert (answer.status, answer.body) == (200, b"")
+
+
+@pytest.mark.parametrize("path", BAD_PATHS)
+def test_a_name_that_cannot_be_is_refused_here(shared: Shared, path: str) -> None:
+    asked = len(shared.upstream.asked)
+    (answer,) = responses(talk(shared.proxy.port, talk_get(path)))
+    assert answer.status in (400, 404)
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert len(shared.upstream.asked) == asked
+
+
+@pytest.mark.parametrize("method", ["DELETE", "PATCH", "POST", "PUT"])
+@pytest.mark.parametrize("path", [LIST, "health"])
+def test_another_method_is_405_and_told_what_is_allowed(
+    shared: Shared, path: str, method: str
+) -> None:
+    answer = shared.proxy.get(path, method)
+    assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+
+
+def test_an_unknown_method_is_501(shared: Shared) -> None:
+    assert shared.proxy.get(LIST, "BREW").status == 501
+
+
+@pytest.mark.parametrize(
+    ("asked", "first", "last"),
+    [("0-9", 0, 9), ("100000-", 100_000, 0), ("-5", -5, 0), ("399000-99999999", 399_000, 0)],
+)
+def test_a_range_is_a_part(shared: Shared, asked: str, first: int, last: int) -> None:
+    whole = shared.proxy.get(BIG).body
+    part = shared.proxy.get(BIG, Range=f"bytes={asked}")
+    start, end = first % len(whole), last or len(whole) - 1
+    assert (part.status, part.body) == (206, whole[start : end + 1])
+    assert part.headers["content-range"] == f"bytes {start}-{end}/{len(whole)}"
+    assert part.headers["accept-ranges"] == "bytes"
+
+
+@pytest.mark.parametrize("asked", ["bytes=99999999-", "bytes=-0"])
+def test_a_range_behind_the_end_is_416(shared: Shared, asked: str) -> None:
+    size = len(shared.proxy.get(BIG).body)
+    answer = shared.proxy.get(BIG, Range=asked)
+    assert (answer.status, answer.headers["content-range"]) == (416, f"bytes */{size}")
+
+
+@pytest.mark.parametrize("asked", ["bytes=0-1,3-4", "bytes=5-2", "bytes=x-", "bytes=", "lines=1-2"])
+def test_any_other_range_is_ignored(shared: Shared, asked: str) -> None:
+    answer = shared.proxy.get(MOD, Range=asked)
+    assert (answer.status, answer.body) == (200, SITE[MOD])
+
+
+@pytest.mark.parametrize("path", [INFO, MOD, ZIP])
+def test_a_client_that_has_it_is_told_304(shared: Shared, path: str) -> None:
+    shared.proxy.get(path)
+    tag = shared.proxy.get(path).headers["etag"]
+    for fields in (tag, "*", f'"other", {tag}', f"W/{tag}"):
+        answer = shared.proxy.get(path, If_None_Match=fields)
+        assert (answer.status, answer.body, answer.headers["etag"]) == (304, b"", tag)
+    assert shared.proxy.get(path, If_None_Match='"other"').body == SITE[path]
+
+
+def test_a_range_of_another_version_of_the_file_is_ignored(shared: Shared) -> None:
+    shared.proxy.get(MOD)
+    tag = shared.proxy.get(MOD).headers["etag"]
+    assert shared.proxy.get(MOD, Range="bytes=0-1", If_Range=tag).status == 206
+    assert shared.proxy.get(MOD, Range="bytes=0-1", If_Range='"other"').status == 200
+
+
+@pytest.mark.parametrize("path", [INFO, MOD, ZIP])
+def test_a_version_may_be_cached_for_a_year(shared: Shared, path: str) -> None:
+    control = shared.proxy.get(path).headers["cache-control"]
+    assert {"max-age=31536000", "immutable"} <= set(control.split(", "))
+
+
+@pytest.mark.parametrize("path", [LIST, LATEST, "example.com/quote/@v/main.info"])
+def test_an_answer_that_moves_may_be_cached_for_the_ttl(
+    run: Run, upstream: Upstream, path: str
+) -> None:
+    control = run(upstream=upstream.url(), ttl="20m").get(path).headers["cache-control"]
+    assert "max-age=1200" in control
+    assert "immutable" not in control
+
+
+def test_an_outage_may_not_be_cached(run: Run, upstream: Upstream) -> None:
+    answer = run(upstream=upstream.url("500")).get(INFO)
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "fields"), [("", {"Disable_Module_Fetch": "true"}), ("cached-only/", {})]
+)
+def test_a_client_may_ask_for_what_is_stored_only(
+    proxy: Proxy, upstream: Upstream, prefix: str, fields: dict[str, str]
+) -> None:
+    cold = [proxy.get(prefix + path, **fields).status for path in (INFO, ZIP, LIST, LATEST)]
+    assert (cold, upstream.asked) == ([404] * 4, [])
+    assert [proxy.get(path).status for path in (INFO, ZIP)] == [200, 200]
+    assert proxy.get(prefix + ZIP, **fields).body == SITE[ZIP]
+    assert proxy.get(prefix + LATEST, **fields).version == "v1.0.0"
+    assert upstream.asked == [INFO, ZIP]
+
+
+def test_health_is_a_small_json_body(shared: Shared) -> None:
+    answer = shared.proxy.get("health")
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
+    assert isinstance(json.loads(answer.body), dict)
+
+
+def test_health_answers_while_the_upstream_hangs(run: Run, upstream: Upstream) -> None:
+    upstream.files = {f"example.com/m{n}/@v/list": b"" for n in range(64)}
+    proxy = run(upstream=upstream.url("hang"))
+    with ThreadPoolExecutor(1) as pool:
+        lists = pool.submit(together, 64, lambda n: proxy.get(f"example.com/m{n}/@v/list").status)
+        upstream.wait_asked("example.com/m", times=16)
+        assert proxy.get("health").status == 200
+        assert not upstream.gate.is_set()
+        upstream.gate.set()
+        assert set(lists.result()) == {200}
+
+
+def test_a_stored_file_is_served_while_the_upstream_hangs(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url())
+    proxy.get(ZIP)
+    upstream.fault = "hang"
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(proxy.get, INFO)
+        upstream.wait_asked(INFO)
+        assert proxy.get(ZIP).body == SITE[ZIP]
+        upstream.gate.set()
+        assert slow.result().status == 200
+
+
+# --- bytes -------------------------------------------------------------------
+
+PATH = f"/{MOD}".encode()
+GOOD = b"GET %s HTTP/1.1\r\nHost: x\r\n" % PATH
+LENGTH_5 = b"Content-Length: 5\r\n"
+CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+MALFORMED: list[tuple[str, int, bytes]] = [
+    ("an absolute target of another host", 400, GOOD.replace(b"GET /", b"GET http://y/") + b"\r\n"),
+    ("a bare CR in a field", 400, GOOD + b"X: a\rb\r\n\r\n"),
+    ("a bare LF as line end", 400, GOOD.replace(b"\r\n", b"\n") + b"\n"),
+    ("a body of a megabyte", 413, GOOD + b"Content-Length: 1000000\r\n\r\n" + bytes(1_000_000)),
+    ("a body of chunks", 413, GOOD + CHUNKS),
+    ("a field without a colon", 400, GOOD + b"nonsense\r\n\r\n"),
+    ("a field without a name", 400, GOOD + b": x\r\n\r\n"),
+    ("a folded field", 400, GOOD + b"X: a\r\n b\r\n\r\n"),
+    ("a head of more than 32 KiB", 431, GOOD + b"X: %s\r\n" % (b"y" * 4000) * 9 + b"\r\n"),
+    ("a huge body", 413, GOOD + b"Content-Length: 1000000000\r\n\r\n"),
+    ("a length in hexadecimal", 400, GOOD + b"Content-Length: 0x1\r\n\r\n"),
+    ("a length of two", 400, GOOD + b"Content-Length: 5, 5\r\n\r\nhello"),
+    ("a length with a sign", 400, GOOD + b"Content-Length: +5\r\n\r\nhello"),
+    ("a length with an underscore", 400, GOOD + b"Content-Length: 1_0\r\n\r\nhellohello"),
+    ("a line of more than 8 KiB", 431, GOOD + b"X: %s\r\n\r\n" % (b"y" * 9000)),
+    ("a lower-case method", 501, b"get / HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("a method that is no token", 400, b"G{}T / HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("a NUL in a field", 400, GOOD + b"X: a\0b\r\n\r\n"),
+    ("a NUL in the target", 400, b"GET /a\0b HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("a preface of HTTP/2", 505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    ("a request of HTTP/0.9", 400, b"GET /\r\n"),
+    ("a space before the colon", 400, GOOD + b"X : a\r\n\r\n"),
+    ("a star as target", 400, b"GET * HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("a tab as separator", 400, b"GET\t/ HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("a target of more than 8 KiB", 414, b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % (b"a" * 9000)),
+    ("a target with a space", 400, b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("a target without a slash", 400, b"GET a HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("a version of 01.01", 400, b"GET / HTTP/01.01\r\nHost: x\r\n\r\n"),
+    ("a version of 1.2", 505, b"GET / HTTP/1.2\r\nHost: x\r\n\r\n"),
+    ("a version of 3.0", 505, b"GET / HTTP/3.0\r\nHost: x\r\n\r\n"),
+    ("an encoding and a length", 400, GOOD + LENGTH_5 + CHUNKS),
+    ("an encoding nobody knows", 400, GOOD + b"Transfer-Encoding: x\r\n\r\n"),
+    ("an escape in the target", 400, b"GET /\x1b[31m HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("an expectation nobody knows", 417, GOOD + b"Expect: magic\r\n\r\n"),
+    ("more than 64 fields", 431, GOOD + b"X: y\r\n" * 70 + b"\r\n"),
+    ("no host", 400, b"GET %s HTTP/1.1\r\n\r\n" % PATH),
+    ("not ASCII in the target", 400, b"GET /caf\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("nothing but noise", 400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"),
+    ("two hosts", 400, GOOD + b"Host: y\r\n\r\n"),
+    ("two lengths", 400, GOOD + LENGTH_5 + LENGTH_5 + b"\r\nhello"),
+    ("two spaces", 400, b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("status", "request_bytes"), [pytest.param(*row[1:], id=row[0]) for row in MALFORMED]
+)
+def test_a_malformed_request_gets_one_answer_and_a_closed_connection(
+    shared: Shared, status: int, request_bytes: bytes
+) -> None:
+    (answer,) = responses(talk(shared.proxy.port, request_bytes + GOOD + b"\r\n"))
+    assert (answer.status, answer.headers["connection"]) == (status, "close")
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.whole
+
+
+def test_a_connection_carries_many_requests(shared: Shared) -> None:
+    with contextlib.closing(shared.proxy.connect()) as connection:
+        answers = [ask(connection, "GET", f"/{path}", {}) for path in (MOD, INFO, "none", MOD)]
+        local = connection.sock
+    assert [answer.status for answer in answers] == [200, 200, 404, 200]
+    assert local is not None
+
+
+def test_pipelined_requests_are_answered_in_order(shared: Shared) -> None:
+    paths = [MOD, INFO, ZIP, LIST, MOD]
+    request = b"".join(b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() for path in paths)
+    request = request[:-2] + b"Connection: close\r\n\r\n"
+    answers = responses(talk(shared.proxy.port, request))
+    assert [answer.body for answer in answers] == [SITE[path] for path in paths]
+
+
+@pytest.mark.parametrize("value", ["close", "Close", "x, close", "close, x"])
+def test_close_ends_the_connection(shared: Shared, value: str) -> None:
+    request = GOOD + f"Connection: {value}\r\n\r\n".encode()
+    (answer,) = responses(talk(shared.proxy.port, request + GOOD + b"\r\n"))
+    assert (answer.body, answer.headers["connection"]) == (SITE[MOD], "close")
+
+
+def test_http_1_0_ends_the_connection(shared: Shared) -> None:
+    (answer,) = responses(talk(shared.proxy.port, b"GET %s HTTP/1.0\r\n\r\n" % PATH))
+    assert (answer.status, answer.body) == (200, SITE[MOD])
+
+
+def test_http_1_0_may_keep_the_connection(shared: Shared) -> None:
+    first = b"GET %s HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" % PATH
+    answers = responses(talk(shared.proxy.port, first + first.replace(b"keep-alive", b"close")))
+    assert [answer.body for answer in answers] == [SITE[MOD]] * 2
+
+
+def test_a_small_body_is_read_and_ends_the_connection(shared: Shared) -> None:
+    request = GOOD + b"Content-Length: 26\r\n\r\nGET /health HTTP/1.1\r\n\r\n"
+    (answer,) = responses(talk(shared.proxy.port, request[:-2] + GOOD + b"\r\n"))
+    assert (answer.body, answer.headers["connection"]) == (SITE[MOD], "close")
+
+
+def test_no_interim_answer_is_sent(shared: Shared) -> None:
+    fields = b"Expect: 100-continue\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
+    assert talk(shared.proxy.port, GOOD + fields).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.soak
+def test_half_a_head_is_408(shared: Shared) -> None:
+    (answer,) = responses(talk(shared.proxy.port, GOOD))
+    assert (answer.status, answer.headers["connection"]) == (408, "close")
+
+
+def test_a_head_may_arrive_byte_by_byte(shared: Shared) -> None:
+    with dial(shared.proxy.port) as client:
+        for byte in GOOD + b"Connection: close\r\n\r\n":
+            client.sendall(bytes([byte]))
+        (answer,) = responses(read_all(client))
+    assert answer.body == SITE[MOD]
+
+
+def test_an_absolute_target_of_this_host_is_understood(shared: Shared) -> None:
+    request = GOOD.replace(b"GET /", b"GET http://x/") + b"Connection: close\r\n\r\n"
+    (answer,) = responses(talk(shared.proxy.port, request))
+    assert answer.body == SITE[MOD]
+
+
+def test_an_answer_has_a_date_and_names_no_python(shared: Shared) -> None:
+    headers = shared.proxy.get(MOD).headers
+    assert email.utils.parsedate_to_datetime(headers["date"]).year >= 2024
+    assert "python" not in headers.get("server", "").lower()
+
+
+# --- log lines ---------------------------------------------------------------
+
+
+def test_the_log_tells_misses_from_hits(proxy: Proxy) -> None:
+    for _ in range(2):
+        proxy.get(INFO)
+    assert proxy.stop().lines[:4] == [
+        f"[127.0.0.1] GET {INFO}",
+        f"[CACHE MISS] {INFO}",
+        f"[127.0.0.1] GET {INFO}",
+        f"[CACHE HIT] {INFO}",
+    ]
+
+
+def test_every_line_of_the_log_has_the_time_of_gos_log(proxy: Proxy) -> None:
+    proxy.get(INFO)
+    proxy.get("example.com/none/@v/list")
+    lines = proxy.stop().log.splitlines()
+    assert [line for line in lines if not re.match(STAMP, line)] == []
+
+
+def test_an_error_is_logged_with_its_context(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url("500"))
+    proxy.get(INFO)
+    assert [line for line in proxy.stop().lines if "500" in line and "example.com/quote" in line]
+
+
+@pytest.mark.parametrize(
+    "target", ["/a%1b[31m/@v/list", "/a%0ab/@v/list", "/a%c2%9b/@v/list", "/a%e2%80%ae/@v/list"]
+)
+def test_no_control_character_reaches_the_log(run: Run, upstream: Upstream, target: str) -> None:
+    proxy = run(upstream=upstream.url())
+    talk(proxy.port, talk_get(target))
+    talk(proxy.port, b"GET /\x1b[31m\x07 HTTP/1.1\r\nHost: \x1b\r\n\r\n")
+    log = proxy.stop().log.replace("\n", "")
+    assert [letter for letter in log if not letter.isprintable()] == []
+    assert [line for line in proxy.log.splitlines() if not re.match(STAMP, line)] == []
+
+
+def test_quiet_leaves_out_the_requests(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), quiet="true")
+    proxy.get(INFO)
+    assert [line for line in proxy.stop().lines if INFO in line] == []
+
+
+def test_the_log_may_be_json(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), ready="GOPROXY=", log_format="json").stop()
+    assert all(isinstance(json.loads(line), dict) for line in proxy.log.splitlines())
+
+
+def varying(answer: Answer) -> Answer:
+    """An answer without what may differ from one time to the next."""
+    fields = {name: answer.headers[name] for name in answer.headers if name not in VARYING}
+    return answer._replace(headers=fields)
+
+
+VARYING = ("date", "x-cache")
+
+
+@pytest.mark.parametrize("path", [INFO, MOD, ZIP, BIG])
+def test_the_tenth_answer_is_the_first(proxy: Proxy, upstream: Upstream, path: str) -> None:
+    first, *others = (varying(proxy.get(path)) for _ in range(10))
+    assert first.body == SITE[path]
+    assert others == [first] * 9
+    assert upstream.asked == [path]
+
+
+@pytest.mark.parametrize("path", [INFO, BIG])
+def test_a_removed_file_is_not_served_from_memory(
+    proxy: Proxy, run: Run, upstream: Upstream, path: str
+) -> None:
+    for _ in range(3):
+        proxy.get(path)
+    (run.cache / path).unlink()
+    assert proxy.get(path).body == SITE[path]
+    assert upstream.asked == [path] * 2
+
+
+def test_a_replaced_file_is_not_served_from_memory(proxy: Proxy, run: Run) -> None:
+    for _ in range(3):
+        proxy.get(MOD)
+    other = run.folder / "other"
+    other.write_bytes(b"module example.com/other\n")
+    other.replace(run.cache / MOD)
+    assert proxy.get(MOD).body == b"module example.com/other\n"
+
+
+def test_conditions_are_heeded_by_what_is_remembered(proxy: Proxy) -> None:
+    etag = [proxy.get(INFO) for _ in range(3)][-1].headers["etag"]
+    assert proxy.get(INFO, **{"If-None-Match": etag}).status == 304
+    assert proxy.get(INFO, Range="bytes=0-3").body == SITE[INFO][:4]
+    assert proxy.get(INFO, method="HEAD").body == b""
+
+
+def test_pipelined_requests_for_remembered_files_are_in_order(proxy: Proxy) -> None:
+    paths = [INFO, BIG, MOD, ZIP, INFO, BIG, MOD]
+    for path in paths:
+        proxy.get(path)
+    lines = "".join(f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n" for path in paths)
+    last = f"GET /{MOD} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answers = responses(talk(proxy.port, (lines + last).encode()))
+    assert [answer.body for answer in answers] == [SITE[path] for path in [*paths, MOD]]
+
+
+def test_slow_readers_keep_nobody_waiting(proxy: Proxy) -> None:
+    proxy.get(BIG)
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):  # more than there are threads of any kind
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", proxy.port))
+            client.sendall(f"GET /{BIG} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert proxy.get(INFO).body == SITE[INFO]
+        assert proxy.get(BIG).body == SITE[BIG]
+        last = http.client.HTTPResponse(client)
+        last.begin()
+        assert last.read() == SITE[BIG]
+        last.close()
+
+
+def test_a_pipelining_client_cannot_exhaust_the_stack(shared: Shared) -> None:
+    request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    last = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answers = responses(talk(shared.proxy.port, request * 1500 + last))
+    assert [answer.status for answer in answers] == [200] * 1501
+
+
+# =============================================================================
+# 12. Daemon
+# =============================================================================
+
+
+def test_the_start_is_told(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), host="").stop()
+    told = [re.sub("^" + STAMP, "", line) for line in proxy.log.splitlines()]
+    assert [line for line in told if not line.startswith("  Settings: ")][:5] == [
+        "Starting Go module proxy server",
+        f"  Port: {proxy.port}",
+        f"  Cache directory: {run.cache}",
+        f"  Upstream proxy: {upstream.url()}",
+        f"  Set GOPROXY=http://localhost:{proxy.port},direct",
+    ]
+
+
+def test_the_start_tells_where_a_setting_came_from(run: Run, upstream: Upstream) -> None:
+    proxy = run({"GOPROXY_TTL": "5m"}, upstream=upstream.url())
+    line = proxy.logged("  Settings: ")
+    assert "upstream by -upstream" in line
+    assert "ttl by GOPROXY_TTL" in line
+
+
+def test_every_interface_is_listened_on(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), host="")
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with socket.socket(family) as client:
+            try:
+                client.bind((host, 0))
+            except OSError:
+                continue  # this machine has no such family
+            client.connect((host, proxy.port))
+
+
+def test_a_socket_file_may_be_listened_on(run: Run) -> None:
+    place = str(run.folder / "socket")
+    run(ready=place, host=f"unix:{place}")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(place)
+        client.sendall(talk_get("/health"))
+        (answer,) = responses(read_all(client))
+    assert answer.status == 200
+
+
+def test_a_taken_port_is_one_line_and_status_1(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ended = finish(tmp_path, "-host=127.0.0.1", f"-port={port}", "-cache=cache")
+    assert (ended.status, ended.out) == (1, "")
+    assert port in ended.err.splitlines()[-1]
+    assert "-port" in ended.err.splitlines()[-1]
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("place", ["file/cache", "/proc/goproxy"])
+def test_a_cache_that_cannot_be_written_is_one_line_and_status_1(
+    tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    ended = finish(tmp_path, "-port=0", f"-cache={place}")
+    assert (ended.status, ended.out, ended.err.count("\n")) == (1, "", 1)
+    assert place in ended.err
+    assert "-cache" in ended.err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_a_running_download_finish(
+    run: Run, upstream: Upstream, number: int, workers: int
+) -> None:
+    proxy = run(upstream=upstream.url("hold"), workers=workers)
+    with proxy.begin(BIG) as client:
+        proxy.signal(number)
+        proxy.logged("hutting down")
+        upstream.gate.set()
+        assert read_all(client).endswith(SITE[BIG][-100_000:])
+    assert proxy.wait() == 0
+    assert BIG in run.stored()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_idle_connection_does_not_delay_the_end(
+    run: Run, upstream: Upstream, workers: int
+) -> None:
+    proxy = run(upstream=upstream.url(), workers=workers)
+    with contextlib.closing(proxy.connect()) as connection, dial(proxy.port):
+        assert ask(connection, "GET", "/health", {}).status == 200
+        proxy.stop()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_signal_ends_at_once(run: Run, upstream: Upstream, workers: int) -> None:
+    proxy = run(upstream=upstream.url("hold"), workers=workers)
+    with proxy.begin(BIG):
+        proxy.signal(signal.SIGTERM)
+        proxy.logged("hutting down")
+        proxy.signal(signal.SIGTERM)
+        proxy.wait()
+    assert not upstream.gate.is_set()
+
+
+def test_nobody_is_accepted_after_a_signal(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url("hold"))
+    with proxy.begin(BIG):
+        proxy.signal(signal.SIGTERM)
+        proxy.logged("hutting down")
+        with pytest.raises(ConnectionError):
+            proxy.get("health")
+        upstream.gate.set()
+        assert proxy.wait() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_ends_cleanly_as_pid_1(run: Run, workers: int) -> None:
+    prefix = ["unshare", "--pid", "--fork", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], check=False).returncode:
+        pytest.skip("unshare is not here or not permitted")
+    proxy = run(prefix=prefix, workers=workers)
+    assert proxy.get("health").status == 200
+    proxy.stop()
+
+
+def test_the_file_alone_runs_isolated(tmp_path: Path) -> None:
+    shutil.copy(PROGRAM, tmp_path / "copy.py")
+    for name in ("python3.9", sys.executable):
+        python = shutil.which(name)
+        works = python and subprocess.run([python, "-c", ""], capture_output=True, check=False)
+        if python and works and works.returncode == 0:
+            told = subprocess.run(
+                [python, "-I", "-W", "error", "copy.py", "-version"],
+                cwd=tmp_path,
+                capture_output=True,
+                check=True,
+            )
+            assert goproxy.__version__ in told.stdout.decode()
+
+
+def children_of(process: int) -> list[int]:
+    """The worker processes of a proxy, the one that fetches first."""
+    return [
+        int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_dead_worker_is_replaced_and_told(run: Run, upstream: Upstream, place: int) -> None:
+    proxy = run(upstream=upstream.url(), workers=2)
+    victim = children_of(proxy.process.pid)[place]
+    os.kill(victim, signal.SIGKILL)
+    proxy.logged(f"worker {victim} ended with signal 9: starting another one")
+    assert {proxy.get(path).status for path in (INFO, MOD, BIG)} == {200}
+
+
+@needs_proc
+def test_a_killed_fetcher_leaves_no_draft_and_no_damage(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url("hold"), workers=2)
+    client = proxy.begin(BIG)
+    os.kill(children_of(proxy.process.pid)[0], signal.SIGKILL)
+    with client, contextlib.suppress(ConnectionResetError):
+        assert len(read_all(client)) < len(SITE[BIG])
+    proxy.logged("starting another one")
+    assert list((run.cache / ".goproxy-drafts").iterdir()) == []
+    upstream.gate.set()
+    assert proxy.get(BIG).body == SITE[BIG]
+
+
+@needs_proc
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open")
+def test_workers_do_not_outlive_their_parent(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), workers=3)
+    handles = [os.pidfd_open(child) for child in children_of(proxy.process.pid)]
+    proxy.kill()
+    for handle in handles:
+        assert select.select([handle], [], [], PATIENCE)[0] == [handle]
+        os.close(handle)
+
+
+def test_connections_that_miss_go_to_the_process_that_fetches(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), workers=4)
+    paths = [INFO, MOD, ZIP, BIG, "example.com/quote/@v/list", "example.com/none/@v/list"]
+    bodies = together(24, lambda number: proxy.get(paths[number % len(paths)]).body)
+    assert bodies[:5] == [SITE[path] for path in paths[:5]]
+    assert sorted(upstream.asked) == sorted(paths)
+
+
+ABSENT = """
+import os, select, signal, socket
+for module, names in {
+    os: ("fork", "pread", "preadv", "sendfile", "sched_getaffinity"),
+    select: ("epoll", "poll"),
+    signal: ("pthread_sigmask", "sigtimedwait"),
+    socket: ("recv_fds", "send_fds", "MSG_MORE", "MSG_DONTWAIT"),
+}.items():
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+"""
+
+
+def test_it_runs_where_the_system_has_less(run: Run, upstream: Upstream) -> None:
+    """As on macOS or Windows: one process, select, and plain sends."""
+    (run.folder / "sitecustomize.py").write_text(ABSENT)
+    proxy = run({"PYTHONPATH": str(run.folder)}, upstream=upstream.url(), workers=2)
+    for path in (INFO, MOD, ZIP, BIG):
+        assert {proxy.get(path).body for _ in range(3)} == {SITE[path]}
+    assert set(together(20, lambda number: proxy.get(BIG).body)) == {SITE[BIG]}
+    assert upstream.asked == [INFO, MOD, ZIP, BIG]
+
+
+# =============================================================================
+# 13. Interop
+# =============================================================================
+
+GO = shutil.which("go") or shutil.which("go", path=f"{sys.prefix}/bin") or ""
+needs_go = pytest.mark.skipif(not GO, reason="no go on PATH nor in this environment's bin")
+DEAD_END = "http://127.0.0.1:1"  # whoever bypasses the proxy under test ends here
+PROJECT = "github.com/charmbracelet/glow/v2@v2.1.1"  # 132 modules in its graph, 97 MB in all
+TOOLCHAINS = ["go1.24.1", "go1.24.2"]  # one of them is not the local one
+
+
+class Go:
+    """The go command in a folder and with a module cache of its own; it reaches loopback only."""
+
+    def __init__(self, folder: Path, proxies: str, build_cache: Path, **extra: str) -> None:
+        self.folder = folder
+        self.cache = folder / "gopath" / "pkg" / "mod"
+        self.work = folder / "work"
+        self.work.mkdir(parents=True)
+        (self.work / "go.mod").write_text("module example.com/work\n\ngo 1.21\n")
+        self._environ = clean_environment(folder, {
+            "GOCACHE": str(build_cache), "GOENV": "off", "GOFLAGS": "-modcacherw -trimpath",
+            "GOPATH": str(folder / "gopath"), "GOPROXY": proxies, "GOTELEMETRY": "off",
+            "GOTOOLCHAIN": "local", "HTTPS_PROXY": DEAD_END, "HTTP_PROXY": DEAD_END, **extra,
+        })  # fmt: skip
+
+    def run(self, *arguments: str) -> Ended:
+        """Runs `go ARGUMENTS`, whatever comes of it."""
+        done = subprocess.run(
+            [GO, *arguments], cwd=self.work, env=self._environ, capture_output=True, timeout=600,
+            check=False,
+        )  # fmt: skip
+        return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    def __call__(self, *arguments: str) -> str:
+        """What `go ARGUMENTS` prints; it must succeed."""
+        done = self.run(*arguments)
+        told = done.err + "".join(re.findall(r'"Error": .*\n', done.out))
+        assert done.status == 0, f"go {' '.join(arguments)}:\n{told}"
+        return done.out
+
+    def download(self, *modules: str) -> list[dict[str, str]]:
+        """`go mod download -json`: a dict for every module, with its Sum and its Dir."""
+        text, decoder, found = self("mod", "download", "-json", *modules), json.JSONDecoder(), []
+        while text.strip():
+            module, end = decoder.raw_decode(text := text.lstrip())
+            found.append(module)
+            text = text[end:]
+        return found
+
+
+@pytest.fixture(scope="session")
+def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gocache")
+
+
+GoMaker = Callable[..., Go]
+
+
+@pytest.fixture
+def make_go(tmp_path_factory: pytest.TempPathFactory, build_cache: Path) -> Iterator[GoMaker]:
+    """Makes go commands, each with an empty module cache; without a checksum database."""
+    folders: list[Path] = []
+
+    def make(proxies: str, **extra: str) -> Go:
+        folders.append(tmp_path_factory.mktemp("go"))
+        return Go(folders[-1], proxies, build_cache, **{"GOSUMDB": "off", **extra})
+
+    yield make
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+# --- with the fake upstream --------------------------------------------------
+
+
+@needs_go
+@pytest.mark.parametrize("module", [name for name in MODULES if "toolchain" not in name])
+def test_go_downloads_every_kind_of_module(shared: Shared, make_go: GoMaker, module: str) -> None:
+    (got,) = make_go(shared.proxy.url).download(module)
+    path, _, version = module.partition("@")
+    stem = f"{escaped(path)}/@v/{escaped(version)}"
+    assert got["Sum"] == (shared.run.cache / f"{stem}.ziphash").read_text()
+    assert Path(got["Zip"]).read_bytes() == SITE[f"{stem}.zip"]
+
+
+@needs_go
+@pytest.mark.parametrize(
+    ("query", "version"),
+    [("latest", "v1.1.0"), ("main", BRANCH), ("abcdefabcdef", BRANCH), ("v1.0.0", "v1.0.0")],
+)
+def test_go_gets_whatever_is_asked_of_it(
+    shared: Shared, make_go: GoMaker, query: str, version: str
+) -> None:
+    go = make_go(shared.proxy.url)
+    go("get", f"example.com/quote@{query}")
+    assert go("list", "-m", "example.com/quote") == f"example.com/quote {version}\n"
+
+
+@needs_go
+def test_go_lists_versions(shared: Shared, make_go: GoMaker) -> None:
+    listed = make_go(shared.proxy.url)("list", "-m", "-versions", "example.com/quote")
+    assert listed.split() == ["example.com/quote", "v1.0.0", "v1.1.0"]
+
+
+@needs_go
+def test_go_installs_a_command(shared: Shared, make_go: GoMaker) -> None:
+    go = make_go(shared.proxy.url)
+    go("install", "example.com/quote/cmd/quote@v1.1.0")
+    ran = subprocess.run([go.folder / "gopath/bin/quote"], capture_output=True, check=True)
+    assert ran.stderr == b"Hello, world.\n"
+
+
+@needs_go
+def test_go_reads_the_cache_as_a_file_proxy(proxy: Proxy, run: Run, make_go: GoMaker) -> None:
+    make_go(proxy.url)("get", "example.com/quote@latest")
+    go = make_go(f"file://{run.cache}")
+    go("get", "example.com/quote@v1.1.0")
+    assert go("list", "-m", "-versions", "example.com/quote").split()[1:] == ["v1.0.0", "v1.1.0"]
+
+
+@needs_go
+def test_a_module_cache_may_be_copied_into_the_cache(
+    run: Run, shared: Shared, make_go: GoMaker
+) -> None:
+    go = make_go(shared.proxy.url)
+    go.download("example.com/quote@v1.0.0", "github.com/BurntSushi/toml@v1.0.0")
+    shutil.copytree(go.cache / "cache" / "download", run.cache)
+    offline = run(upstream="off", offline="true")
+    assert [offline.get(name).body for name in (ZIP, f"{SHOUT}.zip")] == [
+        SITE[ZIP],
+        SITE[f"{SHOUT}.zip"],
+    ]
+
+
+@needs_go
+def test_an_outage_does_not_send_go_elsewhere(
+    run: Run, upstream: Upstream, make_go: GoMaker
+) -> None:
+    proxy = run(upstream=upstream.url("500"))
+    ended = make_go(f"{proxy.url},{upstream.url()}").run(
+        "mod", "download", "example.com/quote@v1.0.0"
+    )
+    assert ended.status != 0
+    assert {one.fault for one in upstream.seen} == {"500"}
+
+
+@needs_go
+def test_a_bad_zip_does_not_keep_go_from_the_next_proxy(
+    run: Run, upstream: Upstream, make_go: GoMaker
+) -> None:
+    proxy = run(upstream=upstream.url("flip"))
+    go = make_go(f"{proxy.url}|{upstream.url()}")
+    (got,) = go.download("example.com/big@v1.0.0")
+    assert Path(got["Zip"]).read_bytes() == SITE[BIG]
+
+
+@needs_go
+def test_go_shows_why_something_was_not_found(shared: Shared, make_go: GoMaker) -> None:
+    ended = make_go(shared.proxy.url).run("mod", "download", "example.com/quote@v1.5.0")
+    assert "not found: example.com/quote@v1.5.0" in ended.err
+
+
+# --- with the real upstream --------------------------------------------------
+
+
+class Public(NamedTuple):
+    """A proxy before the real upstream, one for the whole run."""
+
+    proxy: Proxy
+    run: Run
+    source: Path  # the files of PROJECT
+    sums: dict[str, str]  # of every module in its graph, by name on disk
+    first_miss: int  # misses logged while the cache was filled
+
+
+def why_unreachable(url: str) -> str:
+    """Why the real upstream cannot be asked from this machine, or nothing."""
+    try:
+        module, _, version = PROJECT.partition("@")
+        with urllib.request.urlopen(f"{url}/{module}/@v/{version}.info", timeout=PATIENCE):
+            return ""
+    except OSError as error:
+        return f"the real upstream cannot be reached: {error}"
+
+
+def build(go: Go, source: Path) -> dict[str, str]:
+    """Downloads all modules of the project in `source` and builds it; their sums."""
+    shutil.copytree(source, go.work, dirs_exist_ok=True)
+    modules = go.download("all")
+    go("build", "-o", str(go.folder / "built"), ".")
+    ran = subprocess.run([go.folder / "built", "--version"], capture_output=True, check=True)
+    assert ran.stdout.startswith(b"glow version")
+    names = {f"{escaped(m['Path'])}/@v/{escaped(m['Version'])}": m["Sum"] for m in modules}
+    shutil.rmtree(go.cache)
+    return names
+
+
+@pytest.fixture(scope="session")
+def public(tmp_path_factory: pytest.TempPathFactory, build_cache: Path) -> Iterator[Public]:
+    factory = Run(tmp_path_factory.mktemp("public"))
+    proxy = factory(read_ahead="true", workers=2)
+    if reason := why_unreachable(
+        proxy.logged("Upstream proxy: ").partition("proxy: ")[2].split()[0]
+    ):
+        proxy.stop()
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    getter = Go(factory.folder / "get", proxy.url, build_cache)
+    source = factory.folder / "source"
+    shutil.copytree(getter.download(PROJECT)[0]["Dir"], source)
+    sums = build(Go(factory.folder / "cold", proxy.url, build_cache), source)
+    yield Public(proxy, factory, source, sums, proxy.log.count("[CACHE MISS]"))
+    factory.stop()
+    shutil.rmtree(factory.folder)
+
+
+@pytest.fixture
+def make_safe_go(make_go: GoMaker) -> GoMaker:
+    """Makes go commands with the checksum database on."""
+    return lambda proxies, **extra: make_go(proxies, **{"GOSUMDB": "sum.golang.org", **extra})
+
+
+@needs_go
+@pytest.mark.network
+def test_a_real_project_builds_from_an_empty_cache(public: Public) -> None:
+    assert len(public.sums) >= 100
+    kept = {name: (public.run.cache / f"{name}.ziphash").read_text() for name in public.sums}
+    assert kept == public.sums
+
+
+@needs_go
+@pytest.mark.network
+def test_a_real_project_builds_from_a_full_cache(public: Public, make_safe_go: GoMaker) -> None:
+    misses = public.proxy.log.count("[CACHE MISS]")
+    assert build(make_safe_go(public.proxy.url), public.source) == public.sums
+    assert public.proxy.log.count("[CACHE MISS]") == misses
+
+
+@needs_go
+@pytest.mark.network
+def test_a_real_project_builds_while_the_upstream_is_down(
+    public: Public, make_safe_go: GoMaker, refused: str
+) -> None:
+    proxy = public.run(upstream=refused, sumdb=f"sum.golang.org {refused}")
+    assert build(make_safe_go(proxy.url), public.source) == public.sums
+    proxy.stop()
+
+
+@needs_go
+@pytest.mark.network
+def test_a_real_project_builds_from_the_cache_folder(public: Public, make_safe_go: GoMaker) -> None:
+    assert build(make_safe_go(f"file://{public.run.cache}"), public.source) == public.sums
+
+
+@needs_go
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("module", "query"),
+    [
+        ("github.com/BurntSushi/toml", "latest"),
+        ("github.com/BurntSushi/toml", "master"),
+        ("github.com/cespare/xxhash/v2", "v2.3.0"),
+        ("github.com/pkg/errors", "614d223910a1"),
+        ("gopkg.in/yaml.v3", "v3.0.1"),
+    ],
+)
+def test_go_gets_a_real_module(
+    public: Public, make_safe_go: GoMaker, module: str, query: str
+) -> None:
+    go = make_safe_go(public.proxy.url)
+    got = go.run("get", f"{module}@{query}")
+    if "403 Forbidden" in got.err and not query.startswith("v"):
+        pytest.skip(f"the upstream of this machine resolves no branch or commit: {got.err}")
+    version = go("list", "-m", module).split()[1]
+    assert f"{module} {version} h1:" in (go.work / "go.sum").read_text()
+    assert f"{escaped(module)}/@v/{version}.info" in public.run.stored()
+
+
+@needs_go
+@pytest.mark.network
+def test_go_lists_the_versions_of_a_real_module(public: Public, make_safe_go: GoMaker) -> None:
+    listed = make_safe_go(public.proxy.url)("list", "-m", "-versions", "github.com/pkg/errors")
+    assert {"v0.8.0", "v0.9.1"} <= set(listed.split())
+
+
+@needs_go
+@pytest.mark.network
+def test_go_installs_a_real_command(public: Public, make_safe_go: GoMaker) -> None:
+    go = make_safe_go(public.proxy.url)
+    go("install", "github.com/BurntSushi/toml/cmd/tomlv@v1.4.0")
+    assert (go.folder / "gopath/bin/tomlv").exists()
+
+
+@needs_go
+@pytest.mark.network
+def test_go_downloads_a_toolchain(public: Public, make_safe_go: GoMaker) -> None:
+    local = make_safe_go(public.proxy.url)("env", "GOVERSION").strip()
+    wanted = next(name for name in TOOLCHAINS if name != local)
+    go = make_safe_go(public.proxy.url, GOTOOLCHAIN=wanted)
+    system = go("version").split()
+    assert system[2] == wanted
+    name = f"v0.0.1-{wanted}.{system[3].replace('/', '-')}.zip"
+    assert f"golang.org/toolchain/@v/{name}" in public.run.stored()
+
+
+# =============================================================================
+# 14. House
+# =============================================================================
+
+BANNER = re.compile(r"^# ={50,}\n# (\d+)\. ([^\n]+)\n# ={50,}$", re.MULTILINE)
+PLAN = re.compile(r"^ *(\d+)\.? +(\w+)", re.MULTILINE)
+DOORS = {
+    "argparse": {3},
+    "ctypes": {12},
+    "fcntl": {0, 5},
+    "os.environ": {12},
+    "resource": {0, 11},
+    "signal": {12},
+    "socket": {6, 11, 12},
+    "socketserver": {11},
+    "sqlite3": {7},
+    "ssl": {6, 11, 12},
+    "subprocess": {8},
+    "zipfile": {4},
+}
+SORTED_TABLES = {"COMMANDS", "DNS_TRANSPORTS", "STORAGES", "TUNNELS"}
+Function = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class House:
+    """A source file cut at its banners."""
+
+    def __init__(self, path: Path) -> None:
+        self.text = path.read_text()
+        self.tree = ast.parse(self.text)
+        found = [(m.start(), int(m[1]), m[2]) for m in BANNER.finditer(self.text)]
+        self.rooms = {number: name for _, number, name in found}
+        self._starts = [(self.text.count("\n", 0, at) + 1, number) for at, number, _ in found]
+        self.owner: dict[str, int] = {}  # module-level name: the room that defines it
+        for node in self.tree.body:
+            for name in defined(node):
+                self.owner.setdefault(name, self.room(node))
+
+    def room(self, node: ast.AST) -> int:
+        """The room a node stands in; 0 before the first banner."""
+        line = getattr(node, "lineno", 0)
+        return max([number for start, number in self._starts if start <= line], default=0)
+
+    def uses(self) -> Iterator[tuple[int, int, str]]:
+        """Every use of a module-level name outside annotations: line, room, name."""
+        for node in used(self.tree):
+            if isinstance(node, ast.Name) and node.id in self.owner:
+                yield node.lineno, self.room(node), node.id
+
+
+def defined(node: ast.stmt) -> list[str]:
+    """The names that a module-level statement defines, imports left out."""
+    if isinstance(node, (ast.ClassDef, *Function)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [one.id for one in targets if isinstance(one, ast.Name)]
+
+
+def used(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below one, without those of annotations."""
+    yield node
+    for field, value in ast.iter_fields(node):
+        if field not in ("annotation", "returns"):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from used(child)
+
+
+def locals_of(function: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every name a function binds, with its line."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, (ast.ExceptHandler, *Function)) and node is not function:
+            yield node.lineno, node.name or ""
+
+
+def length(node: ast.AST) -> int:
+    return int(getattr(node, "end_lineno", 0)) - int(getattr(node, "lineno", 0)) + 1
+
+
+SOURCE, TESTS = House(PROGRAM), House(Path(__file__))
+
+
+def test_the_docstring_is_the_map() -> None:
+    plan = {
+        int(number): name for number, name in PLAN.findall(ast.get_docstring(SOURCE.tree) or "")
+    }
+    assert {number: name.split()[0].strip(":") for number, name in SOURCE.rooms.items()} == plan
+    assert list(SOURCE.rooms) == sorted(SOURCE.rooms)
+
+
+def test_the_tests_have_the_same_rooms() -> None:
+    nouns = {number: name.split(":")[0] for number, name in SOURCE.rooms.items()}
+    assert TESTS.rooms == {0: "Stage", **nouns, 13: "Interop", 14: "House"}
+
+
+def test_a_room_uses_rooms_above_it() -> None:
+    below = [use for use in SOURCE.uses() if SOURCE.owner[use[2]] > use[1]]
+    assert below == []
+
+
+def test_an_underscore_means_this_room_only() -> None:
+    strangers = [
+        use
+        for use in SOURCE.uses()
+        if use[2][:1] == "_" != use[2][1:2] and SOURCE.owner[use[2]] != use[1]
+    ]
+    assert strangers == []
+
+
+def test_no_local_hides_a_module_level_name() -> None:
+    functions = [node for node in ast.walk(SOURCE.tree) if isinstance(node, Function)]
+    hidden = {pair for node in functions for pair in locals_of(node) if pair[1] in SOURCE.owner}
+    assert hidden == set()
+
+
+def test_a_door_is_opened_in_its_rooms_only() -> None:
+    strangers = []
+    for node in used(SOURCE.tree):
+        name = ast.unparse(node) if isinstance(node, (ast.Name, ast.Attribute)) else ""
+        if name in DOORS and SOURCE.room(node) not in DOORS[name]:
+            strangers.append((getattr(node, "lineno", 0), name))
+    assert strangers == []
+
+
+def test_a_door_has_one_name() -> None:
+    """`import socket`, never `from socket import` nor `as`: else no door could be watched."""
+    froms = [node for node in ast.walk(SOURCE.tree) if isinstance(node, ast.ImportFrom)]
+    others = [node for node in ast.walk(SOURCE.tree) if isinstance(node, ast.Import)]
+    assert [node.module for node in froms if (node.module or "").split(".")[0] in DOORS] == []
+    assert [alias.name for node in others for alias in node.names if alias.asname] == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="the list of modules came with 3.10")
+def test_the_standard_library_is_enough() -> None:
+    names = set()
+    for node in ast.walk(SOURCE.tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    assert names - sys.stdlib_module_names == set()
+
+
+def test_functions_and_classes_are_short() -> None:
+    nodes = [node for node in ast.walk(SOURCE.tree) if isinstance(node, (ast.ClassDef, *Function))]
+    limits = {node: 250 if isinstance(node, ast.ClassDef) else 60 for node in nodes}
+    long = {node.name: length(node) for node in nodes if length(node) > limits[node]}
+    assert long == {}
+
+
+def test_most_functions_do_one_thing() -> None:
+    lengths = sorted(length(node) for node in ast.walk(SOURCE.tree) if isinstance(node, Function))
+    assert statistics.median(lengths) <= 6
+    assert lengths[len(lengths) * 95 // 100] <= 25
+
+
+def test_tables_are_sorted() -> None:
+    for node in SOURCE.tree.body:
+        if set(defined(node)) & SORTED_TABLES and isinstance(
+            getattr(node, "value", None), ast.Dict
+        ):
+            rows = [ast.unparse(key) for key in node.value.keys if key]  # type: ignore[attr-defined]
+            assert rows == sorted(rows)
+
+
+def test_tests_are_short_and_mock_nothing() -> None:
+    tests = [
+        node for node in TESTS.tree.body if isinstance(node, Function) and node.name[:5] == "test_"
+    ]
+    assert {node.name: length(node) for node in tests if length(node) > 20} == {}
+    names = {node.id for node in ast.walk(TESTS.tree) if isinstance(node, ast.Name)}
+    attributes = {node.attr for node in ast.walk(TESTS.tree) if isinstance(node, ast.Attribute)}
+    assert not {"mock", "monkeypatch", "sleep"} & (names | attributes)
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    (told,) = re.findall(r"^ *(python3 -m venv .*pytest)$", (HERE / "README.md").read_text(), re.M)
+    assert told in (HERE / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "tool", [["mypy", "--strict"], ["ruff", "check"], ["ruff", "format", "--check"]], ids=" ".join
+)
+def test_a_tool_finds_no_fault(tool: list[str]) -> None:
+    pytest.importorskip(tool[0])
+    files = [str(PROGRAM), __file__]
+    done = subprocess.run(
+        [sys.executable, "-m", *tool, *files], cwd=HERE, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
