@@ -232,6 +232,7 @@ _UPPER = re.compile(r"[A-Z]")
 _ESCAPE = re.compile(r"!([a-z])")
 _BAD_ESCAPE = re.compile(r"[A-Z]|!(?![a-z])")
 _DIGITS = "0123456789"
+_NAMES = 8192  # paths whose escaping is remembered: each is needed several times in a request
 
 
 def quoted(text: str) -> str:
@@ -303,12 +304,14 @@ def split_path_version(path: str) -> tuple[str, str]:
         raise BadName(f"malformed module path {quoted(path)}: {error}") from None
 
 
+@functools.lru_cache(maxsize=_NAMES)
 def escape_path(path: str) -> str:
     """`path` as it stands in URLs and file names: each capital X as !x. Raises BadName."""
     check_path(path)
     return _escape(path)
 
 
+@functools.lru_cache(maxsize=_NAMES)
 def unescape_path(escaped: str) -> str:
     """The module path that `escaped` stands for. Raises BadName."""
     path = _unescape(escaped, "module path")
@@ -3387,15 +3390,17 @@ class Policy:
 
 class Sight(NamedTuple):
     """Something a client was seen to ask: `kind` is list, info, mod or zip; a list's version is
-    the newest one in it."""
+    the newest one in it. `here`: "here" if it was stored already, else ""."""
 
     client: str
     path: str
     version: str
     kind: str
+    here: str = ""
 
     @property
     def name(self) -> str:
+        """The artifact's; a list has none of its own."""
         return Artifact(self.path, self.version, self.kind).name
 
 
@@ -3447,10 +3452,14 @@ class ReadAhead:
 
     def _think(self, sight: Sight) -> None:
         session = self._session(sight.client)
-        if sight.kind in session.unused:
+        guessed = sight.name in session.unused.get(sight.kind, ())
+        if guessed:
             self._note_use(session, sight)
+        if sight.here and not guessed:
+            self._note_here(session, sight)
+            return
         with contextlib.suppress(ProxyError):
-            _THOUGHTS[sight.kind](self, session, sight)
+            _THOUGHTS[sight.kind](self, session, sight._replace(here=""))
 
     def _session(self, client: str) -> _Session:
         session = self._sessions.pop(client, None)
@@ -3466,11 +3475,22 @@ class ReadAhead:
         return session
 
     def _note_use(self, session: _Session, sight: Sight) -> None:
-        unused = session.unused[sight.kind]
-        if sight.name in unused:
-            unused.remove(sight.name)
-            session.used[sight.kind] += 1
-            session.downloads |= sight.kind == "zip" and sight.path in session.asked
+        session.unused[sight.kind].remove(sight.name)
+        session.used[sight.kind] += 1
+        session.downloads |= sight.kind == "zip" and sight.path in session.asked
+
+    def _note_here(self, session: _Session, sight: Sight) -> None:
+        """What was here before anybody guessed it: so is the rest, as a rule."""
+        if sight.kind == "mod":
+            self._note_mod(session, sight)
+        elif sight.kind == "zip":
+            session.zips.add((sight.path, sight.version))
+
+    @staticmethod
+    def _note_mod(session: _Session, sight: Sight) -> None:
+        asked = session.asked.get(sight.path)
+        if asked is None or semver_key(asked) < semver_key(sight.version):
+            session.asked[sight.path] = sight.version
 
     def after_list(self, session: _Session, sight: Sight) -> None:
         """go get, or a look for upgrades."""
@@ -3499,9 +3519,7 @@ class ReadAhead:
         """
         if (sight.path, sight.version) in session.zips:
             return
-        asked = session.asked.get(sight.path)
-        if asked is None or semver_key(asked) < semver_key(sight.version):
-            session.asked[sight.path] = sight.version
+        self._note_mod(session, sight)
         waiting, session.waiting = session.waiting, []
         if (sight.path, sight.version) == session.info and not waiting:
             self._guess(session, sight._replace(kind="zip"))
@@ -3830,10 +3848,11 @@ class App(NamedTuple):
     log: Log
     saw: Callable[[Sight], None]
 
-    def watch(self, request: Request, path: str, version: str, kind: str) -> None:
-        """Lets read-ahead see what a client asks, once: not again after a wait."""
+    def watch(self, request: Request, artifact: Sequence[str], here: bool) -> None:
+        """Lets read-ahead see what a client asks; `artifact` is path, version and kind."""
         if request.method == "GET" and request.reach is not Reach.STORED:
-            self.saw(Sight(request.client, path, version, kind))
+            path, version, kind = artifact
+            self.saw(Sight(request.client, path, version, kind, "here" if here else ""))
 
 
 _FOR_EVER = "public, max-age=31536000, immutable"
@@ -3859,7 +3878,8 @@ def serve_list(app: App, request: Request, module: str) -> Reply:
     path = unescape_path(module)
     answer = app.policy.admit(path).versions(path, request.reach)
     if answer.body:
-        app.watch(request, path, newest(answer.data.decode().split()), "list")
+        found = newest(answer.data.decode().split())
+        app.watch(request, (path, found, "list"), answer.verdict is Verdict.HIT)
     return _replied(answer, "text/plain; charset=utf-8", app.settings.ttl)
 
 
@@ -3882,17 +3902,23 @@ def serve_artifact(app: App, request: Request, module: str, version: str, kind: 
         return _serve_query(app, request, artifact.path, artifact.version)
     check_module(artifact.path, artifact.version)
     mirror = app.policy.admit(artifact.path)
-    if kind != "mod" and request.reach is Reach.READY:
-        app.watch(request, *artifact)
-    if kind != "zip":
-        answer = mirror.small(artifact, request.reach)
-    elif request.method == "HEAD":
+    if kind == "zip" and request.method == "HEAD":
         return _zip_head(mirror, artifact, request)
-    else:
-        answer = mirror.large(artifact, request.reach)
-    if kind == "mod":
-        app.watch(request, *artifact)
+    try:
+        answer = _artifact_answer(mirror, artifact, request.reach)
+    except MustWait:
+        if kind != "mod":  # its successors need not wait; those of a .mod stand in it
+            app.watch(request, artifact, here=False)
+        raise
+    if kind == "mod" or request.reach is Reach.READY:
+        app.watch(request, artifact, answer.verdict is Verdict.HIT)
     return _replied(answer, KINDS[kind].content_type, None)
+
+
+def _artifact_answer(mirror: Mirror, artifact: Artifact, reach: Reach) -> Answer:
+    return (
+        mirror.large(artifact, reach) if artifact.kind == "zip" else mirror.small(artifact, reach)
+    )
 
 
 def _zip_head(mirror: Mirror, artifact: Artifact, request: Request) -> Reply:
@@ -4117,8 +4143,9 @@ def _close_body(reply: Reply) -> None:
 def _compose(request: Request | None, reply: Reply, keep: bool) -> Message:
     status, body = reply.status, reply.body
     headers = [("Server", "goproxy"), ("Content-Type", reply.content_type), *reply.headers]
-    if reply.etag:
-        headers += [("ETag", reply.etag), ("Accept-Ranges", "bytes")]
+    etag = reply.etag
+    if etag:
+        headers += [("ETag", etag), ("Accept-Ranges", "bytes")]
     if not keep:
         headers.append(("Connection", "close"))
     if request and _not_modified(request, reply):
