@@ -11,7 +11,7 @@ downward from vocabulary to plot, and a request is followed from the last page u
     3. Settings: flags, variables, defaults: one table
     4. Artifacts: what is asked for, and what may be kept
     5. Tools: blobs, drafts, flights, lanes, memory with a time limit, the log
-    6. Network: strict HTTP heads, the dialer, the pooled client
+    6. Network: HTTP heads, resolvers, tunnels, the dialer, the pooled client, DNS, checks
     7. Storage: where bytes live
     8. Sources: where modules come from
     9. Mirror: sources remembered in a store; policy; the checksum database
@@ -28,9 +28,10 @@ The life of a request:
     error   a ProxyError becomes its status in one place (respond); anything else is a 500 and a
             traceback in the log
 
-To add a storage, write a class in room 7 and a row in STORAGES; a source, a class in room 8 and a
-row in _SOURCES; an endpoint, a function in room 11 and a row in ROUTES; a setting, one line in
-Settings. A mutex is never held over I/O; a flight exists for I/O. Order: flight, lane, pool.
+To add a kind of proxy or of DNS server, write a function or class in room 6 and a row in TUNNELS
+or DNS_TRANSPORTS; a storage, a class in room 7 and a row in STORAGES; a source, a class in room 8
+and a row in _SOURCES; an endpoint, a function in room 11 and a row in ROUTES; a setting, one line
+in Settings. A mutex is never held over I/O; a flight exists for I/O. Order: flight, lane, pool.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -46,15 +48,20 @@ import errno
 import functools
 import hashlib
 import heapq
+import hmac
+import importlib
 import io
+import ipaddress
 import itertools
 import json
+import math
 import netrc
 import operator
 import os
 import queue
 import random
 import re
+import secrets
 import select
 import selectors
 import signal
@@ -650,7 +657,7 @@ def _never(_item: str) -> bool:
 
 def mask(text: str) -> str:
     """Hides the password of every URL in text."""
-    return re.sub(r"(://[^/@\s:]*):[^/@\s]*@", r"\1:***@", text)
+    return re.sub(r"((?:^|://)[^/@\s:]*):[^/@\s]*@", r"\1:***@", text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -705,6 +712,92 @@ def parse_url(text: str) -> Url:
         urllib.parse.unquote(user),
         urllib.parse.unquote(password),
     )
+
+
+_PROXY_PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080}
+_DNS_PORTS = {"https": 443, "quic": 853, "tcp": 53, "tls": 853, "udp": 53}
+_HOST_NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_][a-z0-9_-]{0,62})*")
+_NUMERIC_END = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)")
+_SERVER = re.compile(
+    r"(?:([A-Za-z][A-Za-z0-9+.-]*)://)?(?:([^/?#\s]*)@)?"
+    r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]?#]*)(?::([0-9]{0,9}))?(/(?!/)[!-~]*)?"
+)
+
+
+def is_ip(host: str) -> bool:
+    """Whether host is an IPv4 or IPv6 address, without brackets and without a zone."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return "%" not in host
+
+
+def plain_host(host: str) -> str:
+    """A host in lower case without its final dot. Raises ValueError for what is no name and no IP.
+
+    Every name goes through here before it is put on a wire, so none can end a line there. "127.1"
+    and "0x7f.1" end in a number, so they are no names: the system would make IPs of them."""
+    name = host.lower()
+    if is_ip(name):
+        return name
+    name = name[:-1] if name.endswith(".") else name
+    if len(name) > 253 or not _HOST_NAME.fullmatch(name) or _NUMERIC_END.fullmatch(name):
+        raise ValueError("the host is missing or malformed")
+    return name
+
+
+def _server(text: str, ports: Mapping[str, int], scheme: str) -> Url:
+    """[scheme://][user[:password]@]host[:port][/path]; `scheme` and `ports` have the defaults."""
+    match = _SERVER.fullmatch(text)
+    if not match:
+        raise ValueError("want [scheme://]host[:port]")
+    named, userinfo, host, port, path = match.groups()
+    scheme = (named or scheme).lower()
+    if scheme not in ports:
+        raise ValueError(f"unknown scheme, want one of {', '.join(sorted(ports))}")
+    number = ports[scheme] if port is None else int(port or 0)
+    if not 0 < number < 65536:
+        raise ValueError("the port must be from 1 to 65535")
+    user, _, password = map(urllib.parse.unquote, (userinfo or "").partition(":"))
+    return Url(scheme, plain_host(host.strip("[]")), number, path or "", user, password)
+
+
+def parse_proxy(text: str) -> Url | None:
+    """An outgoing proxy, None for an empty text. Raises ValueError saying what is wrong."""
+    if not text:
+        return None
+    proxy = _server(text, _PROXY_PORTS, "http")
+    if proxy.path not in ("", "/"):
+        raise ValueError("a proxy has no path")
+    if proxy.password and not proxy.user:
+        raise ValueError("a password without a user")
+    if max(len(proxy.user.encode()), len(proxy.password.encode())) > 255 or ":" in proxy.user:
+        raise ValueError("user and password have 255 bytes at most, the user no colon")
+    return dataclasses.replace(proxy, path="")
+
+
+def first_proxy(environ: Mapping[str, str]) -> str:
+    """The proxy that the environment names, for everything; empty if none."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "SOCKS5_PROXY"):
+        value = environ.get(name) or environ.get(name.lower())
+        if value:
+            return value if "://" in value or name != "SOCKS5_PROXY" else f"socks5://{value}"
+    return ""
+
+
+def parse_dns(text: str) -> tuple[Url, ...]:
+    """DNS servers, separated by commas. Raises ValueError saying what is wrong."""
+    return tuple(_dns_server(part.strip()) for part in text.split(",")) if text else ()
+
+
+def _dns_server(text: str) -> Url:
+    server = _server(f"[{text}]" if ":" in text and is_ip(text) else text, _DNS_PORTS, "udp")
+    if server.user or server.password:
+        raise ValueError("a DNS server takes no user and no password")
+    if server.path and server.scheme != "https":
+        raise ValueError("only https:// has a path")
+    return server
 
 
 class Hop(NamedTuple):
@@ -1898,6 +1991,13 @@ def _keep_promise(promise: Future[T], work: Callable[[], T]) -> None:
         promise.set_exception(error)
 
 
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """Does work that nobody can cut short; its thread does not keep the process alive."""
+    promise: Future[T] = Future()
+    threading.Thread(target=_keep_promise, args=(promise, work), daemon=True).start()
+    return promise
+
+
 class Flights(Generic[T]):
     """One piece of work per key at a time; whoever comes meanwhile shares what it is."""
 
@@ -2042,7 +2142,7 @@ class Log:
 
 
 # =============================================================================
-# 6. Network: strict HTTP heads, the dialer, the pooled client
+# 6. Network: HTTP heads, resolvers, tunnels, the dialer, the pooled client, DNS, checks
 # =============================================================================
 # http.client is not used to read: it takes a cut body for a whole one, waits for ever on a byte a
 # second, and hands heads to the email package, which one line can keep busy for seconds.
@@ -2133,19 +2233,669 @@ def _blaming(peer: str) -> Iterator[None]:
         raise BadUpstream(f"{peer}: invalid answer: {error}") from None
 
 
-class Dialer:
-    """Opens TCP connections."""
+@contextlib.contextmanager
+def _naming(who: str) -> Iterator[None]:
+    """As _blaming, and what is ours already gets `who` before its words."""
+    try:
+        yield
+    except BadUpstream as error:
+        raise type(error)(f"{who}: {error}") from None
+    except OSError:
+        with _blaming(who):
+            raise
 
-    def connect(self, host: str, port: int) -> socket.socket:
-        """A connected socket. Raises OSError; addresses are tried in order within the limit."""
-        return socket.create_connection((host, port), _CONNECT)
+
+def time_left(until: float) -> float:
+    """Seconds until a monotonic time. Raises socket.timeout when there are none."""
+    left = until - time.monotonic()
+    if left <= 0:
+        raise socket.timeout("timed out")
+    return left
+
+
+def _share(until: float, parts: int) -> float:
+    """A deadline that leaves as much time again to each of the other attempts."""
+    now = time.monotonic()
+    return now + (until - now) / parts
+
+
+def _checked_host(host: str) -> str:
+    try:
+        return plain_host(host)
+    except ValueError:
+        raise BadUpstream(f"dns: {host[:100]!r} is not a host name") from None
+
+
+# DNS messages: RFC 1035 and 6891. Names are kept in wire form, lower case.
+
+_A, _CNAME, _OPT, _AAAA = 1, 5, 41, 28
+_FAMILIES = {_A: socket.AF_INET, _AAAA: socket.AF_INET6}
+_LENGTHS = {_A: 4, _AAAA: 16}
+_RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
+_MAX_RECORDS, _MAX_ALIASES, _MAX_HOPS = 256, 8, 127
+_MIN_TTL, _MAX_TTL = 5, 300  # seconds
+
+
+class DnsAnswer(NamedTuple):
+    """Addresses and for how many seconds; without addresses, `why` there are none."""
+
+    addresses: tuple[str, ...]
+    ttl: float
+    why: str = ""
+
+
+class DnsRecord(NamedTuple):
+    """The data of a CNAME is a name, other data are packed addresses."""
+
+    owner: bytes
+    kind: int
+    ttl: int
+    data: bytes
+
+
+class DnsReply(NamedTuple):
+    rcode: int
+    truncated: bool
+    records: list[DnsRecord]
+
+
+def encode_name(name: str) -> bytes:
+    """A name in wire form. Raises BadUpstream if a label or the whole is too long."""
+    labels = [part.encode("latin-1", "replace") for part in name.lower().rstrip(".").split(".")]
+    wire = b"".join(bytes([len(label) & 255]) + label for label in labels) + b"\0"
+    if len(wire) > 255 or not all(0 < len(label) < 64 for label in labels):
+        raise BadUpstream("dns: bad name in an answer")
+    return wire
+
+
+def encode_query(name: str, kind: int, number: int, size: int) -> bytes:
+    """A recursive question with EDNS0 that takes answers of `size` bytes."""
+    head = struct.pack("!6H", number, 0x0100, 1, 0, 0, 1)
+    edns = b"\0" + struct.pack("!HHIH", _OPT, size, 0, 0)
+    return head + encode_name(name) + struct.pack("!HH", kind, 1) + edns
+
+
+class _DnsReader:
+    """A cursor over a message that may lie about every length and pointer."""
+
+    def __init__(self, message: bytes) -> None:
+        self._message = message
+        self._at = 0
+
+    def take(self, count: int) -> bytes:
+        part = self._message[self._at : self._at + count]
+        if len(part) < count:
+            raise BadUpstream("dns: answer is cut short")
+        self._at += count
+        return part
+
+    def numbers(self, layout: str) -> tuple[int, ...]:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def name(self) -> bytes:
+        """Each pointer must lead further back than the one before."""
+        wire, start, resume, hops = bytearray(), self._at, 0, 0
+        while True:
+            length = self.take(1)[0]
+            if length < 0xC0:
+                wire += bytes([length]) + self.take(length)
+                if length > 63 or len(wire) > 255:
+                    raise BadUpstream("dns: bad name in an answer")
+                if length == 0:
+                    self._at = resume or self._at
+                    return bytes(wire).lower()
+            else:
+                pointer = (length & 0x3F) << 8 | self.take(1)[0]
+                resume, hops = resume or self._at, hops + 1
+                if pointer >= start or hops > _MAX_HOPS:
+                    raise BadUpstream("dns: compression loop in an answer")
+                self._at = start = pointer
+
+    def record(self) -> DnsRecord:
+        owner = self.name()
+        kind, group, ttl, length = self.numbers("!HHIH")
+        end = self._at + length
+        data = self.name() if kind == _CNAME else self.take(length)
+        if self._at != end or (group == 1 and len(data) != _LENGTHS.get(kind, len(data))):
+            raise BadUpstream("dns: record of a wrong length")
+        return DnsRecord(owner, kind if group == 1 else 0, ttl if ttl < 1 << 31 else 0, data)
+
+
+def answers_query(message: bytes, query: bytes) -> bool:
+    """Whether message is a reply with the number and the question of query."""
+    question = query[12:-11]
+    return (
+        message[:2] == query[:2]
+        and len(message) >= 12 + len(question)
+        and message[2] & 0xF8 == 0x80
+        and message[4:6] == b"\0\1"
+        and message[12 : 12 + len(question)].lower() == question.lower()
+    )
+
+
+def decode_reply(message: bytes, query: bytes) -> DnsReply:
+    """The answer to query, read in linear time. Raises BadUpstream for anything malformed."""
+    if not answers_query(message, query):
+        raise BadUpstream("dns: answer to another question")
+    reader = _DnsReader(message)
+    _, bits, _, count, _, _ = reader.numbers("!6H")
+    reader.take(len(query) - 23)
+    if bits & 0x0200:
+        return DnsReply(bits & 15, True, [])
+    if count > _MAX_RECORDS:
+        raise BadUpstream("dns: too many records in an answer")
+    return DnsReply(bits & 15, False, [reader.record() for _ in range(count)])
+
+
+def decode_json(text: bytes) -> DnsReply:
+    """The JSON that public resolvers answer: Status, and Answer with name, type, TTL, data."""
+    try:
+        document = json.loads(text)
+        rows = [row for row in document.get("Answer") or [] if row["type"] in (*_FAMILIES, _CNAME)]
+        return DnsReply(int(document["Status"]), False, [_json_record(row) for row in rows])
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError) as error:
+        raise BadUpstream("dns: malformed JSON") from error
+    except (TypeError, ValueError) as error:
+        raise BadUpstream("dns: malformed JSON") from error
+
+
+def _json_record(row: Mapping[str, Any]) -> DnsRecord:
+    kind, text = row["type"], row["data"]
+    data = encode_name(text) if kind == _CNAME else socket.inet_pton(_FAMILIES[kind], text)
+    return DnsRecord(encode_name(row["name"]), kind, max(0, int(row["TTL"])), data)
+
+
+def find_addresses(name: str, kind: int, reply: DnsReply) -> DnsAnswer:
+    """The addresses at the end of the chain of aliases that begins at name.
+    A name that does not exist is an answer; raises BadUpstream when the server failed."""
+    if reply.rcode == 3:
+        return DnsAnswer((), _MIN_TTL, "no such host")
+    if reply.rcode:
+        said = _RCODES.get(reply.rcode, f"error {reply.rcode}")
+        raise Unreachable(f"dns: {name}: the server says {said}")
+    aliases = {record.owner: record for record in reply.records if record.kind == _CNAME}
+    owner, ttl = encode_name(name), _MAX_TTL
+    for _ in range(_MAX_ALIASES + 1):
+        found = [record for record in reply.records if record[:2] == (owner, kind)]
+        if found:
+            addresses = [socket.inet_ntop(_FAMILIES[kind], record.data) for record in found]
+            ttl = min([ttl, *(record.ttl for record in found)])
+            return DnsAnswer(tuple(dict.fromkeys(addresses)), max(_MIN_TTL, ttl))
+        if owner not in aliases:
+            return DnsAnswer((), _MIN_TTL, "no address")
+        owner, ttl = aliases[owner].data, min(ttl, aliases[owner].ttl)
+    raise BadUpstream(f"dns: {name}: more than {_MAX_ALIASES} aliases")
+
+
+# Resolvers
+
+
+class Resolver(Protocol):
+    """Names to addresses."""
+
+    def lookup(self, host: str, until: float) -> list[str]:
+        """The IPs of a host (an IP is its own), never none, within a monotonic time.
+        Raises BadUpstream, Unreachable, UpstreamTimeout, Overloaded; the words begin with dns."""
+
+    def close(self) -> None:
+        return
+
+
+class CachingResolver(Resolver):
+    """Remembers what `ask(name, until)` answers, and asks once for all who wait for a name.
+
+    Asking has a thread of its own: nobody can cut getaddrinfo short. While it fails, the last
+    answer holds an hour longer (RFC 8767, which has these numbers)."""
+
+    _LOOKUP_SECONDS, _OLD_SECONDS, _OLD_PATIENCE, _REST_SECONDS = 8.0, 3600.0, 1.8, 30.0
+    _NAMES, _LOOKUPS = 10_000, 32
+
+    def __init__(self, ask: Callable[[str, float], DnsAnswer]) -> None:
+        self._ask = ask
+        self._fresh: TtlCache[DnsAnswer] = TtlCache(self._NAMES)
+        self._stale: TtlCache[DnsAnswer] = TtlCache(self._NAMES)
+        self._flights: Flights[Future[DnsAnswer]] = Flights()
+        self._slots = threading.BoundedSemaphore(self._LOOKUPS)
+
+    def lookup(self, host: str, until: float) -> list[str]:
+        name = _checked_host(host)
+        if is_ip(name):
+            return [name]
+        if f".{name}".endswith(".localhost"):  # RFC 6761: never asked
+            return ["127.0.0.1", "::1"]
+        found = self._fresh.get(name) or self._wait(name, until)
+        if not found.addresses:
+            raise BadUpstream(f"dns: {name}: {found.why}")
+        return list(found.addresses)
+
+    def _wait(self, name: str, until: float) -> DnsAnswer:
+        stale = self._stale.get(name)
+        patience = max(0.0, until - time.monotonic())
+        try:
+            flight, _ = self._flights.join(name, lambda: self._start(name))
+            return flight.result(min(patience, self._OLD_PATIENCE) if stale else patience)
+        except (FutureTimeout, ProxyError) as error:
+            if stale:
+                return stale
+            if isinstance(error, ProxyError):
+                raise
+            raise UpstreamTimeout(f"dns: {name}: timed out") from None
+
+    def _start(self, name: str) -> Future[DnsAnswer]:
+        if not self._slots.acquire(blocking=False):
+            raise Overloaded("dns: too many lookups at once")
+        return in_thread(lambda: self._fly(name))
+
+    def _fly(self, name: str) -> DnsAnswer:
+        try:
+            found = self._ask(name, time.monotonic() + self._LOOKUP_SECONDS)
+            self._fresh.put(name, found, found.ttl)
+            self._stale.put(name, found, found.ttl + self._OLD_SECONDS if found.addresses else 0)
+            return found
+        except ProxyError:
+            stale = self._stale.get(name)
+            if stale:  # so that not every request waits in vain
+                self._fresh.put(name, stale, self._REST_SECONDS)
+            raise
+        finally:
+            self._flights.land(name)
+            self._slots.release()
+
+
+class SystemResolver(CachingResolver):
+    """What the machine answers: hosts file, nsswitch, resolv.conf. It tells no TTL: `keep` is
+    taken for it, in seconds; math.inf looks every name up once."""
+
+    def __init__(self, keep: float = 60.0) -> None:
+        super().__init__(lambda name, until: _ask_system(name, keep))
+
+
+def _ask_system(name: str, keep: float) -> DnsAnswer:
+    try:
+        infos = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        if error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", None)):
+            return DnsAnswer((), _MIN_TTL, "no such host")
+        raise Unreachable(f"dns: {name}: {error.strerror}") from None
+    except OSError as error:
+        raise Unreachable(f"dns: {name}: {error}") from None
+    addresses = dict.fromkeys(str(info[4][0]) for info in infos)
+    return DnsAnswer(tuple(filter(is_ip, addresses)), keep, "no address")
+
+
+def _is_in(address: str, network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> bool:
+    return ipaddress.ip_address(address) in network  # families that differ are never in
+
+
+# Connections: happy eyeballs (RFC 8305), TLS, exact reading
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def interleave(addresses: Sequence[str]) -> list[str]:
+    """Ten addresses at most; families take turns, the first address's family begins."""
+    ours = [one for one in addresses if _family(one) == _family(addresses[0])]
+    others = [one for one in addresses if _family(one) != _family(addresses[0])]
+    pairs = itertools.zip_longest(ours, others)
+    return [one for pair in pairs for one in pair if one is not None][:10]
+
+
+class _Race:
+    """Connects without blocking, to the next address after 250 ms or a failure; the first wins."""
+
+    _STAGGER = 0.25
+
+    def __init__(self, addresses: Sequence[str], port: int) -> None:
+        self._waiting = collections.deque(interleave(addresses))
+        self._port = port
+        self._selector = selectors.DefaultSelector()
+        self._failures: list[tuple[str, str]] = []
+        self._next_start = 0.0
+
+    def run(self, until: float) -> socket.socket:
+        """The connected socket. Raises OSError with all failures, socket.timeout."""
+        try:
+            while self._waiting or self._selector.get_map():
+                if self._waiting and time.monotonic() >= self._next_start:
+                    self._next_start = time.monotonic() + self._STAGGER
+                    self._start(self._waiting.popleft())
+                pause = min(until, self._next_start) if self._waiting else until
+                winner = self._poll(max(0.0, pause - time.monotonic()))
+                if winner:
+                    return winner
+                time_left(until)
+            raise ConnectionError(self._words())
+        finally:
+            for key in list(self._selector.get_map().values()):
+                key.data[0].close()
+            self._selector.close()
+
+    def _start(self, address: str) -> None:
+        try:
+            sock = socket.socket(_family(address), socket.SOCK_STREAM)
+        except OSError as error:  # no IPv6 in this kernel, or no descriptors left
+            self._fail(address, error.errno or 0)
+            return
+        self._selector.register(sock, selectors.EVENT_WRITE, (sock, address))
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        code = sock.connect_ex((address, self._port))
+        if code not in (0, errno.EINPROGRESS):
+            self._drop(sock).close()
+            self._fail(address, code)
+
+    def _poll(self, seconds: float) -> socket.socket | None:
+        if not self._selector.get_map():
+            return None
+        for key, _ in self._selector.select(seconds):
+            sock, address = key.data
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code == 0:
+                return self._drop(sock)
+            self._drop(sock).close()
+            self._fail(address, code)
+        return None
+
+    def _drop(self, sock: socket.socket) -> socket.socket:
+        self._selector.unregister(sock)
+        return sock
+
+    def _fail(self, address: str, code: int) -> None:
+        self._failures.append((address, os.strerror(code)))
+        self._next_start = 0.0
+
+    def _words(self) -> str:
+        if len(self._failures) == 1:
+            return self._failures[0][1]
+        return "; ".join(f"{address}: {words}" for address, words in self._failures)
+
+
+def connect_first(addresses: Sequence[str], port: int, until: float) -> socket.socket:
+    """A connection to one of the addresses. Raises OSError."""
+    sock = _Race(addresses, port).run(until)
+    sock.settimeout(_CONNECT)
+    return sock
+
+
+def start_tls(
+    sock: socket.socket, context: ssl.SSLContext, host: str, until: float
+) -> ssl.SSLSocket:
+    """Shakes hands in time, however slowly bytes drip; the certificate is checked for host, name
+    or IP. Raises OSError, and closes the socket then."""
+    with contextlib.ExitStack() as undo:
+        undo.callback(sock.close)
+        secure = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+        undo.callback(secure.close)
+        secure.setblocking(False)
+        while not _shaken(secure, until):
+            pass
+        secure.settimeout(_HANDSHAKE)
+        undo.pop_all()
+        return secure
+
+
+def _shaken(secure: ssl.SSLSocket, until: float) -> bool:
+    """Whether the handshake is done; waits once if it is not."""
+    try:
+        secure.do_handshake()
+    except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+        reads = isinstance(error, ssl.SSLWantReadError)
+        with selectors.DefaultSelector() as selector:
+            selector.register(secure, selectors.EVENT_READ if reads else selectors.EVENT_WRITE)
+            selector.select(time_left(until))
+        return False
+    return True
+
+
+class _Exact:
+    """Reads and writes a socket, exactly so many bytes and all of them in time. Raises OSError."""
+
+    def __init__(self, sock: socket.socket, until: float) -> None:
+        self._sock = sock
+        self._until = until
+
+    def send(self, data: bytes) -> None:
+        self._sock.settimeout(time_left(self._until))
+        self._sock.sendall(data)
+
+    def read(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            self._sock.settimeout(time_left(self._until))
+            part = self._sock.recv(count - len(data))
+            if not part:
+                raise ConnectionError("connection closed in the middle of an answer")
+            data += part
+        return data
+
+    def head(self) -> bytes:
+        """All up to an empty line, and not one byte more: what follows is for somebody else."""
+        data = bytearray()
+        while not data.endswith(b"\r\n\r\n"):
+            if len(data) >= 16 * 1024:
+                raise ConnectionError("head too large")
+            data += self.read(1)
+        return bytes(data)
+
+
+# Outgoing proxies
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
+
+
+def connect_tunnel(exact: _Exact, host: str, port: int, proxy: Url) -> None:
+    """Has an HTTP proxy connect us (RFC 9110, section 9.3.6).
+    Raises OSError, and BadUpstream for what a second try would not mend."""
+    where = _authority(_checked_host(host), port)
+    request = f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n"
+    if proxy.user:
+        request += f"Proxy-Authorization: {_basic(proxy.user, proxy.password)}\r\n"
+    exact.send(f"{request}\r\n".encode("ascii"))
+    line = exact.head().partition(b"\r\n")[0].decode("latin-1")
+    match = re.fullmatch(r"HTTP/1\.[01] ([0-9]{3})( [ -~]*)?", line)
+    if not match:
+        raise ConnectionError("this is no HTTP proxy")
+    if match[1] in ("401", "407"):  # tinyproxy says 401 to a wrong password
+        raise BadUpstream(_unwelcome(proxy))
+    if match[1][0] != "2":
+        raise ConnectionError(f"refuses {where}: {line[9:109]}")
+
+
+def _unwelcome(proxy: Url) -> str:
+    return "user or password is wrong" if proxy.user else "it wants a user and a password"
+
+
+_SOCKS_REPLIES = {
+    1: "general failure",
+    2: "not allowed by its rules",
+    3: "network unreachable",
+    4: "host unreachable",
+    5: "connection refused",
+    6: "TTL expired",
+    7: "command not supported",
+    8: "address type not supported",
+}
+
+
+def socks_tunnel(exact: _Exact, host: str, port: int, proxy: Url) -> None:
+    """Has a SOCKS5 proxy connect us (RFC 1928). Raises as connect_tunnel does."""
+    exact.send(b"\5\2\0\2" if proxy.user else b"\5\1\0")
+    (method,) = _socks_reply(exact, 2)
+    if method == 2 and proxy.user:
+        _socks_login(exact, proxy)
+    elif method != 0:
+        raise BadUpstream(_unwelcome(proxy))
+    exact.send(b"\5\1\0" + _socks_host(_checked_host(host)) + struct.pack("!H", port))
+    code, _, kind = _socks_reply(exact, 4)
+    if code:
+        words = _SOCKS_REPLIES.get(code, f"error {code}")
+        raise ConnectionError(f"refuses {_authority(host, port)}: {words}")
+    exact.read(2 + (exact.read(1)[0] if kind == 3 else {1: 4, 4: 16}.get(kind, 0)))
+
+
+def _socks_reply(exact: _Exact, count: int) -> bytes:
+    reply = exact.read(count)
+    if reply[0] != 5:
+        raise ConnectionError("this is no SOCKS5 proxy")
+    return reply[1:]
+
+
+def _socks_login(exact: _Exact, proxy: Url) -> None:
+    """RFC 1929. The settings have checked the lengths."""
+    user, password = proxy.user.encode(), proxy.password.encode()
+    exact.send(bytes([1, len(user)]) + user + bytes([len(password)]) + password)
+    if exact.read(2)[1]:
+        raise BadUpstream(_unwelcome(proxy))
+
+
+def _socks_host(host: str) -> bytes:
+    if not is_ip(host):
+        return bytes([3, len(host)]) + host.encode("ascii")
+    packed = ipaddress.ip_address(host).packed
+    return (b"\1" if len(packed) == 4 else b"\4") + packed
+
+
+class Tunnel(NamedTuple):
+    """A kind of proxy: `dig` has it connect us, it `resolves` names itself, and plain http goes
+    through it in `absolute` form instead."""
+
+    dig: Callable[[_Exact, str, int, Url], None]
+    resolves: bool
+    absolute: bool
+
+
+TUNNELS = {
+    "http": Tunnel(connect_tunnel, resolves=True, absolute=True),
+    "https": Tunnel(connect_tunnel, resolves=True, absolute=True),
+    "socks5": Tunnel(socks_tunnel, resolves=False, absolute=False),
+    "socks5h": Tunnel(socks_tunnel, resolves=True, absolute=False),
+}
+
+
+class _Exemption(NamedTuple):
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network | None
+    suffix: str  # with its leading dot
+    exact: bool  # the name itself too, not only what is below it
+    port: str
+
+    def covers(self, host: str, port: int) -> bool:
+        if self.port not in ("", str(port)):
+            return False
+        if self.network:
+            return is_ip(host) and _is_in(host, self.network)
+        return host.endswith(self.suffix) or (self.exact and host == self.suffix[1:])
+
+
+def _exemption(entry: str) -> _Exemption:
+    """CIDR, IP[:port], name[:port], .suffix[:port], *.suffix[:port] or *."""
+    if entry == "*":
+        return _Exemption(None, "", False, "")
+    host, port = entry, ""
+    if re.fullmatch(r"(\[[^]]*\]|[^:]*):[0-9]*", entry):
+        host, _, port = entry.rpartition(":")
+    with contextlib.suppress(ValueError):
+        return _Exemption(ipaddress.ip_network(host.strip("[]"), strict=False), "", False, port)
+    name = host[1:] if host.startswith("*.") else host
+    return _Exemption(None, f".{name.lstrip('.')}", not name.startswith("."), port)
+
+
+class ProxyRoute:
+    """Which connections go through the proxy: all but those that NO_PROXY names.
+
+    NO_PROXY as Go reads it (x/net/http/httpproxy) but for one rule: loopback is not exempt by
+    itself. Whoever sets a proxy wants no direct attempt anywhere; who has an upstream on this
+    machine names it."""
+
+    def __init__(self, proxy: Url | None = None, no_proxy: str = "") -> None:
+        self.proxy = proxy
+        entries = [entry.strip().lower() for entry in no_proxy.split(",")]
+        self._exempt = [_exemption(entry) for entry in entries if entry.strip(".")]
+
+    def proxy_for(self, host: str, port: int) -> Url | None:
+        """The proxy that leads to a host; None is the direct way."""
+        name = _checked_host(host)
+        if any(exemption.covers(name, port) for exemption in self._exempt):
+            return None
+        return self.proxy
+
+
+class Dialer:
+    """Opens every connection that leaves the process."""
+
+    def __init__(self, resolver: Resolver, route: ProxyRoute) -> None:
+        self.resolver = resolver
+        self.route = route
+        self._system = SystemResolver()  # for the proxy, whose name is often an inner one
+
+    def connect(self, host: str, port: int, until: float) -> socket.socket:
+        """A connection to host, through the proxy if the route says so, in five seconds at most.
+        Raises BadUpstream, Unreachable, UpstreamTimeout; nothing goes around a proxy that fails."""
+        until = min(until, time.monotonic() + _CONNECT)
+        if not 0 < port < 65536:
+            raise BadUpstream(f"{host}: {port} is not a port")
+        proxy = self.route.proxy_for(host, port)
+        if proxy:
+            return self._through(proxy, host, port, until)
+        addresses = self.resolver.lookup(host, until)
+        with _blaming(_authority(host, port)):
+            return connect_first(addresses, port, until)
+
+    def connect_proxy(self, proxy: Url, until: float) -> socket.socket:
+        """A connection to the proxy itself, for requests in absolute form."""
+        with _naming(f"proxy {proxy}"):
+            return self._reach(proxy, min(until, time.monotonic() + _CONNECT))
+
+    def forward_proxy(self, url: Url) -> Url | None:
+        """The HTTP proxy to which a request for url goes in absolute form."""
+        proxy = self.route.proxy_for(url.host, url.port)
+        return proxy if proxy and url.scheme == "http" and TUNNELS[proxy.scheme].absolute else None
+
+    def resolves(self, host: str, port: int) -> bool:
+        """Whether the name is looked up here, not by the proxy."""
+        proxy = self.route.proxy_for(host, port)
+        return proxy is None or not TUNNELS[proxy.scheme].resolves
+
+    def _reach(self, proxy: Url, until: float) -> socket.socket:
+        return connect_first(self._system.lookup(proxy.host, until), proxy.port, until)
+
+    def _through(self, proxy: Url, host: str, port: int, until: float) -> socket.socket:
+        names = [host]
+        if not TUNNELS[proxy.scheme].resolves:
+            names = sorted(self.resolver.lookup(host, until), key=_family)[:10]  # IPv4 first
+        with _naming(f"proxy {proxy}"):
+            for left in range(len(names), 0, -1):
+                try:
+                    return self._dig(proxy, names[-left], port, _share(until, left))
+                except OSError:
+                    if left == 1:
+                        raise
+        raise AssertionError("a resolver without an address")
+
+    def _dig(self, proxy: Url, name: str, port: int, until: float) -> socket.socket:
+        sock = self._reach(proxy, until)
+        with contextlib.ExitStack() as undo:
+            undo.callback(sock.close)
+            TUNNELS[proxy.scheme].dig(_Exact(sock, until), name, port, proxy)
+            sock.settimeout(_CONNECT)
+            undo.pop_all()
+        return sock
 
 
 class _Wire:
     """One connection to a server, and what was read ahead from it."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, peer: str) -> None:
         self.sock = sock
+        self.peer = peer  # in words
         self.until = 0.0  # monotonic time at which the exchange has taken too long
         self.idle_since = 0.0
         self._ahead = b""
@@ -2216,11 +2966,9 @@ class Response(Blob):
     _HEAD_LIMIT = 64 * 1024
     _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: .*)?")
 
-    def __init__(
-        self, wire: _Wire, peer: str, patience: Patience, release: Callable[[], None]
-    ) -> None:
+    def __init__(self, wire: _Wire, patience: Patience, release: Callable[[], None]) -> None:
         self._wire = wire
-        self._peer = peer
+        self.peer = wire.peer  # who answers, in words
         self._patience = patience
         self._release = release
         self._read_head()
@@ -2261,7 +3009,7 @@ class Response(Blob):
     def read(self, count: int) -> bytes:
         if self._ended:
             return b""
-        with _blaming(self._peer):
+        with _blaming(self.peer):
             if self._chunked and self._left == 0 and not self._next_chunk():
                 return b""
             data = self._wire.receive(self._patience.stall)
@@ -2344,6 +3092,7 @@ class Client:
         for _ in range(self._REDIRECTS + 1):
             extra = [("Authorization", authorization)] if authorization else []
             response = self._exchange(target, [*headers, *extra], patience, until)
+            _check_forwarded(response, self._dialer.forward_proxy(target))
             if response.status not in (301, 302, 303, 307, 308):
                 return response
             response.close()
@@ -2363,14 +3112,15 @@ class Client:
     def _exchange(
         self, url: Url, headers: Sequence[tuple[str, str]], patience: Patience, until: float
     ) -> Response:
-        request = _request_head(url, headers)
+        proxy = self._dialer.forward_proxy(url)
+        request = _request_head(url, headers, proxy)
         wire = self._lend(url)
         if wire:
             # An idle connection may be closed under our hands; nothing was answered then, and a
             # GET may be sent again.
             with contextlib.suppress(Unreachable):
                 return self._send(wire, url, request, patience, until)
-        return self._send(self._connect(url), url, request, patience, until)
+        return self._send(self._connect(url, proxy, until), url, request, patience, until)
 
     def _send(
         self, wire: _Wire, url: Url, request: bytes, patience: Patience, until: float
@@ -2381,28 +3131,26 @@ class Client:
             if self._closed:
                 wire.close()
         try:
-            with _blaming(url.authority):
+            with _blaming(wire.peer):
                 wire.sock.settimeout(patience.header)
                 wire.sock.sendall(request)
-                return Response(wire, url.authority, patience, lambda: self._give_back(url, wire))
+                return Response(wire, patience, lambda: self._give_back(url, wire))
         except BaseException:
             wire.close()
             raise
 
-    def _connect(self, url: Url) -> _Wire:
+    def _connect(self, url: Url, proxy: Url | None, until: float) -> _Wire:
+        if proxy:
+            sock = self._dialer.connect_proxy(proxy, until)
+            return _Wire(sock, f"{url.authority} by proxy {proxy}")
+        sock = self._dialer.connect(url.host, url.port, until)
+        if url.scheme == "http":
+            return _Wire(sock, url.authority)
         with _blaming(url.authority):
-            sock = self._dialer.connect(url.host, url.port)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if url.scheme == "http":
-                return _Wire(sock)
-            sock.settimeout(_HANDSHAKE)
-            try:
-                return _Wire(self._tls().wrap_socket(sock, server_hostname=url.host))
-            except BaseException:
-                sock.close()
-                raise
+            until = min(until, time.monotonic() + _HANDSHAKE)
+            return _Wire(start_tls(sock, self.tls(), url.host, until), url.authority)
 
-    def _tls(self) -> ssl.SSLContext:
+    def tls(self) -> ssl.SSLContext:
         """Certificates of the system or of SSL_CERT_FILE; read once, at the first use."""
         with self._mutex:
             if self._context is None:
@@ -2441,23 +3189,33 @@ class Client:
             wire.close()
 
 
-def _basic(user: str, password: str) -> str:
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
-
-
-def _request_head(url: Url, headers: Sequence[tuple[str, str]]) -> bytes:
-    """The bytes of a GET. Nothing in it may break a line: six CVEs of http.client say why."""
+def _request_head(url: Url, headers: Sequence[tuple[str, str]], proxy: Url | None) -> bytes:
+    """The bytes of a GET, in absolute form for a proxy. Nothing in it may break a line: six CVEs
+    of http.client say why."""
     lines = [
-        f"GET {url.path or '/'} HTTP/1.1",
+        f"GET {f'http://{url.authority}' if proxy else ''}{url.path or '/'} HTTP/1.1",
         f"Host: {url.authority}",
         f"User-Agent: goproxy.py/{__version__}",
         "Accept-Encoding: identity",
         *(f"{name}: {value}" for name, value in headers),
     ]
+    if proxy and proxy.user:
+        lines.append(f"Proxy-Authorization: {_basic(proxy.user, proxy.password)}")
     for line in lines:
         if not re.fullmatch(r"[\x20-\x7e]+", line):
             raise BadUpstream(f"{url.authority}: unsafe character in a request")
     return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+
+def _check_forwarded(response: Response, proxy: Url | None) -> None:
+    """Raises BadUpstream if it is the proxy that refuses: what it hands on has a Via (RFC 9110,
+    section 7.6.3)."""
+    fields = response.fields
+    is_own = "via" not in fields or "x-squid-error" in fields
+    if proxy and (response.status == 407 or (is_own and response.status in (401, 403))):
+        response.close()
+        words = "its rules forbid it" if response.status == 403 else _unwelcome(proxy)
+        raise BadUpstream(f"{response.peer}: {words}")
 
 
 def _redirect(url: Url, location: str) -> Url:
@@ -2494,6 +3252,624 @@ def read_netrc(path: str) -> dict[str, str]:
         for machine, (login, _, password) in hosts.items()
         if machine != "default"
     }
+
+
+# DNS servers: five ways to ask one
+
+
+class DnsLinks(NamedTuple):
+    """What a transport may use to reach its server. Nothing here asks the servers of -dns: their
+    own names are looked up by the system."""
+
+    dialer: Dialer
+    client: Client
+    ca_file: str | None = None  # instead of the system's, for QUIC, which takes no SSLContext
+
+
+class DnsTransport:
+    """Asks one server; `carry` takes a message there and brings its answer back."""
+
+    _SIZE = 65535  # bytes of an answer; CoreDNS heeds it in streams too
+
+    def __init__(self, server: Url, links: DnsLinks) -> None:
+        self._server = server
+        self._links = links
+
+    def ask(self, name: str, kind: int, until: float) -> DnsAnswer:
+        """The addresses of one kind. Raises BadUpstream, Unreachable, UpstreamTimeout."""
+        query = encode_query(name, kind, secrets.randbelow(1 << 16), self._SIZE)
+        with _naming(f"dns: {self._server}"):
+            reply = decode_reply(self.carry(query, until), query)
+            if reply.truncated:
+                raise BadUpstream("truncated answer")
+        return find_addresses(name, kind, reply)
+
+    def carry(self, query: bytes, until: float) -> bytes:
+        """Raises OSError, BadUpstream."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Gives back kept connections."""
+
+    def _addresses(self, until: float) -> list[str]:
+        return self._links.dialer.resolver.lookup(self._server.host, until)
+
+
+class _Channel(Protocol):
+    """A connection that carries one query after the other."""
+
+    def exchange(self, query: bytes, until: float) -> bytes:
+        """Raises OSError; the channel is of no use then."""
+
+    def close(self) -> None: ...
+
+
+class _DnsOverChannel(DnsTransport):
+    """Keeps four channels, for ten seconds: servers and routers forget them without a word."""
+
+    _IDLE, _IDLE_SECONDS = 4, 10.0
+
+    def __init__(self, server: Url, links: DnsLinks) -> None:
+        super().__init__(server, links)
+        self._mutex = threading.Lock()
+        self._idle: list[tuple[float, _Channel]] = []
+
+    def _open(self, until: float) -> _Channel:
+        raise NotImplementedError
+
+    def carry(self, query: bytes, until: float) -> bytes:
+        channel = self._lend()
+        if channel:
+            with contextlib.suppress(OSError):  # the server may have closed it meanwhile
+                return self._use(channel, query, _share(until, 2))
+        return self._use(self._open(until), query, until)
+
+    def _lend(self) -> _Channel | None:
+        """The channel used last; those that are too old are closed."""
+        with self._mutex:
+            idle, self._idle = self._idle, []
+            oldest = time.monotonic() - self._IDLE_SECONDS
+            self._idle = [pair for pair in idle if pair[0] > oldest]
+            channel = self._idle.pop()[1] if self._idle else None
+        for since, old in idle:
+            if since <= oldest:
+                old.close()
+        return channel
+
+    def _use(self, channel: _Channel, query: bytes, until: float) -> bytes:
+        with contextlib.ExitStack() as undo:
+            undo.callback(channel.close)
+            message = channel.exchange(query, until)
+            with self._mutex:
+                if len(self._idle) < self._IDLE:
+                    self._idle.append((time.monotonic(), channel))
+                    undo.pop_all()
+        return message
+
+    def close(self) -> None:
+        with self._mutex:
+            idle, self._idle = self._idle, []
+        for _, channel in idle:
+            channel.close()
+
+
+class _StreamChannel(_Channel):
+    """Messages with their length before them."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def exchange(self, query: bytes, until: float) -> bytes:
+        exact = _Exact(self._sock, until)
+        exact.send(struct.pack("!H", len(query)) + query)
+        return exact.read(struct.unpack("!H", exact.read(2))[0])
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class DnsOverTcp(_DnsOverChannel):
+    """RFC 7766. Goes through the proxy."""
+
+    def _open(self, until: float) -> _Channel:
+        return _StreamChannel(self._connect(until))
+
+    def _connect(self, until: float) -> socket.socket:
+        return self._links.dialer.connect(self._server.host, self._server.port, until)
+
+
+class DnsOverTls(DnsOverTcp):
+    """RFC 7858, always with a certificate for the name or IP (RFC 8310). Goes through the proxy."""
+
+    def _open(self, until: float) -> _Channel:
+        sock = self._connect(until)
+        return _StreamChannel(start_tls(sock, self._links.client.tls(), self._server.host, until))
+
+
+class DnsOverHttps(DnsTransport):
+    """JSON where the server speaks it, else messages (RFC 8484). Goes through the proxy.
+
+    A path that ends in /resolve means JSON. Else the server is asked for JSON, and when it refused
+    that and answered a message, for messages alone."""
+
+    _MESSAGE, _JSON = "application/dns-message", ("application/dns-json", "application/json")
+    _SAYS_NOTHING = (401, 403, 407, 429)  # about what the server speaks
+
+    def __init__(self, server: Url, links: DnsLinks) -> None:
+        super().__init__(dataclasses.replace(server, path=server.path or "/dns-query"), links)
+        self._json_only = server.path.endswith("/resolve")
+        self._messages_only = False
+
+    def ask(self, name: str, kind: int, until: float) -> DnsAnswer:
+        reply = None if self._messages_only else self._ask_json(name, kind, until)
+        if reply:
+            return find_addresses(name, kind, reply)
+        found = super().ask(name, kind, until)
+        self._messages_only = True
+        return found
+
+    def _ask_json(self, name: str, kind: int, until: float) -> DnsReply | None:
+        """None from a server that does not speak JSON."""
+        with _naming(f"dns: {self._server}"):
+            status, media, body = self._get(f"name={name}&type={kind}", self._JSON[0], until)
+            if status == 200 and media in self._JSON:
+                return decode_json(body)
+            if self._json_only or status in self._SAYS_NOTHING or status >= 500:
+                raise Unreachable(f"answered {status}, {media or 'no content type'}")
+        return None
+
+    def carry(self, query: bytes, until: float) -> bytes:
+        message = b"\0\0" + query[2:]  # no number, so that caches between can answer
+        text = base64.urlsafe_b64encode(message).rstrip(b"=").decode("ascii")
+        status, media, body = self._get(f"dns={text}", self._MESSAGE, until)
+        if status != 200 or media != self._MESSAGE:
+            raise Unreachable(f"answered {status}, {media or 'no content type'}")
+        return query[:2] + body[2:]
+
+    def close(self) -> None:
+        self._links.client.close()
+
+    def _get(self, question: str, accept: str, until: float) -> tuple[int, str, bytes]:
+        """Status, media type and body."""
+        url = dataclasses.replace(self._server, path=f"{self._server.path}?{question}")
+        response = self._links.client.get(url, METADATA, [("Accept", accept)], until)
+        with contextlib.closing(response):
+            media = response.fields.get("content-type", "").partition(";")[0].strip().lower()
+            return response.status, media, response.read_all(self._SIZE)
+
+
+def _datagram_socket(addresses: Sequence[str], port: int) -> socket.socket:
+    """A socket connected to the first address to which there is a way. Raises OSError."""
+    for left in range(len(addresses), 0, -1):
+        sock = socket.socket(_family(addresses[-left]), socket.SOCK_DGRAM)
+        try:
+            sock.connect((addresses[-left], port))
+            return sock
+        except OSError:
+            sock.close()
+            if left == 1:
+                raise
+    raise AssertionError("a resolver without an address")
+
+
+class DnsOverQuic(_DnsOverChannel):
+    """RFC 9250, by the package aioquic. Raises ValueError if that is missing."""
+
+    _MODULES = ("aioquic.quic.configuration", "aioquic.quic.connection", "aioquic.quic.events")
+
+    def __init__(self, server: Url, links: DnsLinks) -> None:
+        super().__init__(server, links)
+        try:
+            self._modules = tuple(map(importlib.import_module, self._MODULES))
+        except ImportError:
+            raise ValueError(
+                "quic:// needs a package: pip install aioquic, or 'goproxy.py[quic]'"
+            ) from None
+
+    def _open(self, until: float) -> _Channel:
+        configuration, connection, events = self._modules
+        options = configuration.QuicConfiguration(
+            alpn_protocols=["doq"], is_client=True, server_name=self._server.host
+        )
+        own, paths = self._links.ca_file, ssl.get_default_verify_paths()
+        options.load_verify_locations(own or paths.cafile, None if own else paths.capath)
+        sock = _datagram_socket(self._addresses(until), self._server.port)
+        return _QuicChannel(connection.QuicConnection(configuration=options), events, sock, until)
+
+
+class _QuicChannel(_Channel):
+    """Turns aioquic's connection by hand: it does no I/O itself."""
+
+    def __init__(self, quic: Any, events: Any, sock: socket.socket, until: float) -> None:
+        self._quic = quic
+        self._events = events
+        self._sock = sock
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            quic.connect(sock.getpeername(), now=time.monotonic())
+            while not any(isinstance(one, events.HandshakeCompleted) for one in self._turn(until)):
+                pass
+            undo.pop_all()
+
+    def exchange(self, query: bytes, until: float) -> bytes:
+        stream = self._quic.get_next_available_stream_id()
+        message = b"\0\0" + query[2:]  # the number is zero (RFC 9250, section 4.2.1)
+        self._quic.send_stream_data(stream, struct.pack("!H", len(message)) + message, True)
+        data, ended = b"", False
+        while not ended:
+            for event in self._turn(until):
+                if isinstance(event, self._events.StreamDataReceived) and event.stream_id == stream:
+                    data += event.data
+                    ended = ended or event.end_stream
+        if len(data) < 4 or struct.unpack("!H", data[:2])[0] != len(data) - 2:
+            raise ConnectionError("answer of a wrong length")
+        return query[:2] + data[4:]
+
+    def _turn(self, until: float) -> list[Any]:
+        """Sends what is due, then takes one datagram or lets the timer run out; what came of it.
+        Raises OSError."""
+        self._send()
+        timer = self._quic.get_timer() or until
+        self._sock.settimeout(max(0.001, min(time_left(until), timer - time.monotonic())))
+        try:
+            data = self._sock.recv(65535)
+        except socket.timeout:
+            self._quic.handle_timer(now=time.monotonic())
+        else:
+            self._quic.receive_datagram(data, self._sock.getpeername(), now=time.monotonic())
+        events = list(iter(self._quic.next_event, None))
+        for event in events:
+            if isinstance(event, self._events.ConnectionTerminated):
+                raise ConnectionError(event.reason_phrase or "connection closed")
+        return events
+
+    def _send(self) -> None:
+        for data, _ in self._quic.datagrams_to_send(now=time.monotonic()):
+            self._sock.send(data)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._quic.close()
+            self._send()
+        self._sock.close()
+
+
+class DnsOverUdp(DnsTransport):
+    """A socket for each question, so a port that the kernel picks at random. Goes directly."""
+
+    _SIZE = 1232  # what fits into a packet everywhere (DNS flag day 2020)
+    _SENDINGS, _WAIT_SECONDS, _MAX_SIZE = 3, 2.0, 4096
+
+    def __init__(self, server: Url, links: DnsLinks) -> None:
+        super().__init__(server, links)
+        direct = Dialer(links.dialer.resolver, ProxyRoute())
+        self._tcp = DnsOverTcp(server, links._replace(dialer=direct))
+
+    def carry(self, query: bytes, until: float) -> bytes:
+        with _datagram_socket(self._addresses(until), self._server.port) as sock:
+            message = self._ask_often(sock, query, until)
+        return self._tcp.carry(query, until) if message[2] & 2 else message
+
+    def _ask_often(self, sock: socket.socket, query: bytes, until: float) -> bytes:
+        for _ in range(self._SENDINGS):
+            sock.send(query)
+            with contextlib.suppress(socket.timeout):
+                return self._hear(sock, query, min(until, time.monotonic() + self._WAIT_SECONDS))
+        raise socket.timeout("timed out")
+
+    def _hear(self, sock: socket.socket, query: bytes, until: float) -> bytes:
+        """The first datagram that answers; others are somebody else's guesses."""
+        while True:
+            sock.settimeout(time_left(until))
+            message = sock.recv(self._MAX_SIZE)
+            if answers_query(message, query):
+                return message
+
+    def close(self) -> None:
+        self._tcp.close()
+
+
+DNS_TRANSPORTS: dict[str, type[DnsTransport]] = {
+    "https": DnsOverHttps,
+    "quic": DnsOverQuic,
+    "tcp": DnsOverTcp,
+    "tls": DnsOverTls,
+    "udp": DnsOverUdp,
+}
+
+
+def open_transport(server: Url, links: DnsLinks) -> DnsTransport:
+    """Raises ValueError in one line if a package is missing."""
+    return DNS_TRANSPORTS[server.scheme](server, links)
+
+
+class DnsResolver(CachingResolver):
+    """Asks the servers of -dns, the next one when one fails."""
+
+    _AAAA_SECONDS = 0.25  # some routers swallow questions for IPv6 (RFC 8305, section 3)
+
+    def __init__(self, transports: Sequence[DnsTransport]) -> None:
+        super().__init__(self._ask_servers)
+        self._transports = list(transports)
+        self._best = 0  # the one that answered last is asked first
+
+    def close(self) -> None:
+        for transport in self._transports:
+            transport.close()
+
+    def _ask_servers(self, name: str, until: float) -> DnsAnswer:
+        failures: list[BadUpstream] = []
+        count, best = len(self._transports), self._best
+        for turn in range(count):
+            self._best = (best + turn) % count
+            try:
+                return self._ask_both(
+                    self._transports[self._best], name, _share(until, count - turn)
+                )
+            except BadUpstream as error:
+                failures.append(error)
+        raise type(failures[-1])("; ".join(map(str, failures)))
+
+    def _ask_both(self, transport: DnsTransport, name: str, until: float) -> DnsAnswer:
+        """A and AAAA at once; one that fails is forgiven when the other brings addresses."""
+        later = in_thread(lambda: transport.ask(name, _AAAA, until))
+        now: Future[DnsAnswer] = Future()
+        try:
+            now.set_result(transport.ask(name, _A, until))
+        except BadUpstream as error:
+            now.set_exception(error)
+        useful = now.exception() is None and now.result().addresses
+        patience = self._AAAA_SECONDS if useful else max(0.0, until - time.monotonic())
+        done = concurrent.futures.wait([later], patience).done
+        return _merged([*([later] if done else []), now], name)
+
+
+def _merged(promises: Sequence[Future[DnsAnswer]], name: str) -> DnsAnswer:
+    found = [promise.result() for promise in promises if not promise.exception()]
+    useful = [one for one in found if one.addresses]
+    if useful:
+        addresses = [address for one in useful for address in one.addresses]
+        return DnsAnswer(tuple(addresses), min(one.ttl for one in useful))
+    if len(promises) < 2:
+        raise UpstreamTimeout(f"dns: {name}: timed out")
+    return next((promise for promise in promises if promise.exception()), promises[-1]).result()
+
+
+def open_dialer(servers: Sequence[Url], route: ProxyRoute, ca_file: str | None) -> Dialer:
+    """The dialer for everything; opens nothing yet. The servers' own names are looked up by the
+    system, once. Raises ValueError in one line if a package is missing."""
+    if not servers:
+        return Dialer(SystemResolver(), route)
+    first = Dialer(SystemResolver(math.inf), route)
+    links = DnsLinks(first, Client(first, {}), ca_file)
+    return Dialer(DnsResolver([open_transport(server, links) for server in servers]), route)
+
+
+# What is wrong: one line for each server
+
+
+class Finding(NamedTuple):
+    """What was found out about one server, in words."""
+
+    label: str
+    where: str
+    good: bool
+    words: str
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.good else 'FAIL'}  {self.label}  {self.where}  {self.words}"
+
+
+CheckStep = tuple[str, Callable[[], str]]  # what, and doing it: returns details, raises ProxyError
+
+
+def examine(label: str, where: Url, steps: Iterable[CheckStep]) -> Finding:
+    """Takes the steps in turn, with timings, until one fails."""
+    words: list[str] = []
+    for what, work in steps:
+        start = time.perf_counter()
+        try:
+            details = work()
+        except ProxyError as error:
+            return Finding(label, str(where), False, ", ".join([*words, f"{what}: {error}"]))
+        spent = f"{what} {(time.perf_counter() - start) * 1000:.0f} ms"
+        words.append(f"{spent} ({details})" if details else spent)
+    return Finding(label, str(where), True, ", ".join(words))
+
+
+_CHECK_SECONDS = 10.0
+
+
+class _Visit:
+    """The steps to a server, up to a handshake."""
+
+    def __init__(self, url: Url, dialer: Dialer, client: Client) -> None:
+        self._url = url
+        self._dialer = dialer
+        self._client = client
+        self._until = time.monotonic() + _CHECK_SECONDS
+        self._opened: list[socket.socket] = []
+
+    def steps(self) -> Iterator[CheckStep]:
+        if self._dialer.resolves(self._url.host, self._url.port):
+            yield "dns", self._look_up
+        yield "connect", self._connect
+        if self._url.scheme == "https":
+            yield "tls", self._handshake
+
+    def _look_up(self) -> str:
+        return " ".join(self._dialer.resolver.lookup(self._url.host, self._until)[:4])
+
+    def _connect(self) -> str:
+        self._opened.append(self._dialer.connect(self._url.host, self._url.port, self._until))
+        return ""
+
+    def _handshake(self) -> str:
+        with _blaming(self._url.authority):
+            secure = start_tls(self._opened[0], self._client.tls(), self._url.host, self._until)
+        self._opened.append(secure)
+        certificate = secure.getpeercert() or {}
+        return f"{secure.version()}, certificate until {certificate.get('notAfter')}"
+
+    def close(self) -> None:
+        for sock in self._opened:
+            sock.close()
+
+
+def check_server(label: str, url: Url, dialer: Dialer, client: Client) -> Finding:
+    """Looks up (unless the proxy does), connects, and for https checks the certificate."""
+    with contextlib.closing(_Visit(url, dialer, client)) as visit:
+        return examine(label, url, visit.steps())
+
+
+def check_proxy(label: str, proxy: Url, dialer: Dialer) -> Finding:
+    """Connects to the proxy itself; a check of a server goes through it."""
+
+    def connect() -> str:
+        dialer.connect_proxy(proxy, time.monotonic() + _CHECK_SECONDS).close()
+        return ""
+
+    return examine(label, proxy, [("connect", connect)])
+
+
+def check_dns(label: str, server: Url, links: DnsLinks, name: str) -> Finding:
+    """Asks one server of -dns for the addresses of name."""
+
+    def look_up() -> str:
+        with contextlib.closing(DnsResolver([open_transport(server, links)])) as resolver:
+            return " ".join(resolver.lookup(name, time.monotonic() + _CHECK_SECONDS)[:4])
+
+    return examine(label, server, [(f"look up {name}", look_up)])
+
+
+# A proxy of our own, for git
+
+
+class _NoPassword(ProxyError):
+    status = 407
+
+    def headers(self) -> list[tuple[str, str]]:
+        return [("Proxy-Authenticate", 'Basic realm="goproxy"')]
+
+
+class ConnectFilter:
+    """An HTTP proxy on loopback, so that -proxy and -dns hold for git as well.
+
+    It knows CONNECT alone, and asks for a password that only `url` tells: other users of the
+    machine cannot use it. Hand `url` to git in its environment; arguments are seen by all."""
+
+    _CONNECTIONS = 32
+    _TARGET = re.compile(r"CONNECT \[?([^\s\[\]]+?)\]?:([0-9]{1,5}) HTTP/1\.[01]")
+
+    def __init__(self, dialer: Dialer) -> None:
+        self._dialer = dialer
+        self._secret = f"git:{secrets.token_urlsafe(24)}"
+        self._slots = threading.BoundedSemaphore(self._CONNECTIONS)
+        self._closed = threading.Event()
+        self._mutex = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=self._CONNECTIONS)
+        self.url = f"http://{self._secret}@127.0.0.1:{self._listener.getsockname()[1]}"
+        self._acceptor = in_thread(self._accept)
+
+    def close(self) -> None:
+        """Cuts what is open and waits for all threads."""
+        self._closed.set()
+        _hang_up(self._listener)  # wakes the acceptor
+        self._acceptor.exception()
+        self._listener.close()
+        with self._mutex:
+            for sock in self._open:
+                _hang_up(sock)
+        for _ in range(self._CONNECTIONS):
+            self._slots.acquire()
+
+    def _accept(self) -> None:
+        while not self._closed.is_set():
+            self._slots.acquire()
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed, or no descriptors for a moment
+                self._slots.release()
+                self._closed.wait(0.1)
+            else:
+                in_thread(functools.partial(self._serve, client))
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            with contextlib.suppress(OSError), self._tracked(client):
+                self._answer(client)
+        finally:
+            self._slots.release()
+
+    def _answer(self, client: socket.socket) -> None:
+        until = time.monotonic() + 2 * _CONNECT
+        exact = _Exact(client, until)
+        try:
+            host, port = self._request(exact.head())
+            server = self._dialer.connect(host, port, until)
+        except ProxyError as error:
+            exact.send(_refusal(error))
+            return
+        with self._tracked(server):
+            exact.send(b"HTTP/1.1 200 Connected\r\n\r\n")
+            _pump(client, server)
+
+    def _request(self, head: bytes) -> tuple[str, int]:
+        """The target of a request. Raises ProxyError."""
+        line, _, fields = head.decode("latin-1").partition("\r\n")
+        shown = re.search(r"(?im)^proxy-authorization: *basic +(\S+)", fields)
+        wanted = base64.b64encode(self._secret.encode())
+        if not shown or not hmac.compare_digest(shown[1].encode(), wanted):
+            raise _NoPassword("this is for the git of goproxy.py alone")
+        match = self._TARGET.fullmatch(line)
+        if not match:
+            raise MethodNotAllowed("only CONNECT host:port")
+        return match[1], int(match[2])
+
+    @contextlib.contextmanager
+    def _tracked(self, sock: socket.socket) -> Iterator[None]:
+        """Closes the socket at the end; close() cuts it before."""
+        with sock:
+            with self._mutex:
+                if self._closed.is_set():
+                    raise ConnectionError("closed")
+                self._open.add(sock)
+            try:
+                yield
+            finally:
+                with self._mutex:
+                    self._open.discard(sock)
+
+
+def _refusal(error: ProxyError) -> bytes:
+    fields = [*error.headers(), ("Connection", "close"), ("Content-Type", "text/plain")]
+    lines = [f"HTTP/1.1 {error.status} Refused", *(f"{name}: {value}" for name, value in fields)]
+    return "\r\n".join([*lines, "", str(error)]).encode("ascii", "replace")
+
+
+def _pump(one: socket.socket, other: socket.socket) -> None:
+    """Pours both ways until both are done. Whoever waits for the bytes has the clock."""
+    one.settimeout(None)
+    other.settimeout(None)
+    back = in_thread(lambda: _pour(other, one))
+    _pour(one, other)
+    back.exception()
+
+
+def _pour(source: socket.socket, sink: socket.socket) -> None:
+    try:
+        for data in iter(lambda: source.recv(64 * 1024), b""):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        _hang_up(source)
+        _hang_up(sink)
+
+
+def _hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 # =============================================================================
@@ -2725,13 +4101,13 @@ def _again(work: Callable[[], T]) -> T:
     return work()
 
 
-def _refuse(response: Response, peer: str) -> None:
+def _refuse(response: Response) -> None:
     """Raises what an upstream's status means; 200 means nothing bad."""
     if response.status in (200, 206):
         return
     words = _words(response)
     response.close()
-    said = f"{peer} answered {response.status}{': ' if words else ''}{words}"
+    said = f"{response.peer} answered {response.status}{': ' if words else ''}{words}"
     if response.status in (404, 410):
         raise (Gone if response.status == 410 else NotFound)(words or "not found upstream")
     if response.status in (401, 403):
@@ -2762,7 +4138,7 @@ def fetch_small(client: Client, url: Url, limit: int) -> bytes:
     def attempt() -> bytes:
         response = client.get(url, METADATA, until=until)
         with contextlib.closing(response):
-            _refuse(response, url.authority)
+            _refuse(response)
             if not response.whole:
                 raise Unreachable(f"{url.authority}: a body without a length cannot be trusted")
             return response.read_all(limit)
@@ -2845,7 +4221,7 @@ class _Download(Blob):
 
     def _first(self) -> Response:
         response = self._client.get(self._url, TRANSFER, until=self._until)
-        _refuse(response, self._url.authority)
+        _refuse(response)
         return response
 
     def read(self, count: int) -> bytes:
@@ -2879,7 +4255,7 @@ class _Download(Blob):
             headers.append(("If-Range", self._etag))
         self._response.close()
         self._response = self._client.get(self._url, TRANSFER, headers, self._until)
-        _refuse(self._response, self._url.authority)
+        _refuse(self._response)
         if self._response.status != 206:
             self._skip(self._response)
             return
@@ -5267,7 +6643,7 @@ class Daemon:
         """All that one process needs to serve, with its threads."""
         settings, log = self._settings, self._log
         log.start()
-        client = Client(Dialer(), self._credentials)
+        client = Client(Dialer(SystemResolver(), ProxyRoute()), self._credentials)
         cache = Cache(self._storage, settings.ttl, log)
         source = open_sources(client, settings.upstream)
         policy = Policy(Mirror(source, cache), settings.exclude)
