@@ -16,7 +16,7 @@ downward from vocabulary to plot, and a request is followed from the last page u
     8. Sources: where modules come from
     9. Mirror: sources remembered in a store; policy; the checksum database
     11. HTTP: requests, replies, routes, the front loop
-    12. Daemon: wiring, signals, main
+    12. Daemon: wiring, signals, commands, main
 
 The life of a request:
 
@@ -30,8 +30,9 @@ The life of a request:
 
 To add a kind of proxy or of DNS server, write a function or class in room 6 and a row in TUNNELS
 or DNS_TRANSPORTS; a storage, a class in room 7 and a row in STORAGES; a source, a class in room 8
-and a row in _SOURCES; an endpoint, a function in room 11 and a row in ROUTES; a setting, one line
-in Settings. A mutex is never held over I/O; a flight exists for I/O. Order: flight, lane, pool.
+and a row in _SOURCES; an endpoint, a function in room 11 and a row in ROUTES; a command, a function
+in room 12 and a row in COMMANDS; a setting, one line in Settings. A mutex is never held over I/O;
+a flight exists for I/O. Order: flight, lane, pool.
 """
 
 from __future__ import annotations
@@ -656,8 +657,8 @@ def _never(_item: str) -> bool:
 
 
 def mask(text: str) -> str:
-    """Hides the password of every URL in text."""
-    return re.sub(r"((?:^|://)[^/@\s:]*):[^/@\s]*@", r"\1:***@", text)
+    """Hides the password of every URL in text, also one that is not escaped as it should be."""
+    return re.sub(r"((?:^|://)[^/@\s:]*):(?!//)(?:(?!://).)*@", r"\1:***@", text, flags=re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -775,15 +776,6 @@ def parse_proxy(text: str) -> Url | None:
     if max(len(proxy.user.encode()), len(proxy.password.encode())) > 255 or ":" in proxy.user:
         raise ValueError("user and password have 255 bytes at most, the user no colon")
     return dataclasses.replace(proxy, path="")
-
-
-def first_proxy(environ: Mapping[str, str]) -> str:
-    """The proxy that the environment names, for everything; empty if none."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "SOCKS5_PROXY"):
-        value = environ.get(name) or environ.get(name.lower())
-        if value:
-            return value if "://" in value or name != "SOCKS5_PROXY" else f"socks5://{value}"
-    return ""
 
 
 def parse_dns(text: str) -> tuple[Url, ...]:
@@ -943,6 +935,13 @@ class Settings:
     """Everything an operator may set. Flags, variables, -help and the README come from here."""
 
     cache: str = _option("CACHE_DIR", "./cache", _folder, "FOLDER", "where modules are kept")
+    dns: tuple[Url, ...] = _option(
+        "DNS_SERVER",
+        "",
+        parse_dns,
+        "SERVERS",
+        "whom to ask for addresses, by commas: IP[:port], udp://, tcp://, tls://, https://, quic://",
+    )
     exclude: tuple[str, ...] = _option(
         "GOPROXY_EXCLUDE", "", parse_globs, "GLOBS", "module paths that always answer 404"
     )
@@ -952,6 +951,13 @@ class Settings:
     log_format: str = _option("GOPROXY_LOG_FORMAT", "text", _log_format, "FORMAT", "text or json")
     offline: bool = _option("GOPROXY_OFFLINE", "false", _switch, "", "answer from the store alone")
     port: int = _option("PORT", "12345", _port, "PORT", "listen on it; 0 picks a free one")
+    proxy: Url | None = _option(  # noqa: RUF009 (it is a dataclasses.field)
+        "HTTP_PROXY,HTTPS_PROXY,SOCKS5_PROXY",
+        "",
+        parse_proxy,
+        "URL",
+        "the way out: http://, socks5:// or socks5h://[user:password@]host[:port]",
+    )
     quiet: bool = _option("GOPROXY_QUIET", "false", _switch, "", "no log line per request")
     read_ahead: bool = _option(
         "GOPROXY_READ_AHEAD", "true", _switch, "", "fetch what the client will ask next"
@@ -988,23 +994,24 @@ class Settings:
         marks = ["|" if hop.any_error else "," for hop in self.upstream]
         return "".join(f"{hop}{mark}" for hop, mark in zip(self.upstream, marks))[:-1]
 
+    @property
+    def dns_text(self) -> str:
+        return ",".join(map(str, self.dns))
+
     @classmethod
-    def load(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-        """Reads flags and variables; a variable that is set wins over its flag.
-        Raises UsageError; -help and -version print and raise SystemExit."""
-        flags = vars(_parser().parse_args(argv))
+    def load(
+        cls, argv: Sequence[str], environ: Mapping[str, str], usage: str = "", text: str = ""
+    ) -> Settings:
+        """Reads flags and variables; a variable that is set wins over its flag, but for -dns and
+        -proxy. Raises UsageError; -help and -version print and raise SystemExit."""
+        flags = vars(_parser(usage, text).parse_args(argv))
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for row in _rows():
-            variable = row.metadata["variable"]
-            if environ.get(variable):
-                text, origin = environ[variable], variable
-            elif flags[row.name] is not None:
-                text, origin = flags[row.name], _flag(row.name)
-            else:
-                continue
-            values[row.name] = _parsed(row, text, origin)
-            origins[row.name] = origin
+            origin, value = _told(row, flags[row.name], environ)
+            if origin:
+                values[row.name] = _parsed(row, value, origin)
+                origins[row.name] = origin
         return cls(origins=origins, **values)
 
 
@@ -1014,6 +1021,30 @@ def _rows() -> list[dataclasses.Field[Any]]:
 
 def _flag(name: str) -> str:
     return "-" + name.replace("_", "-")
+
+
+_FLAG_WINS = ("dns", "proxy")  # their variables are often set for other programs
+_PROXY_SCHEMES = {"HTTP_PROXY": "http://", "HTTPS_PROXY": "http://", "SOCKS5_PROXY": "socks5://"}
+
+
+def _told(
+    row: dataclasses.Field[Any], flag: str | None, environ: Mapping[str, str]
+) -> tuple[str, str]:
+    """Where the value of a setting comes from, and its text; both empty if nobody gives one."""
+    names = row.metadata["variable"].split(",")
+    variable = next((name for name in names if _variable(name, environ)), "")
+    if flag is not None and (row.name in _FLAG_WINS or not variable):
+        return _flag(row.name), flag
+    return variable, _variable(variable, environ)
+
+
+def _variable(name: str, environ: Mapping[str, str]) -> str:
+    """The text of a variable. Those of proxies may be in lower case, as other programs have them,
+    and without a scheme."""
+    if name not in _PROXY_SCHEMES:
+        return environ.get(name, "")
+    text = environ.get(name) or environ.get(name.lower(), "")
+    return text if "://" in text or not text else _PROXY_SCHEMES[name] + text
 
 
 def _parsed(row: dataclasses.Field[Any], text: str, origin: str) -> Any:
@@ -1029,12 +1060,12 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; goproxy.py -help lists the flags")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(usage: str, text: str) -> argparse.ArgumentParser:
     """Flags in Go's manner: -flag value, -flag=value and --flag value."""
     parser = _Parser(
         prog="goproxy.py",
-        usage="goproxy.py [flags]",
-        description="A Go module proxy. A variable that is set wins over its flag.",
+        usage=usage,
+        description=f"{text} A variable that is set wins over its flag, but for -dns and -proxy.",
         allow_abbrev=False,
         add_help=False,
     )
@@ -3635,13 +3666,18 @@ def _merged(promises: Sequence[Future[DnsAnswer]], name: str) -> DnsAnswer:
     return next((promise for promise in promises if promise.exception()), promises[-1]).result()
 
 
+def open_links(route: ProxyRoute, ca_file: str | None) -> DnsLinks:
+    """The way to DNS servers; opens nothing yet. Their names are looked up by the system, once."""
+    first = Dialer(SystemResolver(math.inf), route)
+    return DnsLinks(first, Client(first, {}), ca_file)
+
+
 def open_dialer(servers: Sequence[Url], route: ProxyRoute, ca_file: str | None) -> Dialer:
-    """The dialer for everything; opens nothing yet. The servers' own names are looked up by the
-    system, once. Raises ValueError in one line if a package is missing."""
+    """The dialer for everything; opens nothing yet. Raises ValueError in one line if a package is
+    missing."""
     if not servers:
         return Dialer(SystemResolver(), route)
-    first = Dialer(SystemResolver(math.inf), route)
-    links = DnsLinks(first, Client(first, {}), ca_file)
+    links = open_links(route, ca_file)
     return Dialer(DnsResolver([open_transport(server, links) for server in servers]), route)
 
 
@@ -3681,10 +3717,11 @@ _CHECK_SECONDS = 10.0
 
 
 class _Visit:
-    """The steps to a server, up to a handshake."""
+    """The steps to a server, up to its answer to a GET of `path` below its URL."""
 
-    def __init__(self, url: Url, dialer: Dialer, client: Client) -> None:
+    def __init__(self, url: Url, path: str, dialer: Dialer, client: Client) -> None:
         self._url = url
+        self._question = dataclasses.replace(url, path=f"{url.path}/{path}")
         self._dialer = dialer
         self._client = client
         self._until = time.monotonic() + _CHECK_SECONDS
@@ -3692,16 +3729,22 @@ class _Visit:
 
     def steps(self) -> Iterator[CheckStep]:
         if self._dialer.resolves(self._url.host, self._url.port):
-            yield "dns", self._look_up
+            yield "look up", self._look_up
         yield "connect", self._connect
         if self._url.scheme == "https":
             yield "tls", self._handshake
+        yield "ask", self._ask
 
     def _look_up(self) -> str:
         return " ".join(self._dialer.resolver.lookup(self._url.host, self._until)[:4])
 
     def _connect(self) -> str:
-        self._opened.append(self._dialer.connect(self._url.host, self._url.port, self._until))
+        proxy = self._dialer.forward_proxy(self._url)
+        if proxy:
+            sock = self._dialer.connect_proxy(proxy, self._until)
+        else:
+            sock = self._dialer.connect(self._url.host, self._url.port, self._until)
+        self._opened.append(sock)
         return ""
 
     def _handshake(self) -> str:
@@ -3711,14 +3754,25 @@ class _Visit:
         certificate = secure.getpeercert() or {}
         return f"{secure.version()}, certificate until {certificate.get('notAfter')}"
 
+    def _ask(self) -> str:
+        """An answer is good if a server that works may give it to a question it does not know."""
+        with contextlib.closing(
+            self._client.get(self._question, METADATA, (), self._until)
+        ) as said:
+            phrase = BaseHTTPRequestHandler.responses.get(said.status, ("Unknown", ""))[0]
+            if said.status not in (200, 404, 410):
+                raise Unreachable(f"{said.peer} answered {said.status} {phrase}")
+            return f"{said.status} {phrase}"
+
     def close(self) -> None:
         for sock in self._opened:
             sock.close()
 
 
-def check_server(label: str, url: Url, dialer: Dialer, client: Client) -> Finding:
-    """Looks up (unless the proxy does), connects, and for https checks the certificate."""
-    with contextlib.closing(_Visit(url, dialer, client)) as visit:
+def check_server(label: str, url: Url, path: str, dialer: Dialer, client: Client) -> Finding:
+    """Looks up (unless the proxy does), connects, checks the certificate of https, and asks for
+    `path` below the URL."""
+    with contextlib.closing(_Visit(url, path, dialer, client)) as visit:
         return examine(label, url, visit.steps())
 
 
@@ -6341,7 +6395,7 @@ def _descriptor_limit() -> int:
 
 
 # =============================================================================
-# 12. Daemon: wiring, signals, main
+# 12. Daemon: wiring, signals, commands, main
 # =============================================================================
 
 _DRAIN_SECONDS = 10.0
@@ -6580,27 +6634,37 @@ def status_of(status: int) -> int:
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
+def open_way_out(settings: Settings, environ: Mapping[str, str]) -> Dialer:
+    """For everything that leaves; opens nothing yet. Raises UsageError."""
+    route = ProxyRoute(settings.proxy, environ.get("NO_PROXY") or environ.get("no_proxy", ""))
+    try:
+        return open_dialer(settings.dns, route, environ.get("SSL_CERT_FILE"))
+    except ValueError as error:
+        raise UsageError(f"{settings.origins['dns']}={settings.dns_text}: {error}") from None
+
+
+def read_credentials(environ: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """Those for upstreams, and a remark if there is one. A file that NETRC names must be good; one
+    that happens to be there need not. Raises UsageError."""
+    if environ.get("NETRC"):
+        return read_netrc(environ["NETRC"]), ""
+    try:
+        return read_netrc(os.path.expanduser("~/.netrc")), ""
+    except UsageError as error:
+        return {}, f"no credentials are read: {error}"
+
+
 class Daemon:
     """The one place that knows all rooms."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         """Opens what the settings name. Raises UsageError, StartError."""
         self._settings = settings
-        self._remark = ""
-        self._credentials = self._read_netrc(environ)
+        self._credentials, self._remark = read_credentials(environ)
+        self._dialer = open_way_out(settings, environ)
         self._storage = open_storage(settings.cache)
         self._socket = open_socket(settings)
         self._log = Log(2, settings.log_format == "json")
-
-    def _read_netrc(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """A file that NETRC names must be good; one that happens to be there need not."""
-        if environ.get("NETRC"):
-            return read_netrc(environ["NETRC"])
-        try:
-            return read_netrc(os.path.expanduser("~/.netrc"))
-        except UsageError as error:
-            self._remark = f"no credentials are read: {error}"
-            return {}
 
     def run(self) -> None:
         """Serves until SIGINT or SIGTERM; a second signal ends it at once."""
@@ -6643,7 +6707,7 @@ class Daemon:
         """All that one process needs to serve, with its threads."""
         settings, log = self._settings, self._log
         log.start()
-        client = Client(Dialer(SystemResolver(), ProxyRoute()), self._credentials)
+        client = Client(self._dialer, self._credentials)
         cache = Cache(self._storage, settings.ttl, log)
         source = open_sources(client, settings.upstream)
         policy = Policy(Mirror(source, cache), settings.exclude)
@@ -6655,6 +6719,7 @@ class Daemon:
         end()
         cache.close()
         client.close()
+        self._dialer.resolver.close()
         log.flush(1.0)
 
     def _announce(self) -> None:
@@ -6668,6 +6733,10 @@ class Daemon:
         self._log.line(f"  Port: {port}")
         self._log.line(f"  Cache directory: {settings.cache}")
         self._log.line(f"  Upstream proxy: {settings.upstream_text}")
+        if settings.proxy:
+            self._log.line(f"  Outgoing proxy: {settings.proxy}")
+        if settings.dns:
+            self._log.line(f"  DNS: {settings.dns_text}")
         if settings.offline:
             self._log.line("  Offline: answers come from the cache alone")
         if settings.origins:
@@ -6685,20 +6754,92 @@ class Daemon:
         return f"[{host}]" if ":" in host else host
 
 
+def run_serve(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Serves until a signal comes. Raises UsageError, StartError."""
+    Daemon(settings, environ).run()
+    return 0
+
+
+def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Prints a line for each server that the settings name; 1 if the first upstream fails.
+    Raises UsageError."""
+    dialer = open_way_out(settings, environ)
+    client = Client(dialer, read_credentials(environ)[0])
+    with contextlib.closing(dialer.resolver), contextlib.closing(client):
+        for finding in _way_findings(settings, dialer, environ.get("SSL_CERT_FILE")):
+            print(finding, flush=True)
+        status = 0
+        for number, finding in enumerate(_upstream_findings(settings, dialer, client)):
+            print(finding, flush=True)
+            status = status or int(number == 0 and not finding.good)
+        for database in settings.sumdb:
+            finding = check_server("checksum database", database.url, "latest", dialer, client)
+            print(finding, flush=True)
+    return status
+
+
+def _way_findings(settings: Settings, dialer: Dialer, ca_file: str | None) -> Iterator[Finding]:
+    """The proxy, and each DNS server by a name that it is there for."""
+    if settings.proxy:
+        yield check_proxy("proxy", settings.proxy, dialer)
+    targets = [hop.url for hop in settings.upstream if hop.url]
+    targets += [database.url for database in settings.sumdb]
+    ours = [url.host for url in targets if dialer.resolves(url.host, url.port)]
+    names = [host for host in ours if not is_ip(host) and host != "localhost"]
+    for server in settings.dns:
+        if ours or not settings.proxy:
+            links = open_links(dialer.route, ca_file)
+            yield check_dns("dns", server, links, [*names, _SOME_NAME][0])
+        else:
+            yield Finding("dns", str(server), True, "not asked: the proxy looks up every name")
+
+
+def _upstream_findings(settings: Settings, dialer: Dialer, client: Client) -> Iterator[Finding]:
+    """Each upstream is asked what costs nobody a fetch."""
+    databases = [database.name for database in settings.sumdb]
+    question = f"sumdb/{[*databases, _SOME_NAME][0]}/supported"
+    for hop in settings.upstream:
+        if hop.url:
+            yield check_server("upstream", hop.url, question, dialer, client)
+        elif hop.folder:
+            is_there = os.path.isdir(hop.folder)
+            words = "a folder" if is_there else "no such folder"
+            yield Finding("upstream", str(hop), is_there, words)
+
+
+_SOME_NAME = "sum.golang.org"
+
+
+class Command(NamedTuple):
+    """What a first word on the command line does; `run` returns the exit status."""
+
+    run: Callable[[Settings, Mapping[str, str]], int]
+    text: str
+
+
+COMMANDS = {
+    "check": Command(
+        run_check, "Connects to every server that the settings name, and says what is wrong."
+    ),
+    "serve": Command(run_serve, "A Go module proxy."),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit status 0, 2 for settings that cannot be used, 1 for a machine that does
-    not let it start."""
+    not let it start, or for a check that failed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words and words[0] in COMMANDS else "serve"
+    usage = f"goproxy.py [{'|'.join(COMMANDS)}] [flags]"
     try:
-        settings = Settings.load(sys.argv[1:] if argv is None else argv, os.environ)
-        daemon = Daemon(settings, os.environ)
+        settings = Settings.load(words, os.environ, usage, COMMANDS[name].text)
+        return COMMANDS[name].run(settings, os.environ)
     except UsageError as error:
         print(f"goproxy.py: {printable(str(error))}", file=sys.stderr)
         return 2
     except StartError as error:
         print(f"goproxy.py: {printable(str(error))}", file=sys.stderr)
         return 1
-    daemon.run()
-    return 0
 
 
 if __name__ == "__main__":

@@ -1908,7 +1908,7 @@ def test_version_is_one_line_on_stdout(tmp_path: Path) -> None:
 def test_the_readme_has_a_row_for_every_setting() -> None:
     readme = (HERE / "README.md").read_text()
     rows = [f"| `{flag}` | `{variable}` |" for flag, variable in SETTINGS.items()]
-    assert [row for row in rows if row not in readme] == []
+    assert [row for row in rows if row.replace(",", "`, `") not in readme] == []
 
 
 # =============================================================================
