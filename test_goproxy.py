@@ -13,12 +13,15 @@ import base64
 import contextlib
 import dataclasses
 import email.utils
+import functools
 import gzip
 import hashlib
 import http.client
+import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -31,7 +34,9 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import tracemalloc
 import types
 import urllib.error
@@ -41,11 +46,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, Union
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 import goproxy
 
@@ -2797,6 +2804,2165 @@ def test_an_upstream_that_never_answers_is_504(run: Run, upstream: Upstream) -> 
     with contextlib.closing(proxy.connect()) as connection:
         connection.timeout = 120
         assert ask(connection, "GET", "/" + INFO, {}).status == 504
+
+
+# --- proxies and resolvers: stage --------------------------------------------
+
+ZONE = """\
+$ORIGIN test.
+@ 60 IN SOA ns admin 1 60 60 60 60
+@ 60 IN NS ns
+ns 60 IN A 127.0.0.1
+up 60 IN A 127.0.0.1
+both 60 IN A 127.0.0.1
+both 90 IN AAAA ::1
+alias 30 IN CNAME other
+other 40 IN CNAME up
+empty 60 IN TXT "nothing here"
+"""
+ZONE += "".join(f"big 60 IN A 10.0.{n // 200}.{n % 200}\n" for n in range(250))
+
+
+def soon(seconds: float = PATIENCE) -> float:
+    return time.monotonic() + seconds
+
+
+def free_port() -> int:
+    """A port free for TCP and UDP."""
+    with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        tcp.bind(("127.0.0.1", 0))
+        udp.bind(tcp.getsockname())
+        return int(tcp.getsockname()[1])
+
+
+@pytest.fixture
+def closed() -> Iterator[int]:
+    """A port that refuses connections, and that nobody else can get meanwhile."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+def is_listening(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def missing(what: str) -> None:
+    """Skips a test for want of something, visibly; where all must be there, that is a failure."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {what}")
+
+
+def installed(name: str) -> str:
+    folders = [os.environ["PATH"], "/usr/local/sbin", "/usr/sbin", "/sbin"]
+    found = shutil.which(name, path=os.pathsep.join(folders))
+    if not found:
+        missing(name)
+    return str(found)
+
+
+@contextlib.contextmanager
+def program(port: int, *command: str) -> Iterator[None]:
+    """A real server, ready when its port accepts."""
+    end, arguments, void = soon(), [installed(command[0]), *command[1:]], subprocess.DEVNULL
+    with subprocess.Popen(arguments, stdout=void, stderr=void) as process:
+        try:
+            while not is_listening(port):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    pytest.fail(f"{command[0]} ended with {process.wait(0.02)}")
+                assert time.monotonic() < end, f"{command[0]} does not listen"
+            yield
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+            process.kill()
+
+
+class Trust:
+    """A self-signed certificate for the names that the tests use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cert, self.key = str(folder / "cert.pem"), str(folder / "key.pem")
+        names = "subjectAltName=DNS:dns.test,DNS:up.test,DNS:localhost,IP:127.0.0.1"
+        command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+        files = ["-keyout", self.key, "-out", self.cert]
+        arguments = [*command.split()[1:], "-subj", "/CN=test", "-addext", names, *files]
+        subprocess.run([installed("openssl"), *arguments], check=True, capture_output=True)
+        self.client = ssl.create_default_context(cafile=self.cert)
+        self.server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.server.load_cert_chain(self.cert, self.key)
+
+
+@pytest.fixture(scope="session")
+def trust(tmp_path_factory: pytest.TempPathFactory) -> Trust:
+    return Trust(tmp_path_factory.mktemp("trust"))
+
+
+class Peer:
+    """Serves each TCP connection by `talk` in a thread; remembers how many came."""
+
+    def __init__(self, talk: Callable[[socket.socket], None], tls: ssl.SSLContext | None = None):
+        self.connections = 0
+        self.met = threading.Event()
+        self._talk, self._tls = talk, tls
+        self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._start(self._accept)
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                self.connections += 1
+                self._open.append(sock)
+                self.met.set()
+                self._start(self._serve, sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError), sock:
+            if self._tls is None:
+                self._talk(sock)
+                return
+            with self._tls.wrap_socket(sock, server_side=True) as secure:
+                self._talk(secure)
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in (self._listener, *self._open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+
+def hello(sock: socket.socket) -> None:
+    sock.sendall(b"hello")
+
+
+def mute(sock: socket.socket) -> None:
+    exactly(sock, 1 << 20)
+
+
+def exactly(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = sock.recv(count - len(data))
+        if not part:
+            raise OSError("closed")
+        data += part
+    return data
+
+
+def received(sock: socket.socket) -> bytes:
+    with sock:
+        return exactly(sock, 5)
+
+
+class Script:
+    """A peer that reads so many bytes, writes so many, one segment a byte; remembers what came."""
+
+    def __init__(self, *steps: tuple[bytes | int, bytes]) -> None:
+        self.heard = b""
+        self._steps = steps
+
+    def __call__(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for wanted, answer in self._steps:
+            until = wanted if isinstance(wanted, bytes) else b""
+            start = len(self.heard)
+            while not (self.heard[start:].endswith(until) and len(self.heard) - start >= 1):
+                self.heard += exactly(sock, 1)
+            if isinstance(wanted, int):
+                self.heard += exactly(sock, wanted - 1)
+            for number in range(len(answer)):
+                sock.sendall(answer[number : number + 1])
+
+
+def record(owner: bytes, kind: int, ttl: int, data: bytes) -> bytes:
+    return owner + struct.pack("!HHIH", kind, 1, ttl, len(data)) + data
+
+
+def reply(query: bytes, *records: bytes, flags: int = 0x8180) -> bytes:
+    return (
+        query[:2]
+        + struct.pack("!5H", flags, 1, len(records), 0, 0)
+        + query[12:-11]
+        + b"".join(records)
+    )
+
+
+def kind_of(query: bytes) -> int:
+    return int(struct.unpack("!H", query[-15:-13])[0])
+
+
+LOOP = b"\xc0\x0c"  # the name in the question
+LOCAL = b"\x7f\0\0\1"
+
+
+def plain(query: bytes) -> list[bytes]:
+    """127.0.0.1 for every name."""
+    return [reply(query, *([record(LOOP, 1, 60, LOCAL)] if kind_of(query) == 1 else []))]
+
+
+class UdpDns:
+    """A DNS server that sends whatever `answer(query)` lists; the same over TCP."""
+
+    def __init__(
+        self,
+        answer: Callable[[bytes], list[bytes]] = plain,
+        over_tcp: Callable[[bytes], list[bytes]] = plain,
+    ) -> None:
+        self.asked: list[bytes] = []
+        self._answer, self._over_tcp = answer, over_tcp
+        self._tcp = Peer(self._talk)
+        self.port = self._tcp.port
+        self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._udp.bind(("127.0.0.1", self.port))
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    @property
+    def tcp_connections(self) -> int:
+        return self._tcp.connections
+
+    def _listen(self) -> None:
+        while True:
+            query, client = self._udp.recvfrom(4096)
+            if query == b"end":
+                return
+            self.asked.append(query)
+            for message in self._answer(query):
+                self._udp.sendto(message, client)
+
+    def _talk(self, sock: socket.socket) -> None:
+        framed(self._over_tcp)(sock)
+
+    def __enter__(self) -> UdpDns:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"end", ("127.0.0.1", self.port))
+        self._thread.join(PATIENCE)
+        self._udp.close()
+        self._tcp.__exit__()
+
+
+def framed(answer: Callable[[bytes], list[bytes]]) -> Callable[[socket.socket], None]:
+    """Talk DNS over a stream for as long as the client wants, one byte a segment."""
+
+    def talk(sock: socket.socket) -> None:
+        while True:
+            query = exactly(sock, struct.unpack("!H", exactly(sock, 2))[0])
+            for message in answer(query):
+                for byte in struct.pack("!H", len(message)) + message:
+                    sock.sendall(bytes([byte]))
+
+    return talk
+
+
+class JsonDns:
+    """DNS over HTTPS in JSON, the form of public resolvers; `answers` by path."""
+
+    def __init__(self, tls: ssl.SSLContext, path: str = "/resolve") -> None:
+        fake = self
+        self.asked: list[str] = []
+        self.status = 200
+        self.records = {
+            ("up.test", "1"): [("up.test.", 1, 60, "127.0.0.1")],
+            ("alias.test", "1"): [
+                ("alias.test.", 5, 30, "up.test."),
+                ("up.test.", 1, 60, "127.0.0.1"),
+            ],
+        }
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                fake.asked.append(self.path)
+                where, _, query = self.path.partition("?")
+                body = fake.answer(query) if where == path else b""
+                self.send_response(fake.status if where == path else 404)
+                self.send_header("Content-Type", "application/dns-json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    def answer(self, query: str) -> bytes:
+        fields = dict(urllib.parse.parse_qsl(query))
+        rows = self.records.get((fields["name"], fields["type"]), [])
+        known = fields["name"] in {name for name, _ in self.records}
+        answer = [dict(zip(("name", "type", "TTL", "data"), row)) for row in rows]
+        return json.dumps({"Status": 0 if known else 3, "TC": False, "Answer": answer}).encode()
+
+    def __enter__(self) -> JsonDns:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class TrustingClient(goproxy.Client):
+    """A client that trusts the certificate of the tests."""
+
+    def __init__(self, dialer: goproxy.Dialer, trusted: Trust | None) -> None:
+        super().__init__(dialer, {})
+        self._trusted = trusted
+
+    def tls(self) -> ssl.SSLContext:
+        return self._trusted.client if self._trusted else super().tls()
+
+
+def links(trusted: Trust | None = None, proxy: str = "") -> goproxy.DnsLinks:
+    away = goproxy.Dialer(goproxy.SystemResolver(math.inf), route(proxy))
+    client = TrustingClient(away, trusted)
+    return goproxy.DnsLinks(away, client, trusted.cert if trusted else None)
+
+
+def route(proxy: str = "", no_proxy: str = "") -> goproxy.ProxyRoute:
+    return goproxy.ProxyRoute(goproxy.parse_proxy(proxy), no_proxy)
+
+
+@contextlib.contextmanager
+def resolving(
+    text: str, trusted: Trust | None = None, proxy: str = ""
+) -> Iterator[goproxy.Resolver]:
+    reach = links(trusted, proxy)
+    servers = goproxy.parse_dns(text)
+    if "quic://" in text and not importlib.util.find_spec("aioquic"):
+        missing("aioquic")
+    with (
+        contextlib.closing(reach.client),
+        contextlib.closing(
+            goproxy.DnsResolver([goproxy.open_transport(server, reach) for server in servers])
+        ) as resolver,
+    ):
+        yield resolver
+
+
+def asking(*fakes: UdpDns) -> contextlib.AbstractContextManager[goproxy.Resolver]:
+    return resolving(",".join(f"127.0.0.1:{fake.port}" for fake in fakes))
+
+
+class Table(goproxy.Resolver):
+    """A resolver that knows a few names and remembers what it was asked."""
+
+    def __init__(self, **names: list[str]) -> None:
+        self.asked: list[str] = []
+        self._names = names
+
+    def lookup(self, host: str, deadline: float) -> list[str]:
+        self.asked.append(host)
+        if goproxy.is_ip(host):
+            return [host]
+        return self._names[host.partition(".")[0]]
+
+
+def dialer(proxy: str = "", no_proxy: str = "", **names: list[str]) -> goproxy.Dialer:
+    return goproxy.Dialer(Table(**names), route(proxy, no_proxy))
+
+
+def find_coredns() -> str:
+    """Where `go install` puts it, if it is not on the PATH."""
+    told = subprocess.run([GO or "false", "env", "GOPATH"], capture_output=True, check=False)
+    return shutil.which("coredns", path=f"{told.stdout.decode().strip()}/bin") or "coredns"
+
+
+@pytest.fixture(scope="session")
+def coredns(trust: Trust, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """CoreDNS in all five ways: the value of -dns for each scheme."""
+    folder = tmp_path_factory.mktemp("coredns")
+    (folder / "zone").write_text(ZONE)
+    ports = {scheme: free_port() for scheme in ("dns", "https", "quic", "tls")}
+    ways = ""
+    for scheme, port in ports.items():
+        tls = "" if scheme == "dns" else f"tls {trust.cert} {trust.key}\n"
+        ways += f"{scheme}://.:{port} {{\nbind 127.0.0.1\n{tls}file {folder}/zone test.\n}}\n"
+    (folder / "Corefile").write_text(ways)
+    with program(ports["dns"], find_coredns(), "-conf", str(folder / "Corefile")):
+        yield {
+            "https": f"https://127.0.0.1:{ports['https']}/dns-query",
+            "quic": f"quic://127.0.0.1:{ports['quic']}",
+            "tcp": f"tcp://127.0.0.1:{ports['dns']}",
+            "tls": f"tls://127.0.0.1:{ports['tls']}",
+            "udp": f"127.0.0.1:{ports['dns']}",
+        }
+
+
+@pytest.fixture(scope="session")
+def unbound(trust: Trust, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """unbound: UDP, TCP, TLS (its HTTPS is HTTP/2 only)."""
+    folder, port, secure = tmp_path_factory.mktemp("unbound"), free_port(), free_port()
+    big = "".join(f'local-data: "big.test. A 10.0.0.{n}"\n' for n in range(200))
+    (folder / "conf").write_text(
+        f"""server:
+interface: 127.0.0.1@{port}
+interface: 127.0.0.1@{secure}
+tls-port: {secure}
+tls-service-key: {trust.key}
+tls-service-pem: {trust.cert}
+directory: {folder}
+chroot: ""
+username: ""
+pidfile: ""
+use-syslog: no
+module-config: iterator
+local-zone: "test." static
+local-data: "up.test. 60 A 127.0.0.1"
+local-data: "up.test. 60 AAAA ::1"
+{big}"""
+    )
+    with program(port, "unbound", "-d", "-c", str(folder / "conf")):
+        yield {
+            "tcp": f"tcp://127.0.0.1:{port}",
+            "tls": f"tls://localhost:{secure}",
+            "udp": f"udp://127.0.0.1:{port}",
+        }
+
+
+@contextlib.contextmanager
+def microsocks(user: str = "", password: str = "") -> Iterator[str]:
+    port = free_port()
+    login = ["-u", user, "-P", password] if user else []
+    with program(port, "microsocks", "-i", "127.0.0.1", "-p", str(port), *login):
+        secret = f"{user}:{urllib.parse.quote(password, safe='')}@" if user else ""
+        yield f"{secret}127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def open_socks() -> Iterator[str]:
+    with microsocks() as where:
+        yield where
+
+
+@pytest.fixture(scope="session")
+def login_socks() -> Iterator[str]:
+    with microsocks("joe", "s\u00e9c:re@t/") as where:
+        yield where
+
+
+DANTE = """\
+internal: 127.0.0.1 port = {port}
+external: lo
+user.privileged: root
+user.unprivileged: nobody
+clientmethod: none
+socksmethod: {method}
+client pass {{ from: 0/0 to: 0/0 }}
+socks pass {{ from: 0/0 to: 0/0 }}
+"""
+
+
+@pytest.fixture(scope="session")
+def dante(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port, conf = free_port(), tmp_path_factory.mktemp("dante") / "conf"
+    conf.write_text(DANTE.format(port=port, method="none"))
+    with program(port, "danted", "-f", str(conf)):
+        yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def login_dante(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Its users are those of the machine, so it runs where /etc/passwd and /etc/shadow are ours."""
+    port, folder = free_port(), tmp_path_factory.mktemp("login_dante")
+    (folder / "conf").write_text(DANTE.format(port=port, method="username"))
+    if os.geteuid():
+        missing("root, to give danted users of its own")
+    users = Path("/etc/passwd").read_text() + "joe:x:4321:4321::/:/bin/false\n"
+    for name, text in (
+        ("passwd", users),
+        ("shadow", f"joe:{hashed('-6').strip()}:19000:0:99999:7:::\n"),
+    ):
+        (folder / name).write_text(text)
+    mounts = "".join(f"mount --bind {folder}/{one} /etc/{one} && " for one in ("passwd", "shadow"))
+    script = f"{mounts}exec {installed('danted')} -f {folder}/conf"
+    with program(port, "unshare", "-m", "sh", "-c", script):
+        yield f"joe:secret@127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def tiny(folder: Path, *lines: str) -> Iterator[str]:
+    port = free_port()
+    rows = [f"Port {port}", "Listen 127.0.0.1", "Allow 127.0.0.1", *lines]
+    (folder / "conf").write_text("\n".join([*rows, ""]))
+    with program(port, "tinyproxy", "-d", "-c", str(folder / "conf")):
+        yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def tinyproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with tiny(tmp_path_factory.mktemp("tinyproxy"), "BasicAuth joe secret") as where:
+        yield f"joe:secret@{where}"
+
+
+@pytest.fixture(scope="session")
+def open_tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with tiny(tmp_path_factory.mktemp("open_tiny")) as where:
+        yield where
+
+
+@contextlib.contextmanager
+def squid_of(*access: str, **files: str) -> Iterator[str]:
+    """Its folder is not one of pytest's: it gives up rights, and could not read those."""
+    port = free_port()
+    rows = [
+        f"http_port 127.0.0.1:{port}", "pid_filename none", "cache deny all", "access_log none",
+        "cache_log /dev/null", "shutdown_lifetime 0 seconds", "acl discard port 9",
+        "http_access deny discard", *access,
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        conf = "\n".join([*rows, ""]).format(folder=folder)
+        for name, text in {**files, "conf": conf}.items():
+            (Path(folder) / name).write_text(text)
+        with program(port, "squid", "-N", "-f", f"{folder}/conf"):
+            yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def squid() -> Iterator[str]:
+    with squid_of("http_access allow all") as where:
+        yield where
+
+
+@pytest.fixture(scope="session")
+def login_squid() -> Iterator[str]:
+    helper = Path("/usr/lib/squid/basic_ncsa_auth")
+    if not helper.exists():
+        missing(str(helper))
+    rows = (
+        f"auth_param basic program {helper} {{folder}}/users",
+        "acl known proxy_auth REQUIRED",
+        "http_access allow known",
+    )
+    with squid_of(*rows, users=f"joe:{hashed('-apr1')}") as where:
+        yield f"joe:secret@{where}"
+
+
+def hashed(method: str) -> str:
+    """The password `secret`, as files of users have it, in a line."""
+    command = [installed("openssl"), "passwd", method, "secret"]
+    return subprocess.run(command, capture_output=True, check=True).stdout.decode()
+
+
+# --- DNS messages ------------------------------------------------------------
+
+QUERY = goproxy.encode_query("up.test", 1, 0x1234, 1232)
+
+
+def decode(*records: bytes, flags: int = 0x8180) -> goproxy.DnsAnswer:
+    message = reply(QUERY, *records, flags=flags)
+    return goproxy.find_addresses("up.test", 1, goproxy.decode_reply(message, QUERY))
+
+
+def test_query_has_one_question_and_edns() -> None:
+    assert QUERY.hex(" ", 2).replace(" ", "") == (
+        "1234010000010000000000010275700474657374000001000100002904d0000000000000"
+    )
+
+
+@pytest.mark.parametrize(("told", "kept"), [(0, 5), (60, 60), (86400, 300), (1 << 31, 5)])
+def test_ttl_is_kept_between_5_and_300_seconds(told: int, kept: int) -> None:
+    assert decode(record(LOOP, 1, told, LOCAL)) == (("127.0.0.1",), kept, "")
+
+
+def test_aliases_are_followed_in_any_order_and_the_shortest_ttl_holds() -> None:
+    other = goproxy.encode_name("OTHER.test")
+    records = [record(other, 1, 60, LOCAL), record(LOOP, 5, 20, other)]
+    assert decode(*records) == (("127.0.0.1",), 20, "")
+
+
+def test_addresses_of_other_names_are_ignored() -> None:
+    stranger = record(goproxy.encode_name("evil.test"), 1, 60, LOCAL)
+    assert decode(stranger).why == "no address"
+
+
+def chain(length: int) -> list[bytes]:
+    names = [LOOP, *(goproxy.encode_name(f"n{n}.test") for n in range(length))]
+    aliases = [record(one, 5, 60, two) for one, two in zip(names, names[1:])]
+    return [*aliases, record(names[-1], 1, 60, LOCAL)]
+
+
+def test_eight_aliases_are_followed_but_not_nine() -> None:
+    assert decode(*chain(8)).addresses == ("127.0.0.1",)
+    with pytest.raises(goproxy.BadUpstream, match=r"more than 8 aliases"):
+        decode(*chain(9))
+
+
+def test_alias_of_itself_ends() -> None:
+    with pytest.raises(goproxy.BadUpstream, match=r"more than 8 aliases"):
+        decode(record(LOOP, 5, 60, LOOP))
+
+
+BAD_RECORDS = [
+    (b"\xc0\x19" + b"\0" * 10, "compression loop"),  # to itself
+    (b"\xc0\x1b\xc0\x19" + b"\0" * 10, "compression loop"),  # to and fro
+    (b"\xff\xff" + b"\0" * 10, "compression loop"),  # ahead
+    (b"\x40" + b"a" * 64 + b"\0" * 11, "bad name"),
+    ((b"\x3f" + b"a" * 63) * 4 + b"\0" * 11, "bad name"),
+    (record(LOOP, 1, 60, LOCAL)[:-1], "cut short"),
+    (record(LOOP, 1, 60, LOCAL + b"x"), "wrong length"),
+    (record(LOOP, 5, 60, LOOP + b"x"), "wrong length"),
+    (b"", "cut short"),
+]
+
+
+@pytest.mark.parametrize(("data", "problem"), BAD_RECORDS)
+def test_malformed_record_is_refused(data: bytes, problem: str) -> None:
+    with pytest.raises(goproxy.BadUpstream, match=problem):
+        decode(data)
+
+
+def staircase(steps: int) -> bytes:
+    """A text record full of pointers, each to the one before, and an owner at its upper end."""
+    start = 12 + len(QUERY[12:-11]) + len(record(LOOP, 16, 0, b""))
+    pointers = [0xC00C, *(0xC000 | start + 2 * n for n in range(steps))]
+    text = record(LOOP, 16, 0, b"".join(struct.pack("!H", one) for one in pointers[:-1]))
+    return reply(QUERY, text, record(struct.pack("!H", pointers[-1]), 1, 60, LOCAL))
+
+
+def test_name_may_hop_127_times() -> None:
+    owner = goproxy.decode_reply(staircase(126), QUERY).records[1].owner
+    assert owner == goproxy.encode_name("up.test")
+    with pytest.raises(goproxy.BadUpstream, match=r"compression loop"):
+        goproxy.decode_reply(staircase(127), QUERY)
+
+
+def test_too_many_records_are_refused() -> None:
+    with pytest.raises(goproxy.BadUpstream, match=r"too many records"):
+        decode(*[record(LOOP, 1, 60, LOCAL)] * 257)
+
+
+@pytest.mark.parametrize("code", [1, 2, 4, 5, 9])
+def test_failure_of_the_server_is_not_absence(code: int) -> None:
+    with pytest.raises(goproxy.BadUpstream, match=r"the server says"):
+        decode(flags=0x8180 | code)
+
+
+def test_absence_of_a_name_is_an_answer() -> None:
+    assert decode(flags=0x8183) == ((), 5, "no such host")
+
+
+def test_answer_must_repeat_number_and_question() -> None:
+    other = goproxy.encode_query("up.test", 28, 0x1234, 1232)
+    for wrong in (b"\x12\x35" + reply(QUERY)[2:], reply(other), QUERY, reply(QUERY)[:20], b""):
+        assert not goproxy.answers_query(wrong, QUERY)
+    assert goproxy.answers_query(reply(QUERY).replace(b"test", b"TeSt"), QUERY)
+
+
+@hypothesis.settings(max_examples=500, deadline=None)
+@hypothesis.given(st.binary(max_size=300), st.integers(0, 40), st.integers(0, 0xFFFF))
+def test_decoder_survives_any_bytes(noise: bytes, count: int, flags: int) -> None:
+    message = QUERY[:2] + struct.pack("!5H", flags, 1, count, 0, 0) + QUERY[12:-11] + noise
+    for candidate in (message, noise):
+        with contextlib.suppress(goproxy.BadUpstream):
+            decoded = goproxy.decode_reply(candidate, QUERY)
+            goproxy.find_addresses("up.test", 1, decoded)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(st.data())
+def test_decoder_survives_a_broken_real_answer(data: st.DataObject) -> None:
+    whole = bytearray(reply(QUERY, *chain(5)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(goproxy.BadUpstream):
+        goproxy.find_addresses("up.test", 1, goproxy.decode_reply(bytes(whole), QUERY))
+
+
+LEAVES: st.SearchStrategy[Any] = (
+    st.none() | st.integers() | st.floats() | st.text(max_size=8) | st.just([{}])
+)
+ROW = st.fixed_dictionaries(
+    {"name": LEAVES, "type": st.sampled_from([1, 5, 28, "1"]), "TTL": LEAVES, "data": LEAVES}
+)
+TREES = LEAVES | st.fixed_dictionaries({"Status": LEAVES, "Answer": LEAVES | st.lists(ROW)})
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(TREES)
+def test_json_decoder_survives_any_tree(tree: object) -> None:
+    with contextlib.suppress(goproxy.BadUpstream):
+        goproxy.decode_json(json.dumps(tree).encode())
+
+
+@pytest.mark.parametrize("text", [b"", b"[" * 100_000, b"\xff", b'{"Status":1e999}', b"null"])
+def test_malformed_json_is_refused(text: bytes) -> None:
+    with pytest.raises(goproxy.BadUpstream, match=r"malformed JSON"):
+        goproxy.decode_json(text)
+
+
+# --- addresses as text -------------------------------------------------------
+
+DNS_SPELLINGS = [
+    ("8.8.8.8", ("udp", "8.8.8.8", 53, "")),
+    ("8.8.8.8:53", ("udp", "8.8.8.8", 53, "")),
+    ("udp://8.8.8.8:5353", ("udp", "8.8.8.8", 5353, "")),
+    ("tcp://8.8.8.8", ("tcp", "8.8.8.8", 53, "")),
+    ("[2001:db8::1]:53", ("udp", "2001:db8::1", 53, "")),
+    ("2001:DB8::1", ("udp", "2001:db8::1", 53, "")),
+    ("https://dns.example/dns-query", ("https", "dns.example", 443, "/dns-query")),
+    ("https://dns.example:8443", ("https", "dns.example", 8443, "")),
+    ("TLS://dns.example", ("tls", "dns.example", 853, "")),
+    ("quic://dns.example:8853", ("quic", "dns.example", 8853, "")),
+]
+
+
+@pytest.mark.parametrize(("text", "server"), DNS_SPELLINGS)
+def test_dns_spelling(text: str, server: tuple[str, str, int, str]) -> None:
+    (url,) = goproxy.parse_dns(text)
+    assert (url.scheme, url.host, url.port, url.path) == server
+
+
+def test_several_dns_servers() -> None:
+    assert [one.host for one in goproxy.parse_dns("1.1.1.1, tls://9.9.9.9")] == [
+        "1.1.1.1",
+        "9.9.9.9",
+    ]
+
+
+BAD_DNS = [
+    (" ", "the host is missing"),
+    ("1.1.1.1,", "the host is missing"),
+    ("tls://", "the host is missing"),
+    ("ftp://1.1.1.1", "unknown scheme, want one of https, quic, tcp, tls, udp"),
+    ("1.1.1.1:0", "the port must be"),
+    ("1.1.1.1:", "the port must be"),
+    ("1.1.1.1:65536", "the port must be"),
+    ("1.1.1.1:" + "9" * 5000, "want "),
+    ("1.1.1.1:dns", "want "),
+    ("1.1.1.1 8.8.8.8", "want "),
+    ("300.1.1.1", "malformed"),
+    ("tls://a..b", "malformed"),
+    ("https://me:secret@dns.example/", "no user and no password"),
+    ("tls://dns.example/dns-query", "only https:// has a path"),
+]
+
+
+@pytest.mark.parametrize(("text", "problem"), BAD_DNS)
+def test_bad_dns_is_refused_in_one_line(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem) as caught:
+        goproxy.parse_dns(text)
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+PROXY_SPELLINGS = [
+    ("http://gw", ("http", "gw", 80, "", "")),
+    ("https://gw/", ("https", "gw", 443, "", "")),
+    ("gw.corp:3128", ("http", "gw.corp", 3128, "", "")),
+    ("socks5://127.0.0.1", ("socks5", "127.0.0.1", 1080, "", "")),
+    ("socks5h://[::1]:9", ("socks5h", "::1", 9, "", "")),
+    ("socks5://joe:p%40s%3As@gw", ("socks5", "gw", 1080, "joe", "p@s:s")),
+    ("http://joe:p@ss@gw", ("http", "gw", 80, "joe", "p@ss")),
+]
+
+
+@pytest.mark.parametrize(("text", "proxy"), PROXY_SPELLINGS)
+def test_proxy_spelling(text: str, proxy: tuple[str, str, int, str, str]) -> None:
+    url = goproxy.parse_proxy(text)
+    assert url and (url.scheme, url.host, url.port, url.user, url.password) == proxy
+
+
+BAD_PROXIES = [
+    ("http://", "the host is missing"),
+    ("ftp://gw", "unknown scheme, want one of http, https, socks5, socks5h"),
+    ("http://gw:0", "the port must be"),
+    ("http://joe:secret@gw:99999", "the port must be"),
+    ("http://joe:secret@", "the host is missing"),
+    ("http://joe:secret@g w", "want "),
+    ("http://joe:secret@gw/x", "a proxy has no path"),
+    ("http://joe:sec/ret@gw", "want "),
+    ("socks5://:secret@gw", "a password without a user"),
+    ("socks5://joe:" + "secret" * 50 + "@gw", "255 bytes at most"),
+    ("http://j%3Aoe:secret@gw", "no colon"),
+    ("http://gw\r\nHost: x", "want "),
+]
+
+
+@pytest.mark.parametrize(("text", "problem"), BAD_PROXIES)
+def test_bad_proxy_is_refused_in_one_line_without_its_password(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem) as caught:
+        goproxy.parse_proxy(text)
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["joe:se@cr@gw:99999", "http://joe:se/cr@gw", "joe:s r@gw"])
+def test_a_password_that_is_not_escaped_is_masked_too(text: str) -> None:
+    assert re.fullmatch(r"(http://)?joe:\*\*\*@gw(:99999)?", goproxy.mask(text))
+
+
+def test_proxy_shows_no_password() -> None:
+    proxy = goproxy.parse_proxy("http://joe:secret@gw:3128")
+    assert "secret" not in f"{proxy} {proxy!r}"
+
+
+PROXY_VARIABLES = [
+    ({}, None),
+    ({"HTTP_PROXY": "a", "HTTPS_PROXY": "b", "SOCKS5_PROXY": "c"}, "http://a"),
+    ({"HTTP_PROXY": "", "https_proxy": "b", "SOCKS5_PROXY": "c"}, "http://b"),
+    ({"http_proxy": "low", "HTTP_PROXY": "high"}, "http://high"),
+    ({"SOCKS5_PROXY": "c:1"}, "socks5://c:1"),
+    ({"SOCKS5_PROXY": "socks5h://c"}, "socks5h://c:1080"),
+]
+
+
+@pytest.mark.parametrize(("environ", "proxy"), PROXY_VARIABLES)
+def test_the_first_proxy_variable_wins(environ: dict[str, str], proxy: str | None) -> None:
+    found = goproxy.Settings.load([], environ).proxy
+    assert (str(found) if found else None) == proxy
+
+
+def test_the_flags_for_the_way_out_win_over_their_variables() -> None:
+    environ = {"DNS_SERVER": "9.9.9.9", "HTTP_PROXY": "http://other:1"}
+    settings = goproxy.Settings.load(["-dns=8.8.8.8", "-proxy=socks5://gw"], environ)
+    assert (settings.dns_text, str(settings.proxy)) == ("udp://8.8.8.8:53", "socks5://gw:1080")
+    assert settings.origins == {"dns": "-dns", "proxy": "-proxy"}
+    none = goproxy.Settings.load(["-dns=", "-proxy="], environ)
+    assert (none.dns, none.proxy) == ((), None)
+
+
+NO_PROXY = [
+    ("", "a.corp", 80, True),
+    ("*", "a.corp", 80, False),
+    ("*:80", "a.corp", 80, True),
+    ("corp", "a.corp", 80, False),
+    ("corp", "corp", 80, False),
+    ("corp", "acorp", 80, True),
+    (".corp", "corp", 80, True),
+    (".corp", "a.corp", 80, False),
+    ("*.corp", "a.b.corp", 80, False),
+    ("*.corp", "corp", 80, True),
+    (" A.Corp:443 , x", "a.corp", 443, False),
+    ("a.corp:443", "a.corp", 80, True),
+    ("10.0.0.0/8", "10.1.2.3", 80, False),
+    ("10.0.0.0/8", "11.1.2.3", 80, True),
+    ("10.0.0.0/8", "a.corp", 80, True),
+    ("fd00::/8", "fd00::1", 80, False),
+    ("10.1.2.3", "10.1.2.3", 80, False),
+    ("10.1.2.3:80", "10.1.2.3", 443, True),
+    ("[::1]:80", "::1", 80, False),
+    ("::1", "::1", 80, False),
+    ("", "localhost", 80, True),
+    ("", "127.0.0.1", 80, True),
+    (",., ,:80", "a.corp", 80, True),
+]
+
+
+@pytest.mark.parametrize(("text", "host", "port", "proxied"), NO_PROXY)
+def test_no_proxy_is_read_as_go_reads_it(text: str, host: str, port: int, proxied: bool) -> None:
+    assert bool(route("http://gw", text).proxy_for(host, port)) is proxied
+
+
+BAD_HOSTS = [
+    "", ".", "a..b", "a b", "a\r\nb", "a\0", "-a", "a/b", "a@b", "a:1", "\u00e9", "a" * 64,
+    "a." * 127 + "ab", "127.1", "2130706433", "0x7f.1", "0x7f000001", "010.0.0.1", "fe80::1%lo",
+    "fe80::1%a\r\nb", "[::1]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", BAD_HOSTS)
+def test_what_is_no_host_never_reaches_a_wire(host: str) -> None:
+    with pytest.raises(goproxy.BadUpstream, match=r"is not a host name"):
+        dialer().connect(host, 80, soon())
+
+
+# --- resolvers ---------------------------------------------------------------
+
+
+class ScriptedAsk:
+    """A scripted ask: answers in turn, raises those that are errors."""
+
+    def __init__(self, *answers: goproxy.DnsAnswer | Exception) -> None:
+        self.names: list[str] = []
+        self._answers = iter(answers)
+
+    def __call__(self, name: str, deadline: float) -> goproxy.DnsAnswer:
+        self.names.append(name)
+        answer = next(self._answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+OLD, ONE, TWO = (goproxy.DnsAnswer((f"10.0.0.{n}",), 60 if n else 0) for n in (0, 1, 2))
+FAILED = goproxy.Unreachable("dns: broken")
+
+
+class ForgetfulResolver(goproxy.CachingResolver):
+    _OLD_SECONDS = 0.0
+
+
+def test_answer_is_kept_for_its_time() -> None:
+    ask = ScriptedAsk(ONE)
+    resolver = goproxy.CachingResolver(ask)
+    found = [resolver.lookup("a.test", soon()), resolver.lookup("A.test.", soon())]
+    assert (found, ask.names) == ([["10.0.0.1"]] * 2, ["a.test"])
+
+
+def test_answer_is_asked_again_when_its_time_is_over() -> None:
+    resolver = goproxy.CachingResolver(ScriptedAsk(OLD, ONE))
+    found = [resolver.lookup("a.test", soon()), resolver.lookup("a.test", soon())]
+    assert found == [["10.0.0.0"], ["10.0.0.1"]]
+
+
+def test_old_answer_holds_while_asking_fails_and_asking_rests_then() -> None:
+    ask = ScriptedAsk(OLD, FAILED)
+    resolver = goproxy.CachingResolver(ask)
+    assert [resolver.lookup("a.test", soon()) for _ in range(3)] == [["10.0.0.0"]] * 3
+    assert len(ask.names) == 2
+
+
+def test_too_old_answer_does_not_hold() -> None:
+    resolver = ForgetfulResolver(ScriptedAsk(OLD, FAILED, TWO))
+    resolver.lookup("a.test", soon())
+    with pytest.raises(goproxy.Unreachable, match="broken"):
+        resolver.lookup("a.test", soon())
+    assert resolver.lookup("a.test", soon()) == ["10.0.0.2"]
+
+
+def test_absence_replaces_an_old_answer_and_is_kept() -> None:
+    ask = ScriptedAsk(OLD, goproxy.DnsAnswer((), 5, "no such host"))
+    resolver = goproxy.CachingResolver(ask)
+    resolver.lookup("a.test", soon())
+    for _ in range(2):
+        with pytest.raises(goproxy.BadUpstream, match=r"^dns: a.test: no such host$"):
+            resolver.lookup("a.test", soon())
+    assert len(ask.names) == 2
+
+
+def test_one_name_is_asked_once_for_all_who_wait() -> None:
+    gate, asked = threading.Event(), []
+
+    def ask(name: str, deadline: float) -> goproxy.DnsAnswer:
+        asked.append(name)
+        gate.wait(PATIENCE)
+        return ONE
+
+    resolver = goproxy.CachingResolver(ask)
+    answers: list[list[str]] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(resolver.lookup("a.test", soon())))
+        for _ in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert (answers, asked) == ([["10.0.0.1"]] * 20, ["a.test"])
+
+
+def test_lookup_ends_at_its_deadline_and_the_answer_serves_the_next() -> None:
+    gate = threading.Event()
+    resolver = goproxy.CachingResolver(lambda *_: ONE if gate.wait(PATIENCE) else TWO)
+    with pytest.raises(goproxy.UpstreamTimeout, match=r"^dns: a.test: timed out$"):
+        resolver.lookup("a.test", time.monotonic())
+    gate.set()
+    assert resolver.lookup("a.test", soon()) == ["10.0.0.1"]
+
+
+def test_stuck_lookups_are_bounded() -> None:
+    gate = threading.Event()
+    resolver = goproxy.CachingResolver(lambda *_: ONE if gate.wait(PATIENCE) else TWO)
+    for number in range(32):
+        with pytest.raises(goproxy.UpstreamTimeout):
+            resolver.lookup(f"a{number}.test", time.monotonic())
+    with pytest.raises(goproxy.Overloaded, match=r"too many lookups"):
+        resolver.lookup("a99.test", soon())
+    gate.set()
+    assert resolver.lookup("a0.test", soon()) == ["10.0.0.1"]
+
+
+class SmallResolver(goproxy.CachingResolver):
+    _NAMES = 2
+
+
+def test_oldest_name_is_forgotten_when_the_cache_is_full() -> None:
+    ask = ScriptedAsk(*[ONE] * 4)
+    resolver = SmallResolver(ask)
+    for name in ("a.test", "b.test", "c.test", "b.test", "a.test"):
+        resolver.lookup(name, soon())
+    assert ask.names == ["a.test", "b.test", "c.test", "a.test"]
+
+
+@pytest.mark.parametrize("host", ["10.1.2.3", "::1", "localhost", "a.localhost", "LOCALHOST."])
+def test_addresses_and_localhost_are_never_asked(host: str) -> None:
+    ask = ScriptedAsk()
+    assert goproxy.CachingResolver(ask).lookup(host, soon())
+    assert ask.names == []
+
+
+def test_system_resolver_knows_absence() -> None:
+    with pytest.raises(goproxy.BadUpstream, match=r"^dns: nowhere.invalid: "):
+        goproxy.SystemResolver().lookup("nowhere.invalid", soon())
+
+
+# --- DNS transports against real servers -------------------------------------
+
+WAYS = sorted(goproxy.DNS_TRANSPORTS)
+STREAMS = ["tcp", "tls", "udp"]  # what unbound and an HTTP/1.1 client have in common
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_coredns_finds_both_kinds_of_address(
+    way: str, coredns: dict[str, str], trust: Trust
+) -> None:
+    with resolving(coredns[way], trust) as resolver:
+        assert resolver.lookup("both.test", soon()) == ["::1", "127.0.0.1"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_coredns_aliases_and_long_answers(way: str, coredns: dict[str, str], trust: Trust) -> None:
+    with resolving(coredns[way], trust) as resolver:
+        assert resolver.lookup("alias.test", soon()) == ["127.0.0.1"]
+        assert len(resolver.lookup("big.test", soon())) == 250
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_coredns_absence(way: str, coredns: dict[str, str], trust: Trust) -> None:
+    with resolving(coredns[way], trust) as resolver:
+        for name, why in [("nowhere.test", "no such host"), ("empty.test", "no address")]:
+            with pytest.raises(goproxy.BadUpstream, match=rf"^dns: {name}: {why}$"):
+                resolver.lookup(name, soon())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_coredns_failure_is_told_by_its_address(
+    way: str, coredns: dict[str, str], trust: Trust
+) -> None:
+    with (
+        resolving(coredns[way], trust) as resolver,
+        pytest.raises(goproxy.BadUpstream, match=r"^dns: elsewhere.org: the server says REFUSED$"),
+    ):
+        resolver.lookup("elsewhere.org", soon())
+
+
+@pytest.mark.parametrize("way", ["https", "quic", "tls"])
+def test_unknown_certificate_is_refused(way: str, coredns: dict[str, str]) -> None:
+    with (
+        resolving(coredns[way]) as resolver,
+        pytest.raises(goproxy.BadUpstream, match=r"^dns: (?s:.)*(certificate|self-signed)"),
+    ):
+        resolver.lookup("up.test", soon())
+
+
+@pytest.mark.parametrize("way", ["https", "quic", "tls"])
+def test_certificate_for_another_name_is_refused(
+    way: str, coredns: dict[str, str], trust: Trust
+) -> None:
+    text = coredns[way].replace("127.0.0.1", "a.localhost")
+    with (
+        resolving(text, trust) as resolver,
+        pytest.raises(goproxy.BadUpstream, match=r"a.localhost"),
+    ):
+        resolver.lookup("up.test", soon())
+
+
+@pytest.mark.parametrize("way", STREAMS)
+def test_unbound(way: str, unbound: dict[str, str], trust: Trust) -> None:
+    with resolving(unbound[way], trust) as resolver:
+        assert resolver.lookup("up.test", soon()) == ["::1", "127.0.0.1"]
+        assert len(resolver.lookup("big.test", soon())) == 200
+        with pytest.raises(goproxy.BadUpstream, match=r"no such host"):
+            resolver.lookup("nowhere.test", soon())
+
+
+@pytest.mark.parametrize("path", ["/resolve", "/dns-query"])
+def test_json_over_https(path: str, trust: Trust) -> None:
+    with (
+        JsonDns(trust.server, path) as fake,
+        resolving(f"https://localhost:{fake.port}{path}", trust) as resolver,
+    ):
+        assert resolver.lookup("alias.test", soon()) == ["127.0.0.1"]
+        with pytest.raises(goproxy.BadUpstream, match=r"no such host"):
+            resolver.lookup("nowhere.test", soon())
+        assert sorted(fake.asked)[:2] == [f"{path}?name=alias.test&type={n}" for n in (1, 28)]
+
+
+@pytest.mark.parametrize("status", [403, 429, 500, 503])
+def test_json_failure_does_not_mean_that_messages_are_spoken(status: int, trust: Trust) -> None:
+    with (
+        JsonDns(trust.server, "/dns-query") as fake,
+        resolving(f"https://localhost:{fake.port}/dns-query", trust) as resolver,
+    ):
+        fake.status = status
+        with pytest.raises(goproxy.BadUpstream, match=rf"answered {status}"):
+            resolver.lookup("up.test", soon())
+        assert len(fake.asked) == 2
+        fake.status = 200
+        assert resolver.lookup("alias.test", soon()) == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_stream_is_kept_and_reopened(tls: bool, trust: Trust) -> None:
+    with Peer(framed(plain), trust.server if tls else None) as server:
+        text = f"{'tls' if tls else 'tcp'}://127.0.0.1:{server.port}"
+        with resolving(text, trust) as resolver:
+            for name in ("a.test", "b.test", "c.test", "d.test"):
+                assert resolver.lookup(name, soon()) == ["127.0.0.1"]
+            assert server.connections <= 2
+
+
+def test_stream_that_the_server_closed_is_opened_again() -> None:
+    def once(sock: socket.socket) -> None:
+        query = exactly(sock, struct.unpack("!H", exactly(sock, 2))[0])
+        (message,) = plain(query)
+        sock.sendall(struct.pack("!H", len(message)) + message)
+
+    with Peer(once) as server, resolving(f"tcp://127.0.0.1:{server.port}") as resolver:
+        for name in ("a.test", "b.test", "c.test"):
+            assert resolver.lookup(name, soon()) == ["127.0.0.1"]
+        assert server.connections == 6
+
+
+@pytest.mark.parametrize("way", ["https", "quic", "tls"])
+def test_encrypted_never_falls_back_to_clear_text(way: str) -> None:
+    script = Script((5, b"no TLS here"))
+    with Peer(script) as server, UdpDns() as other:
+        port = other.port if way == "quic" else server.port
+        with resolving(f"{way}://127.0.0.1:{port}") as resolver, pytest.raises(goproxy.BadUpstream):
+            resolver.lookup("secret.test", soon(0.5))
+        assert b"secret" not in script.heard + b"".join(other.asked)
+        assert other.tcp_connections == 0
+
+
+def liar(query: bytes) -> list[bytes]:
+    """What an attacker beside the path could send, then the truth."""
+    evil = record(LOOP, 1, 60, b"\6\6\6\6")
+    number = bytes([query[0] ^ 1, query[1]])
+    other = goproxy.encode_query("other.test", kind_of(query), 0, 1232)
+    return [
+        number + reply(query, evil)[2:],
+        query[:2] + reply(other, evil)[2:],
+        query,
+        b"",
+        b"\0" * 12,
+        *plain(query),
+    ]
+
+
+def test_datagrams_that_answer_something_else_are_ignored() -> None:
+    with UdpDns(liar) as fake, asking(fake) as resolver:
+        assert resolver.lookup("up.test", soon()) == ["127.0.0.1"]
+
+
+def test_each_question_has_its_own_number() -> None:
+    with UdpDns() as fake, asking(fake) as resolver:
+        for n in range(20):
+            resolver.lookup(f"n{n}.test", soon())
+        assert len({query[:2] for query in fake.asked}) > 35
+
+
+def test_truncated_answer_is_asked_again_by_tcp() -> None:
+    with UdpDns(lambda query: [reply(query, flags=0x8380)]) as fake, asking(fake) as resolver:
+        assert resolver.lookup("up.test", soon()) == ["127.0.0.1"]
+        assert fake.tcp_connections in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        lambda query: [reply(query, b"\xc0\x19" + b"\0" * 10)],
+        lambda query: [reply(query, *chain(30))],
+        lambda query: [reply(query, *[record(LOOP, 1, 9, LOCAL)] * 300)],
+        lambda query: [reply(query, flags=0x8182)],
+    ],
+)
+def test_lying_server_is_left_for_the_next(problem: Callable[[bytes], list[bytes]]) -> None:
+    with UdpDns(problem) as bad, UdpDns() as good, asking(bad, good) as resolver:
+        assert resolver.lookup("a.test", soon()) == ["127.0.0.1"]
+        assert resolver.lookup("b.test", soon()) == ["127.0.0.1"]
+        assert len(bad.asked) == 2
+
+
+def test_dead_servers_are_all_named(closed: int) -> None:
+    one, two = free_port(), closed
+    with (
+        resolving(f"127.0.0.1:{one},tcp://127.0.0.1:{two}") as resolver,
+        pytest.raises(
+            goproxy.BadUpstream,
+            match=rf"^dns: udp://127.0.0.1:{one}: .*; dns: tcp://127.0.0.1:{two}: ",
+        ),
+    ):
+        resolver.lookup("up.test", soon())
+
+
+class HastyUdp(goproxy.DnsOverUdp):
+    _WAIT_SECONDS = 0.02
+
+
+def test_lost_datagram_is_sent_again_three_times_in_all(trust: Trust) -> None:
+    with UdpDns(lambda query: plain(query) if len(fake.asked) == 3 else []) as fake:
+        transport = HastyUdp(goproxy.Url("udp", "127.0.0.1", fake.port), links(trust))
+        assert transport.ask("up.test", 1, soon()).addresses == ("127.0.0.1",)
+        with pytest.raises(goproxy.UpstreamTimeout, match=r"timed out"):
+            transport.ask("up.test", 1, soon())
+        assert len(fake.asked) == 6
+
+
+@pytest.mark.parametrize("swallowed", [1, 28])
+def test_one_kind_is_enough_when_the_other_fails(swallowed: int) -> None:
+    def answer(query: bytes) -> list[bytes]:
+        if kind_of(query) == swallowed:
+            return [reply(query, flags=0x8182)]
+        data = LOCAL if swallowed == 28 else b"\0" * 15 + b"\1"
+        return [reply(query, record(LOOP, kind_of(query), 60, data))]
+
+    with UdpDns(answer) as fake, asking(fake) as resolver:
+        assert len(resolver.lookup("up.test", soon())) == 1
+
+
+def only_a(query: bytes) -> list[bytes]:
+    return plain(query) if kind_of(query) == 1 else []
+
+
+def test_swallowed_aaaa_question_does_not_hold_up() -> None:
+    with UdpDns(only_a) as fake, asking(fake) as resolver:
+        assert resolver.lookup("up.test", soon()) == ["127.0.0.1"]
+        assert len(fake.asked) == 2  # a third one is sent after two seconds
+
+
+def test_a_missing_aioquic_is_one_line_and_status_2(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-S", str(PROGRAM), "-dns=quic://127.0.0.1"]
+    environ = clean_environment(tmp_path)
+    done = subprocess.run(arguments, cwd=tmp_path, env=environ, capture_output=True, check=False)
+    assert (done.returncode, done.stderr.decode()) == (
+        2,
+        "goproxy.py: -dns=quic://127.0.0.1:853: quic:// needs a package: "
+        "pip install aioquic, or 'goproxy.py[quic]'\n",
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dns_in_a_stream_goes_through_the_proxy(
+    closed: int, open_socks: str, coredns: dict[str, str], trust: Trust
+) -> None:
+    for way in ("https", "tcp", "tls"):
+        with resolving(coredns[way], trust, f"socks5://{open_socks}") as resolver:
+            assert resolver.lookup("up.test", soon()) == ["127.0.0.1"]
+        dead = f"socks5://127.0.0.1:{closed}"
+        with (
+            resolving(coredns[way], trust, dead) as resolver,
+            pytest.raises(goproxy.BadUpstream, match=rf"proxy {dead}"),
+        ):
+            resolver.lookup("up.test", soon())
+
+
+# --- dialer ------------------------------------------------------------------
+
+
+@pytest.fixture
+def target() -> Iterator[Peer]:
+    with Peer(hello) as server:
+        yield server
+
+
+def test_connection_is_ready_for_small_writes(target: Peer) -> None:
+    with dialer(up=["127.0.0.1"]).connect("up.test", target.port, soon()) as sock:
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert exactly(sock, 5) == b"hello"
+
+
+def test_refused_address_is_left_for_the_next(target: Peer) -> None:
+    addresses = ["127.0.0.2", "::1", "127.0.0.3", "127.0.0.1"]
+    assert received(dialer(up=addresses).connect("up.test", target.port, soon())) == b"hello"
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[int]:
+    """A port that lets connections wait: its queue is full."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.2", 0))
+        listener.listen(0)
+        port = listener.getsockname()[1]
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(("127.0.0.2", port))
+            yield port
+
+
+def test_silent_address_is_overtaken() -> None:
+    with silent() as port, socket.create_server(("127.0.0.1", port)):
+        away = dialer(up=["127.0.0.2", "127.0.0.1"])
+        with away.connect("up.test", port, soon()) as sock:
+            assert sock.getpeername()[0] == "127.0.0.1"
+
+
+def test_silence_ends_at_the_deadline() -> None:
+    with (
+        silent() as port,
+        pytest.raises(goproxy.UpstreamTimeout, match=rf"^up.test:{port}: timed out"),
+    ):
+        dialer(up=["127.0.0.2"]).connect("up.test", port, soon(0.3))
+
+
+def test_families_take_turns() -> None:
+    addresses = ["::1", "::2", "::3", "1.1.1.1", "2.2.2.2"]
+    assert goproxy.interleave(addresses) == ["::1", "1.1.1.1", "::2", "2.2.2.2", "::3"]
+
+
+def test_all_failures_are_told(closed: int) -> None:
+    with pytest.raises(
+        goproxy.BadUpstream, match=r"127.0.0.1: Connection refused; 127.0.0.2: Conn"
+    ):
+        dialer(up=["127.0.0.1", "127.0.0.2"]).connect("up.test", closed, soon())
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 99999])
+def test_impossible_port_is_refused(port: int) -> None:
+    with pytest.raises(goproxy.BadUpstream, match=r"is not a port"):
+        dialer(up=["127.0.0.1"]).connect("up.test", port, soon())
+
+
+def test_tls_that_drips_ends_at_the_deadline(trust: Trust) -> None:
+    def drip(sock: socket.socket) -> None:
+        for byte in b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc" + b"\0" * 10_000:
+            sock.sendall(bytes([byte]))
+            sock.settimeout(0.05)
+            with contextlib.suppress(socket.timeout):
+                sock.recv(1000)
+
+    with Peer(drip) as server:
+        sock = dialer().connect("127.0.0.1", server.port, soon())
+        with pytest.raises(socket.timeout):
+            goproxy.start_tls(sock, trust.client, "127.0.0.1", soon(0.3))
+
+
+# --- tunnels -----------------------------------------------------------------
+
+PROXIES = [
+    "dante",
+    "login_dante",
+    "login_socks",
+    "login_squid",
+    "open_socks",
+    "open_tiny",
+    "squid",
+    "tinyproxy",
+]
+
+
+def proxy_url(request: pytest.FixtureRequest, name: str) -> str:
+    scheme = "http" if "squid" in name or "tiny" in name else "socks5"
+    return f"{scheme}://{request.getfixturevalue(name)}"
+
+
+@pytest.mark.parametrize("name", PROXIES)
+@pytest.mark.parametrize("host", ["127.0.0.1", "up.test"])
+def test_real_proxy_leads_to_the_target(
+    name: str, host: str, target: Peer, request: pytest.FixtureRequest
+) -> None:
+    url = proxy_url(request, name)
+    if host == "up.test" and url.startswith("http"):
+        host = "localhost"  # the proxy looks it up
+    assert received(dialer(url, up=["127.0.0.1"]).connect(host, target.port, soon())) == b"hello"
+    assert target.connections == 1
+
+
+@pytest.mark.parametrize("name", ["dante", "login_dante", "login_socks", "open_socks"])
+def test_socks5h_asks_no_resolver(name: str, target: Peer, request: pytest.FixtureRequest) -> None:
+    table = Table()
+    url = proxy_url(request, name).replace("socks5:", "socks5h:")
+    away = goproxy.Dialer(table, route(url))
+    assert received(away.connect("localhost", target.port, soon())) == b"hello"
+    assert table.asked == []
+
+
+def test_socks5_asks_our_resolver(open_socks: str, target: Peer) -> None:
+    with UdpDns() as dns, resolving(f"127.0.0.1:{dns.port}") as resolver:
+        through = goproxy.Dialer(resolver, route(f"socks5://{open_socks}"))
+        assert received(through.connect("only.here.test", target.port, soon())) == b"hello"
+        assert len(dns.asked) == 2
+        there = goproxy.Dialer(resolver, route(f"socks5h://{open_socks}"))
+        with pytest.raises(goproxy.BadUpstream, match=r"refuses other.test"):
+            there.connect("other.test", target.port, soon())
+        assert len(dns.asked) == 2
+
+
+@pytest.mark.parametrize("name", [one for one in PROXIES if one[:5] == "login"] + ["tinyproxy"])
+def test_wrong_password_is_told_without_it(
+    name: str, target: Peer, request: pytest.FixtureRequest
+) -> None:
+    url = proxy_url(request, name)
+    where = url.rpartition("@")[2]
+    scheme = url.partition("://")[0]
+    for secret, words in [("joe:wrong@", "user or password is wrong"), ("", "it wants a user")]:
+        with pytest.raises(
+            goproxy.BadUpstream, match=rf"proxy {scheme}://{where}: .*{words}"
+        ) as caught:
+            dialer(f"{scheme}://{secret}{where}").connect("127.0.0.1", target.port, soon())
+        assert "wrong@" not in str(caught.value)
+    assert target.connections == 0
+
+
+@pytest.mark.parametrize("name", ["open_socks", "dante", "tinyproxy", "squid"])
+def test_target_that_refuses_is_told_by_the_proxy(
+    name: str, closed: int, request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(goproxy.BadUpstream, match=rf"^proxy .*: refuses 127.0.0.1:{closed}: "):
+        dialer(proxy_url(request, name)).connect("127.0.0.1", closed, soon())
+
+
+@pytest.mark.parametrize("scheme", sorted(goproxy.TUNNELS))
+def test_dead_proxy_never_leads_to_a_direct_attempt(scheme: str, closed: int, target: Peer) -> None:
+    dead = f"{scheme}://127.0.0.1:{closed}"
+    with pytest.raises(goproxy.BadUpstream, match=rf"^proxy {dead}: Connection refused$") as caught:
+        dialer(dead).connect("127.0.0.1", target.port, soon())
+    assert (target.connections, caught.value.status) == (0, 502)
+
+
+@pytest.mark.parametrize("scheme", sorted(goproxy.TUNNELS))
+def test_silent_proxy_is_a_timeout(scheme: str, target: Peer) -> None:
+    with Peer(mute) as proxy:
+        url = f"{scheme}://127.0.0.1:{proxy.port}"
+        with pytest.raises(goproxy.UpstreamTimeout, match=rf"^proxy {url}: timed out$"):
+            dialer(url).connect("127.0.0.1", target.port, soon(0.3))
+    assert target.connections == 0
+
+
+def test_exempted_target_is_connected_directly(closed: int, target: Peer) -> None:
+    dead = f"http://127.0.0.1:{closed}"
+    assert (
+        received(dialer(dead, "127.0.0.0/8").connect("127.0.0.1", target.port, soon())) == b"hello"
+    )
+
+
+def test_unknown_name_of_a_proxy_names_the_proxy() -> None:
+    with pytest.raises(goproxy.BadUpstream, match=r"^proxy http://nowhere.invalid:3128: dns: "):
+        dialer("http://nowhere.invalid:3128").connect("127.0.0.1", 80, soon())
+
+
+LOGIN = b"\1\3joe\6secret"
+SOCKS = [
+    (
+        "socks5://{}",
+        "1.2.3.4",
+        [(3, b"\5\0"), (10, b"\5\0\0\1\0\0\0\0\0\0hello")],
+        b"\5\1\0\5\1\0\1\1\2\3\4\0\x50",
+    ),
+    (
+        "socks5://{}",
+        "::2",
+        [(3, b"\5\0"), (22, b"\5\0\0\4" + b"\0" * 18 + b"hello")],
+        b"\5\1\0\5\1\0\4" + b"\0" * 15 + b"\2\0\x50",
+    ),
+    (
+        "socks5h://{}",
+        "up.test",
+        [(3, b"\5\0"), (14, b"\5\0\0\3\3abc\0\0hello")],
+        b"\5\1\0\5\1\0\3\7up.test\0\x50",
+    ),
+    (
+        "socks5h://joe:secret@{}",
+        "up.test",
+        [(4, b"\5\2"), (12, b"\1\0"), (14, b"\5\0\0\3\0\0\0hello")],
+        b"\5\2\0\2" + LOGIN + b"\5\1\0\3\7up.test\0\x50",
+    ),
+    (
+        "http://joe:secret@{}",
+        "up.test",
+        [(b"\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"y" * 16000 + b"\r\n\r\nhello")],
+        b"CONNECT up.test:80 HTTP/1.1\r\nHost: up.test:80\r\n"
+        b"Proxy-Authorization: Basic am9lOnNlY3JldA==\r\n\r\n",
+    ),
+    (
+        "http://{}",
+        "::2",
+        [(b"\r\n\r\n", b"HTTP/1.0 299\r\n\r\nhello")],
+        b"CONNECT [::2]:80 HTTP/1.1\r\nHost: [::2]:80\r\n\r\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("url", "host", "steps", "heard"), SOCKS)
+def test_answer_split_at_every_byte(
+    url: str, host: str, steps: list[tuple[bytes | int, bytes]], heard: bytes
+) -> None:
+    script = Script(*steps)
+    with Peer(script) as proxy:
+        through = dialer(url.format(f"127.0.0.1:{proxy.port}"))
+        assert received(through.connect(host, 80, soon())) == b"hello"
+    assert script.heard == heard
+
+
+BAD_PEERS = [
+    ("socks5", [(3, b"\4\0")], "this is no SOCKS5 proxy"),
+    ("socks5", [(3, b"HTTP/1.1 400")], "this is no SOCKS5 proxy"),
+    ("socks5", [(3, b"\5")], "closed in the middle"),
+    ("socks5", [(3, b"\5\xff")], "it wants a user and a password"),
+    ("socks5", [(3, b"\5\1")], "it wants a user and a password"),
+    ("socks5", [(3, b"\5\0"), (10, b"\5\2\0\1")], "refuses 1.2.3.4:80: not allowed by its rules"),
+    ("socks5", [(3, b"\5\0"), (10, b"\5\x63\0\1")], "refuses 1.2.3.4:80: error 99"),
+    ("socks5", [(3, b"\5\0"), (10, b"\5\0\0\4\0\0\0\0\0\0")], "closed in the middle"),
+    ("http", [(b"\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n\r\n")], "this is no HTTP proxy"),
+    ("http", [(b"\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: y\r\n")], "closed in the middle"),
+    (
+        "http",
+        [(b"\r\n\r\n", b"HTTP/1.1 403 No " + b"z" * 500 + b"\r\n\r\n")],
+        "refuses 1.2.3.4:80: 403 No z{93}$",
+    ),
+    (
+        "http",
+        [(b"\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000)],
+        "head too large",
+    ),
+]
+
+
+@pytest.mark.parametrize(("scheme", "steps", "problem"), BAD_PEERS)
+def test_what_is_no_proxy_is_told_in_words(
+    scheme: str, steps: list[tuple[bytes | int, bytes]], problem: str
+) -> None:
+    with Peer(Script(*steps)) as proxy:
+        url = f"{scheme}://127.0.0.1:{proxy.port}"
+        with pytest.raises(goproxy.BadUpstream, match=rf"^proxy {url}: .*{problem}"):
+            dialer(url).connect("1.2.3.4", 80, soon())
+
+
+def test_socks5_tries_the_next_address() -> None:
+    answers = iter([b"\5\4\0\1", b"\5\0\0\1\0\0\0\0\0\0hello"])
+
+    def talk(sock: socket.socket) -> None:
+        Script((3, b"\5\0"), (10, next(answers)))(sock)
+
+    with Peer(talk) as proxy:
+        through = dialer(f"socks5://127.0.0.1:{proxy.port}", up=["10.0.0.1", "10.0.0.2"])
+        assert received(through.connect("up.test", 80, soon())) == b"hello"
+
+
+@pytest.mark.parametrize("scheme", sorted(goproxy.TUNNELS))
+def test_plain_http_goes_in_absolute_form_through_http_proxies_alone(scheme: str) -> None:
+    through = dialer(f"{scheme}://joe:secret@gw", ".corp")
+    proxy = through.forward_proxy(goproxy.parse_url("http://up.test"))
+    assert bool(proxy) is scheme.startswith("http")
+    assert through.forward_proxy(goproxy.parse_url("https://up.test")) is None
+    assert through.forward_proxy(goproxy.parse_url("http://a.corp")) is None
+
+
+def fetched(url: str, proxy: str, trusted: Trust | None = None) -> bytes:
+    """A body, by the client that everything uses."""
+    away = goproxy.Dialer(Table(localhost=["127.0.0.1"]), route(proxy))
+    with (
+        contextlib.closing(TrustingClient(away, trusted)) as client,
+        contextlib.closing(client.get(goproxy.parse_url(url), goproxy.METADATA)) as response,
+    ):
+        return response.read_all(100)
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
+
+
+@pytest.mark.parametrize("name", ["login_squid", "open_tiny", "squid", "tinyproxy"])
+def test_plain_http_goes_through_in_absolute_form(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    script = Script((b"\r\n\r\n", OK))
+    with Peer(script) as origin:
+        url = f"http://localhost:{origin.port}/x"
+        assert fetched(url, proxy_url(request, name)) == b"hello"
+    assert script.heard.startswith(b"GET /x HTTP/1.") and b"\r\nvia:" in script.heard.lower()
+
+
+def test_password_goes_to_the_proxy_and_no_further(tinyproxy: str) -> None:
+    script = Script((b"\r\n\r\n", OK))
+    with Peer(script) as origin:
+        fetched(f"http://localhost:{origin.port}/", f"http://{tinyproxy}")
+    assert b"authorization" not in script.heard.lower()
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_https_goes_through_a_tunnel(
+    name: str, trust: Trust, request: pytest.FixtureRequest
+) -> None:
+    with Peer(Script((b"\r\n\r\n", OK)), trust.server) as origin:
+        url = f"https://localhost:{origin.port}/"
+        assert fetched(url, proxy_url(request, name), trust) == b"hello"
+
+
+def test_dead_proxy_for_absolute_form_is_named(closed: int) -> None:
+    proxy = goproxy.Url("http", "127.0.0.1", closed)
+    with pytest.raises(goproxy.BadUpstream, match=rf"^proxy {proxy}: Connection refused$"):
+        dialer().connect_proxy(proxy, soon())
+
+
+# --- combinations and witnesses ----------------------------------------------
+
+
+@pytest.fixture(params=[*(f"{way} socks5" for way in WAYS), *(f"{way} http" for way in WAYS)])
+def combined(request: pytest.FixtureRequest, trust: Trust) -> Iterator[goproxy.Dialer]:
+    """CoreDNS asked in one of five ways, behind one of two proxies."""
+    way, _, kind = request.param.partition(" ")
+    proxies = {"http": "squid", "socks5": "open_socks"}
+    url = f"{kind}://{request.getfixturevalue(proxies[kind])}"
+    text = request.getfixturevalue("coredns")[way]
+    with resolving(text, trust, url) as resolver:
+        yield goproxy.Dialer(resolver, route(url))
+
+
+def test_each_resolver_works_with_each_kind_of_proxy(
+    combined: goproxy.Dialer, target: Peer
+) -> None:
+    host = "alias.test" if combined.resolves("alias.test", target.port) else "localhost"
+    assert received(combined.connect(host, target.port, soon())) == b"hello"
+
+
+TRACED = """
+import sys, time
+import goproxy as g
+dns, proxy, host, port = sys.argv[1:]
+dialer = g.open_dialer(g.parse_dns(dns), g.ProxyRoute(g.parse_proxy(proxy)), None)
+try:
+    dialer.connect(host, int(port), time.monotonic() + 10).close()
+    print("connected")
+except g.BadUpstream as error:
+    print(error)
+dialer.resolver.close()
+"""
+
+
+def traced(folder: Path, *arguments: str) -> tuple[str, set[int]]:
+    """What a process printed that dials as told, and to which ports it connected or sent."""
+    trace = Traced(folder)
+    done = subprocess.run(
+        [*trace.prefix, sys.executable, "-c", TRACED, *arguments],
+        cwd=PROGRAM.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or done.stderr, trace.ports
+
+
+def port_of(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+def test_only_proxy_and_resolver_are_connected(
+    tmp_path: Path, open_socks: str, coredns: dict[str, str], target: Peer
+) -> None:
+    proxy, dns = f"socks5://{open_socks}", coredns["udp"]
+    said, ports = traced(tmp_path, dns, proxy, "up.test", str(target.port))
+    assert (said, ports) == ("connected", {port_of(proxy), port_of(dns)})
+    said, ports = traced(tmp_path, coredns["tcp"], proxy, "up.test", str(target.port))
+    assert (said, ports) == ("connected", {port_of(proxy)})
+    there = proxy.replace("socks5:", "socks5h:")
+    said, ports = traced(tmp_path, dns, there, "localhost", str(target.port))
+    assert (said, ports) == ("connected", {port_of(proxy)})
+
+
+@pytest.mark.parametrize("scheme", sorted(goproxy.TUNNELS))
+def test_nothing_but_the_dead_proxy_is_connected(
+    scheme: str, closed: int, tmp_path: Path, target: Peer
+) -> None:
+    dead = f"{scheme}://127.0.0.1:{closed}"
+    said, ports = traced(tmp_path, "", dead, "127.0.0.1", str(target.port))
+    assert (said, ports) == (f"proxy {dead}: Connection refused", {port_of(dead)})
+
+
+# --- the program, all the way --------------------------------------------------
+
+QUOTE = "example.com/quote@v1.0.0"
+needs_a_go = pytest.mark.skipif("not GO", reason="no go on PATH nor in this environment's bin")
+
+
+class Traced:
+    """A program under strace, and to which ports it connected or sent."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "trace"
+        calls = "trace=connect,sendto,sendmsg"
+        self.prefix = [installed("strace"), "-f", "-qq", "-o", str(self._file), "-e", calls]
+
+    @property
+    def ports(self) -> set[int]:
+        return set(map(int, re.findall(r"sin6?_port=htons\((\d+)\)", self._file.read_text())))
+
+
+@pytest.fixture
+def secured(trust: Trust) -> Iterator[Upstream]:
+    server = Upstream(SITE, trust.server)
+    yield server
+    server.close()
+
+
+class Journey:
+    """A traced proxy, the go command before it, and the servers that it may use behind it."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self.request = request
+        self.upstream: Upstream = request.getfixturevalue("upstream")
+        self._run: Run = request.getfixturevalue("run")
+        self._trust: Trust = request.getfixturevalue("trust")
+        self._trace = Traced(self._run.folder)
+
+    def url(self, host: str, fault: str = "good") -> str:
+        return self.upstream.url(fault).replace("127.0.0.1", host)
+
+    def way(self, name: str) -> str:
+        return proxy_url(self.request, name)
+
+    def dns(self, name: str) -> str:
+        """`server way` as a value of -dns."""
+        server, _, way = name.partition(" ")
+        if way == "quic" and not importlib.util.find_spec("aioquic"):
+            missing("aioquic")
+        return str(self.request.getfixturevalue(server)[way])
+
+    def start(self, environ: Mapping[str, str] | None = None, **given: object) -> Proxy:
+        variables = {"SSL_CERT_FILE": self._trust.cert, **(environ or {})}
+        return self._run(variables, "  Set GOPROXY=", self._trace.prefix, **given)
+
+    def download(self, proxy: Proxy) -> None:
+        """What the go command gets through the proxy is what the upstream has."""
+        (got,) = self.request.getfixturevalue("make_go")(proxy.url).download(QUOTE)
+        assert Path(got["Zip"]).read_bytes() == SITE[ZIP]
+
+    def ports(self, proxy: Proxy) -> set[int]:
+        """To which ports the proxy connected or sent in its life, which ends here."""
+        proxy.stop()
+        return self._trace.ports
+
+
+@pytest.fixture
+def journey(request: pytest.FixtureRequest) -> Journey:
+    return Journey(request)
+
+
+@needs_a_go
+@pytest.mark.parametrize("kind", ["upstream", "secured"])
+@pytest.mark.parametrize("name", PROXIES)
+def test_go_downloads_through_every_proxy_and_nothing_goes_around(
+    journey: Journey, name: str, kind: str
+) -> None:
+    way, origin = journey.way(name), journey.request.getfixturevalue(kind)
+    proxy = journey.start({"SOCKS5_PROXY": way}, upstream=origin.url())
+    assert proxy.logged("  Outgoing proxy: ").endswith(bare(way))
+    journey.download(proxy)
+    assert journey.ports(proxy) == {port_of(way)}
+    assert "secret" not in proxy.log
+
+
+def bare(url: str) -> str:
+    """Without user and password."""
+    return re.sub("//.*@", "//", url)
+
+
+RESOLVERS = [*(f"coredns {way}" for way in WAYS), *(f"unbound {way}" for way in STREAMS)]
+
+
+@needs_a_go
+@pytest.mark.parametrize("name", RESOLVERS)
+def test_go_downloads_with_every_resolver_and_no_other_is_asked(
+    journey: Journey, name: str
+) -> None:
+    dns = journey.dns(name)
+    proxy = journey.start({"DNS_SERVER": dns}, upstream=journey.url("up.test"))
+    assert dns in proxy.logged("  DNS: ")
+    journey.download(proxy)
+    wanted = {port_of(dns.replace("/dns-query", "")), port_of(journey.upstream.base)}
+    assert journey.ports(proxy) == wanted
+
+
+@needs_a_go
+def test_go_downloads_with_dns_in_json(journey: Journey, trust: Trust) -> None:
+    with JsonDns(trust.server) as fake:
+        dns = f"https://127.0.0.1:{fake.port}/resolve"
+        proxy = journey.start(upstream=journey.url("alias.test"), dns=dns)
+        journey.download(proxy)
+        assert journey.ports(proxy) == {fake.port, port_of(journey.upstream.base)}
+
+
+@needs_a_go
+@pytest.mark.parametrize("way", ["tls", "udp"])
+@pytest.mark.parametrize("name", ["dante", "login_socks"])
+def test_dns_and_socks5_work_together(journey: Journey, name: str, way: str) -> None:
+    """Encrypted DNS goes through the proxy, too; clear text by UDP cannot."""
+    socks, dns = journey.way(name), journey.dns(f"coredns {way}")
+    proxy = journey.start(upstream=journey.url("alias.test"), dns=dns, proxy=socks)
+    journey.download(proxy)
+    wanted = {port_of(socks)} | ({port_of(dns)} if way == "udp" else set())
+    assert journey.ports(proxy) == wanted
+
+
+@needs_a_go
+@pytest.mark.parametrize("name", ["login_squid", "squid"])
+def test_dns_over_https_an_http_proxy_and_another_upstream_work_together(
+    journey: Journey, name: str
+) -> None:
+    """The first upstream is looked up by the proxy; the second is exempt, so by DNS over HTTPS,
+    which goes through the proxy itself."""
+    way, dns = journey.way(name), journey.dns("coredns https")
+    urls = f"{journey.url('localhost', '404')},{journey.url('up.test')}"
+    proxy = journey.start({"NO_PROXY": ".test", "UPSTREAM_PROXY": urls}, dns=dns, proxy=way)
+    journey.download(proxy)
+    assert {one.fault for one in journey.upstream.seen} == {"404", "good"}
+    assert journey.ports(proxy) == {port_of(way), port_of(journey.upstream.base)}
+
+
+@needs_a_go
+@pytest.mark.parametrize("name", ["dante", "open_socks"])
+def test_with_socks5h_no_dns_query_leaves(journey: Journey, name: str) -> None:
+    way = journey.way(name).replace("socks5:", "socks5h:")
+    with UdpDns() as fake:
+        dns = f"127.0.0.1:{fake.port}"
+        proxy = journey.start(upstream=journey.url("localhost"), dns=dns, proxy=way)
+        journey.download(proxy)
+        assert proxy.get("example.com/none/@v/list").status == 404
+        assert journey.ports(proxy) == {port_of(way)}
+        assert (fake.asked, fake.tcp_connections) == ([], 0)
+
+
+LOOKED_UP = "sumdb/sum.test/lookup/example.com/quote@v1.0.0"
+
+
+@pytest.mark.parametrize("kind", ["upstream", "secured"])
+@pytest.mark.parametrize("scheme", sorted(goproxy.TUNNELS))
+def test_behind_a_dead_proxy_everything_is_502_and_nothing_is_tried_directly(
+    journey: Journey, refused: str, scheme: str, kind: str
+) -> None:
+    origin, dead = journey.request.getfixturevalue(kind), refused.replace("http", scheme)
+    way = dead.replace("//", "//joe:secret@")
+    proxy = journey.start(upstream=origin.url(), sumdb=f"sum.test {origin.url()}", proxy=way)
+    paths = [INFO, LATEST, LIST, LOOKED_UP, ZIP]
+    answers = together(len(paths), lambda number: proxy.get(paths[number]))
+    assert [one.status for one in answers] == [502] * len(paths)
+    assert all(f"proxy {dead}: Connection refused" in one.text for one in answers)
+    assert (journey.ports(proxy), origin.connections) == ({port_of(dead)}, [])
+    assert "secret" not in proxy.log + "".join(one.text for one in answers)
+
+
+@pytest.mark.parametrize("kind", ["upstream", "secured"])
+@pytest.mark.parametrize("name", [one for one in PROXIES if one[:5] == "login"] + ["tinyproxy"])
+def test_a_wrong_password_is_502_and_named(
+    run: Run, name: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    origin = request.getfixturevalue(kind)
+    way, _, where = proxy_url(request, name).rpartition("@")
+    scheme = way.partition("://")[0]
+    for login, words in (("joe:wrong@", "user or password is wrong"), ("", "it wants a user")):
+        cache = run.folder / f"cache-{len(login)}"
+        proxy = run(upstream=origin.url(), proxy=f"{scheme}://{login}{where}", cache=cache)
+        answer = proxy.get(INFO)
+        assert (answer.status, origin.asked) == (502, [])
+        assert f"proxy {scheme}://{where}: {words}" in answer.text
+        assert "wrong@" not in answer.text + proxy.stop().log
+
+
+def test_what_the_rules_of_a_proxy_forbid_is_502_and_named(run: Run, squid: str) -> None:
+    for scheme in ("http", "https"):
+        answer = run(upstream=f"{scheme}://127.0.0.1:9", proxy=f"http://{squid}").get(INFO)
+        assert answer.status == 502
+        assert f"proxy http://{squid}: " in answer.text
+
+
+def test_what_an_upstream_refuses_behind_a_proxy_is_still_403(
+    run: Run, upstream: Upstream, squid: str
+) -> None:
+    answer = run(upstream=upstream.url("403"), proxy=f"http://{squid}").get(INFO)
+    assert (answer.status, "upstream says 403" in answer.text) == (403, True)
+
+
+def test_an_outage_behind_a_proxy_names_both(run: Run, refused: str, squid: str) -> None:
+    answer = run(upstream=refused, proxy=f"http://{squid}").get(INFO)
+    assert answer.status == 502
+    assert f"{refused[7:]} by proxy http://{squid} answered 503" in answer.text
+
+
+def test_a_proxy_that_is_silent_is_504(run: Run, upstream: Upstream) -> None:
+    with Peer(mute) as quiet:
+        way = f"socks5://127.0.0.1:{quiet.port}"
+        answer = run(upstream=upstream.url(), proxy=way).get(INFO)
+    assert (answer.status, upstream.connections) == (504, [])
+    assert f"proxy {way}: timed out" in answer.text
+
+
+@pytest.mark.parametrize("by", ["flag", "variable"])
+@pytest.mark.parametrize(
+    ("flag", "variable", "value"),
+    [
+        *(("dns", "DNS_SERVER", text) for text, _ in BAD_DNS if "//" in text),
+        *(("proxy", "HTTPS_PROXY", text) for text, _ in BAD_PROXIES[:6]),
+    ],
+)
+def test_a_bad_way_out_is_one_line_and_status_2(
+    tmp_path: Path, by: str, flag: str, variable: str, value: str
+) -> None:
+    if by == "flag":
+        ended = finish(tmp_path, f"-{flag}={value}")
+    else:
+        ended = finish(tmp_path, environ={variable: value})
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert ended.err.startswith(f"goproxy.py: {f'-{flag}' if by == 'flag' else variable}=")
+    assert "secret" not in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- check -------------------------------------------------------------------
+
+
+def checked(folder: Path, *arguments: str, **variables: str) -> tuple[int, str]:
+    """The status of a check of nothing else, and its lines with every time as n."""
+    ended = finish(folder, "check", "-sumdb=off", *arguments, environ=variables)
+    assert ended.err == "" and list(folder.iterdir()) == []
+    return ended.status, re.sub(r"\d+ ms", "n ms", ended.out)
+
+
+def test_check_tells_the_steps_with_their_times(
+    tmp_path: Path, secured: Upstream, trust: Trust, coredns: dict[str, str]
+) -> None:
+    url = secured.url().replace("127.0.0.1", "up.test")
+    status, out = checked(
+        tmp_path, f"-upstream={url}", f"-dns={coredns['udp']}", SSL_CERT_FILE=trust.cert
+    )
+    first, second = out.splitlines()
+    assert status == 0
+    assert first == f"ok    dns  udp://{coredns['udp']}  look up up.test n ms (127.0.0.1)"
+    steps = "look up n ms (127.0.0.1), connect n ms, tls n ms (TLSv1.3, certificate until "
+    assert second.startswith(f"ok    upstream  {url}  {steps}")
+    assert second.endswith(" GMT), ask n ms (404 Not Found)")
+
+
+def test_check_tells_a_bad_certificate(tmp_path: Path, secured: Upstream) -> None:
+    status, out = checked(tmp_path, f"-upstream={secured.url()}")
+    assert (status, out.count("\n")) == (1, 1)
+    assert out.startswith(f"FAIL  upstream  {secured.url()}  ") and ": certificate: self" in out
+
+
+@pytest.mark.parametrize("fault", ["401", "500"])
+def test_check_tells_a_status_in_words(tmp_path: Path, upstream: Upstream, fault: str) -> None:
+    status, out = checked(tmp_path, f"-upstream={upstream.url(fault)}")
+    assert status == 1
+    assert re.search(rf"answered {fault} (Unauthorized|Internal Server Error)\n$", out)
+
+
+def test_check_fails_for_the_first_upstream_alone(
+    tmp_path: Path, upstream: Upstream, refused: str
+) -> None:
+    status, out = checked(tmp_path, f"-upstream={upstream.url()}|{refused}|off")
+    assert (status, [line[:4] for line in out.splitlines()]) == (0, ["ok  ", "FAIL"])
+    assert "connect: " in out and "Connection refused" in out
+    assert checked(tmp_path, f"-upstream={refused}|{upstream.url()}")[0] == 1
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_check_goes_through_the_proxy(
+    tmp_path: Path, upstream: Upstream, name: str, request: pytest.FixtureRequest
+) -> None:
+    way = proxy_url(request, name)
+    status, out = checked(tmp_path, f"-upstream={upstream.url()}", SOCKS5_PROXY=way)
+    assert (status, out.count("ok  "), "secret" in out) == (0, 2, False)
+    assert f"ok    proxy  {bare(way)}  " in out
+
+
+def test_check_tells_a_dead_proxy_and_goes_not_around_it(
+    tmp_path: Path, upstream: Upstream, refused: str
+) -> None:
+    dead = refused.replace("http", "socks5")
+    status, out = checked(tmp_path, f"-upstream={upstream.url()}", f"-proxy={dead}")
+    assert (status, upstream.connections) == (1, [])
+    assert [line[:5] for line in out.splitlines()] == ["FAIL "] * 2
+    assert out.count(f"proxy {dead}: Connection refused") == 2
+
+
+def test_check_asks_no_dns_for_what_the_proxy_looks_up(
+    tmp_path: Path, upstream: Upstream, open_socks: str
+) -> None:
+    with UdpDns() as fake:
+        url = upstream.url().replace("127.0.0.1", "localhost")
+        arguments = [f"-dns=127.0.0.1:{fake.port}", f"-proxy=socks5h://{open_socks}"]
+        status, out = checked(tmp_path, f"-upstream={url}", *arguments)
+        assert (status, fake.asked, fake.tcp_connections) == (0, [], 0)
+        assert "not asked: the proxy looks up every name" in out
+
+
+@pytest.mark.parametrize("name", RESOLVERS)
+def test_check_of_every_kind_of_dns_server(
+    tmp_path: Path, journey: Journey, trust: Trust, name: str
+) -> None:
+    flag = f"-dns={journey.dns(name)},{journey.dns(name)}"
+    for host, status in (("up", 0), ("nowhere", 1)):
+        url = journey.url(f"{host}.test")
+        found, out = checked(tmp_path, f"-upstream={url}", flag, SSL_CERT_FILE=trust.cert)
+        assert (found, out.count(f"look up {host}.test")) == (status, 2)
+        assert ("no such host" in out) is bool(status)
+
+
+def test_check_tries_a_checksum_database_and_a_folder(tmp_path: Path, upstream: Upstream) -> None:
+    arguments = [f"-sumdb=sum.test {upstream.url()}", f"-upstream=file://{tmp_path}"]
+    ended = finish(tmp_path, "check", *arguments)
+    assert (ended.status, ended.err) == (0, "")
+    assert "ok    checksum database  " in ended.out and "ask " in ended.out
+    assert finish(tmp_path, "check", arguments[0], "-upstream=file:///no/such").status == 1
+
+
+@pytest.mark.parametrize("name", sorted(goproxy.COMMANDS))
+def test_a_command_has_its_own_help_and_the_same_flags(tmp_path: Path, name: str) -> None:
+    ended = finish(tmp_path, name, "-help")
+    assert (ended.status, ended.err) == (0, "")
+    assert goproxy.COMMANDS[name].text.split(".")[0] in " ".join(ended.out.split())
+    assert [flag for flag in SETTINGS if f"{flag} " not in ended.out] == []
+
+
+def test_serve_is_what_no_command_does(tmp_path: Path, upstream: Upstream) -> None:
+    arguments = ["serve", *flags({**PLAIN, "cache": tmp_path / "c", "upstream": upstream.url()})]
+    proxy = Proxy(arguments, clean_environment(tmp_path), tmp_path)
+    try:
+        assert proxy.get(INFO).status == 200
+    finally:
+        proxy.stop()
+
+
+# --- the way out for git -----------------------------------------------------
+
+
+@pytest.fixture
+def git_filter() -> Iterator[goproxy.ConnectFilter]:
+    with contextlib.closing(goproxy.ConnectFilter(dialer(up=["127.0.0.1"]))) as filter_:
+        yield filter_
+
+
+def ask_filter(
+    filter_: goproxy.ConnectFilter, request_line: str, secret: str | None = None
+) -> bytes:
+    parts = urllib.parse.urlsplit(filter_.url)
+    secret = f"{parts.username}:{parts.password}" if secret is None else secret
+    token = base64.b64encode(secret.encode()).decode()
+    with socket.create_connection(("127.0.0.1", parts.port or 0), 10) as sock:
+        sock.sendall(
+            f"{request_line} HTTP/1.1\r\nProxy-Authorization: Basic {token}\r\n\r\n".encode()
+        )
+        answer = b""
+        while True:
+            part = sock.recv(4096)
+            if not part:
+                return answer
+            answer += part
+
+
+def test_filter_connects(git_filter: goproxy.ConnectFilter, target: Peer) -> None:
+    answer = ask_filter(git_filter, f"CONNECT up.test:{target.port}")
+    assert answer == b"HTTP/1.1 200 Connected\r\n\r\nhello"
+
+
+def test_filter_serves_nobody_else(git_filter: goproxy.ConnectFilter, target: Peer) -> None:
+    for secret in ("", "git:", "git:guess"):
+        answer = ask_filter(git_filter, f"CONNECT up.test:{target.port}", secret)
+        assert answer.startswith(b"HTTP/1.1 407 ") and b"Proxy-Authenticate: Basic" in answer
+    assert target.connections == 0
+
+
+@pytest.mark.parametrize(
+    "line", ["GET http://up.test/", "CONNECT up.test", "CONNECT up.test:80:80x", "POST up.test:80"]
+)
+def test_filter_does_nothing_else(line: str, git_filter: goproxy.ConnectFilter) -> None:
+    assert ask_filter(git_filter, line).startswith(b"HTTP/1.1 405 ")
+
+
+def test_filter_tells_why_it_fails(closed: int, git_filter: goproxy.ConnectFilter) -> None:
+    answer = ask_filter(git_filter, f"CONNECT up.test:{closed}")
+    assert answer.startswith(b"HTTP/1.1 502 ") and answer.endswith(b"Connection refused")
+
+
+def test_filter_closes_open_connections(target: Peer) -> None:
+    with Peer(mute) as quiet:
+        filter_ = goproxy.ConnectFilter(dialer())
+        worker = threading.Thread(
+            target=ask_filter, args=(filter_, f"CONNECT 127.0.0.1:{quiet.port}")
+        )
+        worker.start()
+        assert quiet.met.wait(PATIENCE)
+        filter_.close()
+        worker.join(PATIENCE)
+        assert not worker.is_alive()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serving_https(folder: Path, tls: ssl.SSLContext) -> Iterator[int]:
+    handler = functools.partial(Quiet, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield int(server.server_address[1])
+        server.shutdown()
+        thread.join()
+
+
+class Git:
+    """The git command without the settings of whoever runs the tests."""
+
+    def __init__(self, home: Path) -> None:
+        self._environ = {**clean_environment(home), "GIT_CONFIG_NOSYSTEM": "1"}
+
+    def __call__(self, *arguments: str, **config: str) -> str:
+        """What `git ARGUMENTS` prints; the configuration travels in its environment."""
+        variables = {"GIT_CONFIG_COUNT": str(len(config))}
+        for number, (key, value) in enumerate(config.items()):
+            variables[f"GIT_CONFIG_KEY_{number}"] = key.replace("_", ".")
+            variables[f"GIT_CONFIG_VALUE_{number}"] = value
+        done = subprocess.run(
+            [installed("git"), *arguments], env={**self._environ, **variables}, capture_output=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """With one commit, ready to be served by any web server."""
+    git, folder = Git(tmp_path), tmp_path / "site"
+    git("init", "-q", str(folder))
+    who = ["-c", "user.name=x", "-c", "user.email=x@x", "-C", str(folder)]
+    git(*who, "commit", "-q", "--allow-empty", "-m", "one")
+    git(*who, "update-server-info")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["", "open_socks", "tinyproxy"])
+def test_git_obeys_proxy_and_dns(
+    name: str, tmp_path: Path, repository: Path, trust: Trust, request: pytest.FixtureRequest
+) -> None:
+    away = dialer(proxy_url(request, name) if name else "", up=["127.0.0.1"])
+    host = "localhost" if name == "tinyproxy" else "up.test"
+    git, clone = Git(tmp_path), str(tmp_path / "clone")
+    with (
+        serving_https(repository, trust.server) as port,
+        contextlib.closing(goproxy.ConnectFilter(away)) as filter_,
+    ):
+        config = {"http_proxy": filter_.url, "http_sslCAInfo": trust.cert}
+        git("clone", "-q", f"https://{host}:{port}/.git", clone, **config)
+    assert git("-C", clone, "log", "--format=%s") == "one\n"
 
 
 # =============================================================================
