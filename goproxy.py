@@ -137,6 +137,10 @@ class Gone(NotFound):
     status = 410
 
 
+class NotHere(NotFound):
+    """Not in the store, for one who asked for what is in it alone: nobody else is told so."""
+
+
 class MethodNotAllowed(ProxyError):
     status = 405
 
@@ -240,7 +244,7 @@ _UPPER = re.compile(r"[A-Z]")
 _ESCAPE = re.compile(r"!([a-z])")
 _BAD_ESCAPE = re.compile(r"[A-Z]|!(?![a-z])")
 _DIGITS = "0123456789"
-_NAMES = 8192  # paths whose escaping is remembered: each is needed several times in a request
+_PATHS = 8192  # paths whose escaping is remembered: each is needed several times in a request
 
 
 def quoted(text: str) -> str:
@@ -312,14 +316,14 @@ def split_path_version(path: str) -> tuple[str, str]:
         raise BadName(f"malformed module path {quoted(path)}: {error}") from None
 
 
-@functools.lru_cache(maxsize=_NAMES)
+@functools.lru_cache(maxsize=_PATHS)
 def escape_path(path: str) -> str:
     """`path` as it stands in URLs and file names: each capital X as !x. Raises BadName."""
     check_path(path)
     return _escape(path)
 
 
-@functools.lru_cache(maxsize=_NAMES)
+@functools.lru_cache(maxsize=_PATHS)
 def unescape_path(escaped: str) -> str:
     """The module path that `escaped` stands for. Raises BadName."""
     path = _unescape(escaped, "module path")
@@ -1854,7 +1858,10 @@ class FileBlob(Blob):
         available = self.wait()
         if available is None:
             return b""
-        data = self.peek(min(count, available))
+        try:
+            data = self.peek(min(count, available))
+        except OSError as error:
+            raise StoreDown(f"a stored file cannot be read: {error.strerror}") from None
         if not data:
             raise StoreDown("a stored file became shorter while it was read")
         self.offset += len(data)
@@ -1876,13 +1883,11 @@ class Draft:
     complete but bad one, which it cannot."""
 
     def __init__(self, folder: str) -> None:
-        try:
-            descriptor, self.path = tempfile.mkstemp(prefix="draft-", dir=folder)
-        except FileNotFoundError:  # somebody has emptied the store, which is fine
-            os.makedirs(folder, exist_ok=True)
-            descriptor, self.path = tempfile.mkstemp(prefix="draft-", dir=folder)
-        self.file = OpenFile(descriptor)
-        lock_draft(descriptor)
+        while True:
+            descriptor, self.path = _new_draft(folder)
+            self.file = OpenFile(descriptor)
+            if lock_draft(descriptor) and os.path.exists(self.path):
+                break  # else a sweep of another process has taken it for a dead one's
         self.size: int | None = None
         self.modified = time.time()
         self.written = 0
@@ -1941,6 +1946,14 @@ class Draft:
 
     def reader(self) -> GrowingBlob:
         return GrowingBlob(self)
+
+
+def _new_draft(folder: str) -> tuple[int, str]:
+    try:
+        return tempfile.mkstemp(prefix="draft-", dir=folder)
+    except FileNotFoundError:  # somebody has emptied the store, which is fine
+        os.makedirs(folder, exist_ok=True)
+        return tempfile.mkstemp(prefix="draft-", dir=folder)
 
 
 def lock_draft(descriptor: int) -> bool:
@@ -2006,7 +2019,10 @@ class Lane:
             work = self._queue.get()
             if work is None:
                 return
-            work()
+            try:
+                work()
+            except Exception:  # a bug, which must not cost the thread as well
+                sys.excepthook(*sys.exc_info())
             del work  # a thread that waits must not keep a client's socket alive
 
     def close(self) -> None:
@@ -2148,11 +2164,15 @@ class Log:
             self._wake.wait()
             time.sleep(self._GATHER)
             self._wake.clear()
-            self.write_out()
+            self._write_out(None)
             self._written.set()
 
     def write_out(self) -> None:
-        """Writes the lines so far."""
+        """Writes the lines so far, if anybody reads them within a second."""
+        with contextlib.suppress(IndexError):  # the thread may be at it, too
+            self._write_out(1.0)
+
+    def _write_out(self, patience: float | None) -> None:
         text = "".join([self._lines.popleft() for _ in range(len(self._lines))])
         if self._dropped:
             text += f"{self._now()} {self._dropped} log lines dropped\n"
@@ -2161,6 +2181,8 @@ class Log:
         start = 0
         with contextlib.suppress(OSError):
             while start < len(data):
+                if patience and not select.select([], [self._descriptor], [], patience)[1]:
+                    return  # nobody reads: lines are lost, not the process
                 end = data.rfind(b"\n", start, start + self._PIECE) + 1
                 start += os.write(self._descriptor, data[start : end or start + self._PIECE])
 
@@ -2940,7 +2962,7 @@ class _Wire:
         if left <= 0:
             raise socket.timeout("took too long")
         self.sock.settimeout(min(stall, left))
-        return self.sock.recv(CHUNK)
+        return self.sock.recv(1 << 16)
 
     def unread(self, data: bytes) -> None:
         self._ahead = data + self._ahead
@@ -3149,8 +3171,12 @@ class Client:
         if wire:
             # An idle connection may be closed under our hands; nothing was answered then, and a
             # GET may be sent again.
-            with contextlib.suppress(Unreachable):
+            try:
                 return self._send(wire, url, request, patience, until)
+            except UpstreamTimeout:
+                raise
+            except Unreachable:
+                pass
         return self._send(self._connect(url, proxy, until), url, request, patience, until)
 
     def _send(
@@ -3262,7 +3288,7 @@ def _redirect(url: Url, location: str) -> Url:
     if url.scheme == "https" and target.scheme != "https":
         raise BadUpstream(f"{url.authority}: redirect from https to http refused")
     path = urllib.parse.urlsplit(base).path
-    return dataclasses.replace(target, path=path + mark + query)
+    return dataclasses.replace(target, path=(path or "/") + mark + query)
 
 
 def read_netrc(path: str) -> dict[str, str]:
@@ -4155,9 +4181,9 @@ def _again(work: Callable[[], T]) -> T:
     return work()
 
 
-def _refuse(response: Response) -> None:
-    """Raises what an upstream's status means; 200 means nothing bad."""
-    if response.status in (200, 206):
+def _refuse(response: Response, wanted: Sequence[int] = (200,)) -> None:
+    """Raises what an upstream's status means, unless it is a wanted one."""
+    if response.status in wanted:
         return
     words = _words(response)
     response.close()
@@ -4168,7 +4194,8 @@ def _refuse(response: Response) -> None:
         raise Forbidden(said)
     retry_after = response.fields.get("retry-after", "")
     if response.status == 429 or (response.status == 503 and retry_after):
-        raise Overloaded(said, min(60, int(retry_after)) if retry_after.isdecimal() else 10)
+        seconds = int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 10
+        raise Overloaded(said, min(60, seconds))
     raise (Unreachable if response.status >= 500 else BadUpstream)(said)
 
 
@@ -4299,6 +4326,8 @@ class _Download(Blob):
                     raise
         self._delivered += len(data)
         self._digest.update(data)
+        if self.size is not None and self._delivered > self.size:
+            raise BadUpstream(f"{self._url.authority}: more bytes than promised")
         if self._delivered > MAX_ZIP:
             raise BadUpstream(f"{self._url.authority}: zip longer than {MAX_ZIP} bytes")
         return data
@@ -4309,7 +4338,7 @@ class _Download(Blob):
             headers.append(("If-Range", self._etag))
         self._response.close()
         self._response = self._client.get(self._url, TRANSFER, headers, self._until)
-        _refuse(self._response)
+        _refuse(self._response, (200, 206))
         if self._response.status != 206:
             self._skip(self._response)
             return
@@ -4549,7 +4578,7 @@ class Cache:
     A fetch belongs to its flight: the client that began it may leave, the fetch goes on, and
     everybody who asks meanwhile shares it."""
 
-    _DOWNLOADS, _RENEWALS, _REMEMBERED = 16, 4, 10_000
+    _DOWNLOADS, _RENEWALS, _REMEMBERED = 12, 4, 10_000
 
     def __init__(self, storage: Storage, ttl: float, log: Log) -> None:
         self.storage = storage
@@ -4604,14 +4633,14 @@ class Cache:
             # Whoever starts the renewal gives a quick upstream time to answer; nobody else waits.
             patience = None if not stored else _REFRESH_WAIT if first else 0
             return Answer(flight.result(patience), Verdict.MISS)
-        except (FutureTimeout, BadUpstream, Overloaded, Forbidden):
-            if stored and stored.age < _STALE_SECONDS:
+        except (FutureTimeout, ProxyError) as error:
+            if stored and stored.age < _STALE_SECONDS and not isinstance(error, NotFound):
                 return _answer(stored, Verdict.STALE)
             raise
 
     def _refuse_absent(self, name: str, reach: Reach) -> None:
         if reach is Reach.STORED:
-            raise NotFound("not in the store, and fetching is off")
+            raise NotHere("not in the store, and fetching is off")
         absent = self._absent.get(name)
         if absent:
             raise type(absent)(str(absent))
@@ -4632,7 +4661,8 @@ class Cache:
             if data is None:
                 data = fetch()
                 self.keep(name, data)
-        except BaseException as error:
+        except BaseException as caught:
+            error = self._ours(name, caught)
             self._remember(name, error)
             self._fetches.land(name)
             flight.set_exception(error)
@@ -4641,11 +4671,19 @@ class Cache:
             self._fetches.land(name)
             flight.set_result(data)
 
-    def _remember(self, name: str, error: BaseException) -> None:
+    def _ours(self, name: str, error: BaseException) -> ProxyError:
+        """An error that readers in other threads can be given; a bug is told in the log."""
+        if isinstance(error, ProxyError):
+            return error
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+        self._log.error(f"{name}: {''.join(lines)}")
+        return ProxyError("internal error")
+
+    def _remember(self, name: str, error: ProxyError) -> None:
         if isinstance(error, NotFound):
             self._absent.put(name, error, _NEGATIVE_SECONDS)
-        elif isinstance(error, ProxyError):
-            self._failed.put(name, error, self._ttl)
+        else:
+            self._failed.put(name, error, min(self._ttl, _NEGATIVE_SECONDS))
             self._log.error(f"{name}: {error}", status=error.status)
 
     def keep(self, name: str, data: bytes) -> None:
@@ -4664,7 +4702,8 @@ class Cache:
     def _download(self, name: str, draft: Draft, fetch: Callable[[], Blob], check: Check) -> None:
         try:
             self._fill(name, draft, fetch, check)
-        except BaseException as error:
+        except BaseException as caught:
+            error = self._ours(name, caught)
             self._remember(name, error)
             self._drafts.land(name)
             draft.fail(error)
@@ -4687,7 +4726,8 @@ class Cache:
             self.storage.put(side_name, side)
             self.storage.adopt(name, draft)
         except ProxyError as error:
-            os.unlink(draft.path)
+            with contextlib.suppress(OSError):  # it may have got its name before that
+                os.unlink(draft.path)
             self._log.error(f"{name}: not stored: {error}")
 
     def _open(self, name: str) -> FileBlob | None:
@@ -4706,7 +4746,12 @@ class Cache:
         if not blob:
             return None
         with contextlib.closing(blob):
-            return _Kept(blob.read_all(_MAX_SMALL), time.time() - blob.modified, blob.stamp)
+            try:
+                data = blob.read_all(_MAX_SMALL)
+            except ProxyError as error:
+                self._log.error(f"{name}: {error}")
+                return None  # as if it were not there: it is fetched again
+            return _Kept(data, time.time() - blob.modified, blob.stamp)
 
     def _read(self, name: str) -> bytes | None:
         stored = self._read_kept(name)
@@ -4724,7 +4769,7 @@ _MAX_SMALL = 32 << 20
 
 def _answer(stored: _Kept | None, verdict: Verdict) -> Answer:
     if not stored:
-        raise NotFound("not in the store, and fetching is off")
+        raise NotHere("not in the store, and fetching is off")
     return Answer(stored.data, verdict, max(0, int(stored.age)))
 
 
@@ -4758,7 +4803,7 @@ class Mirror:
 
         def latest() -> bytes:
             if query != LATEST:
-                raise NotFound("not in the store, and fetching is off")
+                raise NotHere("not in the store, and fetching is off")
             return self._stored.resolve(path, LATEST).raw
 
         if reach is Reach.STORED:
@@ -4849,6 +4894,10 @@ class _Session:
         self.zips: set[tuple[str, str]] = set()
         self.downloads = False  # whether a guessed .zip has been asked for after its .info
 
+    def size(self) -> int:
+        """How much is remembered."""
+        return sum(map(len, (self.asked, self.guessed, self.followed, self.zips)))
+
 
 class ReadAhead:
     """Fetches what a client will ask next while it is busy with what it has. Guesses follow what
@@ -4896,7 +4945,7 @@ class ReadAhead:
         now = time.monotonic()
         if session is None or now - session.seen > self._FORGET:
             session = _Session()
-        if len(session.asked) + len(session.guessed) > self._MEMORY:
+        if session.size() > self._MEMORY:
             session = _Session()
         session.seen = now
         self._sessions[client] = session
@@ -5104,7 +5153,8 @@ class SumDb:
         if match["part"] and size:
             with contextlib.suppress(NotFound):
                 wider = self._cache.small(self._wider(name, width), Reach.STORED, bytes)
-                return wider._replace(body=wider.data[:size], stored=None)
+                if len(wider.data) >= size:
+                    return wider._replace(body=wider.data[:size], stored=None)
 
         def fetch() -> bytes:
             data = self._fetch(database, what)
@@ -5357,6 +5407,8 @@ def _zip_head(mirror: Mirror, artifact: Artifact, request: Request) -> Reply:
     try:
         return _replied(mirror.large(artifact, Reach.STORED), content_type, None)
     except NotFound:
+        if request.reach is Reach.STORED:
+            raise
         answer = mirror.small(artifact._replace(kind="info"), request.reach)
         known = _replied(answer._replace(verdict=Verdict.MISS), content_type, None)
         return known._replace(body=None)
@@ -5479,7 +5531,8 @@ def respond(app: App, request: Request) -> Reply:
 def refuse(error: ProxyError) -> Reply:
     """An error as a reply that the go command shows to its user."""
     words = "not found: " if isinstance(error, NotFound) else ""
-    control = "public, max-age=60" if isinstance(error, NotFound) else "no-store"
+    is_absent = isinstance(error, NotFound) and not isinstance(error, NotHere)
+    control = "public, max-age=60" if is_absent else "no-store"
     headers = [("Cache-Control", control), *error.headers()]
     return Reply(error.status, f"{words}{error}\n".encode(), headers=tuple(headers))
 
@@ -5733,7 +5786,7 @@ class HotMemory:
     def __init__(self, storage: Storage, files: int) -> None:
         """`files`: how many may be kept open."""
         self._storage = storage
-        self._files = min(files, self._FILES)
+        self._files = max(8, min(files, self._FILES))
         self._open = 0
         self._cost = 0
         self._replies: collections.OrderedDict[str, _Remembered] = collections.OrderedDict()
@@ -5817,7 +5870,11 @@ class Courier:
         elif step is Step.BLOB:
             self.loop.soon(self._wait_for_blob)
         else:
-            self.loop.post(self.resume)
+            self.loop.soon(self._wait_for_turn)
+
+    def _wait_for_turn(self) -> None:
+        self.loop.poll(self, 0)  # else an event would begin a second turn beside the one posted
+        self.loop.post(self.resume)
 
     def _wait_for_client(self) -> None:
         self.loop.poll(self, WRITABLE)
@@ -5929,7 +5986,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
                 return
             self._head = head
             self._skip = self._asked.body
-            if not self._buffer and self._asked.is_plain:
+            if not self._buffer and len(received) <= _KNOWN_LIMIT and self._asked.is_plain:
                 self.loop.know(received, self._asked.target)
         taken = min(self._skip, len(self._buffer))
         self._skip -= taken
@@ -5971,17 +6028,24 @@ class Handler(Courier, BaseHTTPRequestHandler):
         except MustWait:
             if not self._hand_over():
                 self._asked = self._asked._replace(reach=Reach.FETCH)
-                self.loop.patient_lane.do(self.work)
+                is_zip = self._asked.target.endswith(".zip")
+                (self.loop.zip_lane if is_zip else self.loop.patient_lane).do(self.work)
+        except Exception:
+            self.loop.soon(self.close)
+            raise
 
     def _hand_over(self) -> bool:
         """Gives the connection, and what has been read from it, to the process that fetches."""
-        if self.loop.fetcher is None:
+        if self.loop.fetcher is None or self.loop.draining or self._asked is None:
             return False
-        read = b"\n".join((self.client.encode(), self._head + b"\r\n\r\n" + self._buffer))
+        unread = bytes(self._asked.body) + self._buffer  # a body is passed over there once more
+        read = b"\n".join((self.client.encode(), self._head + b"\r\n\r\n" + unread))
         try:
+            if not is_writable(self.loop.fetcher, _HAND_OVER_SECONDS):
+                return False  # it has enough to do: then this process fetches, too
             socket.send_fds(self.loop.fetcher, [read], [self.sock.fileno()])
         except OSError:
-            return False  # then this process fetches, too
+            return False
         self.loop.post(self.close)
         return True
 
@@ -6068,6 +6132,15 @@ READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _HEALTH = "/health"
 _HEAD_SECONDS, _IDLE_SECONDS, _STALL_SECONDS, _LINGER_SECONDS = 10.0, 75.0, 60.0, 1.0
 _REQUESTS_PER_CONNECTION = 100_000
+_HAND_OVER_SECONDS = 0.5
+_KNOWN_LIMIT = 1024  # bytes of a head that is remembered
+
+
+def is_writable(sock: socket.socket, seconds: float) -> bool:
+    """Whether a socket takes bytes within so many seconds."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, WRITABLE)
+        return bool(selector.select(seconds))
 
 
 class SelectPoller:
@@ -6165,12 +6238,45 @@ class AccessLog:
         )
 
 
+class Wheel:
+    """Connections by the second in which the loop looks at their deadline. Deadlines move on
+    without being moved here: whoever turns out to have more time is filed again."""
+
+    def __init__(self, now: float) -> None:
+        self._seconds: dict[int, set[Courier]] = {}
+        self._tick = int(now)
+
+    def file(self, courier: Courier) -> None:
+        """Files a connection for its deadline, unless it is looked at before that."""
+        second = int(courier.deadline) + 1
+        if not self._tick < courier.filed <= second:
+            self.unfile(courier)
+            courier.filed = second
+            self._seconds.setdefault(second, set()).add(courier)
+
+    def unfile(self, courier: Courier) -> None:
+        """Forgets a connection, and so what it has read."""
+        self._seconds.get(courier.filed, set()).discard(courier)
+        courier.filed = 0
+
+    def expire(self, now: float) -> None:
+        """Tells those whose deadline has passed and that no lane is working on."""
+        while self._tick < int(now):
+            self._tick += 1
+            for courier in self._seconds.pop(self._tick, ()):
+                courier.filed = 0
+                if courier.interest and courier.deadline <= self._tick:
+                    courier.expire()
+                elif courier.interest:
+                    self.file(courier)
+
+
 class Server(ThreadingHTTPServer):
     """The front loop: one thread owns accepting, request heads, idle and slow connections and all
     deadlines. Complete requests go to threads made at the start; nothing is spawned per client."""
 
     request_queue_size = 4096
-    _REQUESTS, _WAITERS, _TRANSFERS = 4, 40, 4
+    _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS = 4, 24, 12, 4
     _KNOWN = 4096
 
     def __init__(
@@ -6195,14 +6301,15 @@ class Server(ThreadingHTTPServer):
         self.hot = HotMemory(app.storage, _descriptor_limit() // 8)
         self.request_lane = Lane("request", self._REQUESTS)
         self.patient_lane = Lane("patient", self._WAITERS)
+        # Who waits for the first bytes of a zip is not in the way of who waits for a list.
+        self.zip_lane = Lane("zip", self._ZIP_WAITERS)
         self.transfer_lane = Lane("transfer", self._TRANSFERS)
         self._handed = handed
         self._thread = 0
         self._poller = EpollPoller() if hasattr(select, "epoll") else SelectPoller()
         self._events: dict[int, Callable[[], None]] = {}
         self._handlers: set[Courier] = set()
-        self._wheel: dict[int, set[Courier]] = {}
-        self._tick = int(self.now)
+        self._wheel = Wheel(self.now)
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._stop_at: float | None = None
@@ -6226,8 +6333,10 @@ class Server(ThreadingHTTPServer):
                     event()
             for _ in range(len(self._posts)):
                 self._posts.popleft()()
-            if self._tick < int(self.now):
-                self._expire(int(self.now))
+            self._wheel.expire(self.now)
+            if self._accept_at and self.now >= self._accept_at and not self.draining:
+                self._accept_at = 0.0
+                self._watch(self.socket, self._accept, shared=True)
         self._close_all()
 
     def _watch(self, sock: socket.socket, event: Callable[[], None], shared: bool = False) -> None:
@@ -6275,28 +6384,7 @@ class Server(ThreadingHTTPServer):
     def allow(self, handler: Courier, seconds: float) -> None:
         """Gives a connection a deadline."""
         handler.deadline = self.now + seconds
-        if not self._tick < handler.filed <= int(handler.deadline) + 1:
-            self._file(handler)
-
-    def _file(self, handler: Courier) -> None:
-        handler.filed = int(handler.deadline) + 1
-        self._wheel.setdefault(handler.filed, set()).add(handler)
-
-    def _expire(self, now: int) -> None:
-        """Looks at the connections whose second has come. Deadlines move without being moved in
-        the wheel: whoever turns out to have more time is filed again."""
-        while self._tick < now:
-            self._tick += 1
-            for handler in self._wheel.pop(self._tick, ()):
-                if handler.filed != self._tick or not handler.interest:
-                    continue  # filed elsewhere, or a lane has it
-                if handler.deadline <= self._tick:
-                    handler.expire()
-                else:
-                    self._file(handler)
-        if self._accept_at and self.now >= self._accept_at and not self.draining:
-            self._accept_at = 0.0
-            self._watch(self.socket, self._accept, shared=True)
+        self._wheel.file(handler)
 
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_PER_TURN):
@@ -6309,9 +6397,16 @@ class Server(ThreadingHTTPServer):
                 self.app.log.error(f"cannot accept connections: {error.strerror}")
                 self._unwatch(self.socket)
                 self._accept_at = self.now + _ACCEPT_PAUSE
+                self._shed()
                 return
             client = address[0] if isinstance(address, tuple) else "unix"
             self._admit(sock, client[len(_MAPPED) :] if client.startswith(_MAPPED) else client)
+
+    def _shed(self) -> None:
+        """Closes idle connections, the oldest first: a new request matters more than they do."""
+        idle = [handler for handler in self._handlers if handler.is_idle()]
+        for handler in heapq.nsmallest(_SHED, idle, key=lambda each: each.deadline):
+            handler.close()
 
     def _admit(self, sock: socket.socket, client: str) -> Handler:
         sock.setblocking(False)
@@ -6326,11 +6421,11 @@ class Server(ThreadingHTTPServer):
     def _take_over(self) -> None:
         assert self._handed is not None
         try:
-            read, descriptors, _, _ = socket.recv_fds(self._handed, 1 << 18, 1)
+            read, descriptors, flags, _ = socket.recv_fds(self._handed, 1 << 18, 1)
         except BlockingIOError:
             return
         client, _, rest = read.partition(b"\n")
-        if not descriptors:
+        if not descriptors and not flags & socket.MSG_CTRUNC:  # else there was no room for it
             self.app.saw(Sight(*read.decode().split("\n")))
         for descriptor in descriptors:
             self._admit(socket.socket(fileno=descriptor), client.decode()).take_over(rest)
@@ -6338,6 +6433,7 @@ class Server(ThreadingHTTPServer):
     def forget(self, handler: Courier) -> None:
         """A connection is about to close."""
         self.poll(handler, 0)
+        self._wheel.unfile(handler)
         self._handlers.discard(handler)
 
     def know(self, received: bytes, target: str) -> None:
@@ -6377,7 +6473,7 @@ class Server(ThreadingHTTPServer):
     def _close_all(self) -> None:
         for handler in list(self._handlers):
             handler.close()
-        for lane in (self.request_lane, self.patient_lane, self.transfer_lane):
+        for lane in (self.request_lane, self.patient_lane, self.zip_lane, self.transfer_lane):
             lane.close()
         self._poller.close()
         self._wake_receiver.close()
@@ -6385,6 +6481,7 @@ class Server(ThreadingHTTPServer):
 
 
 _ACCEPTS_PER_TURN = 16
+_SHED = 64
 _ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors have run out
 _MAPPED = "::ffff:"
 
@@ -6535,6 +6632,7 @@ class Workers:
         self._lines: dict[int, int] = {}  # by process: a pipe that tells it to stop
         self._places: dict[int, int] = {}
         self._born: dict[int, float] = {}
+        self._missing: list[int] = []
         self._stopping = False
         self._fetcher, self._handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 
@@ -6548,7 +6646,7 @@ class Workers:
         announce()
         self._log.write_out()
         deadline = float("inf")
-        while self._places:
+        while self._places or (self._missing and not self._stopping):
             waiting = min(self._PAUSE, max(0.0, deadline - time.monotonic()))
             received = signal.sigtimedwait(watched, waiting)
             if received and received.si_signo in _SIGNALS:
@@ -6557,13 +6655,19 @@ class Workers:
             if time.monotonic() >= deadline:
                 self._kill_all()
             self._reap()
+            self._replace()
             self._log.write_out()
         self._fetcher.close()
         self._handed.close()
 
     def _fork(self, place: int) -> None:
         reader, writer = os.pipe()
-        process = os.fork()
+        try:
+            process = os.fork()
+        except OSError:
+            os.close(reader)
+            os.close(writer)
+            raise
         if process == 0:
             self._begin(place, reader, writer)
         os.close(reader)
@@ -6624,9 +6728,17 @@ class Workers:
             self._storage.sweep()
         end = f"signal {-status_of(status)}" if status_of(status) < 0 else f"{status_of(status)}"
         self._log.error(f"worker {process} ended with {end}: starting another one")
+        self._log.write_out()  # before it could be inherited
         if age < self._PAUSE:
             time.sleep(self._PAUSE)
-        self._fork(place)
+        self._missing.append(place)
+
+    def _replace(self) -> None:
+        """Forks for those that ended; what the system refuses now is tried again."""
+        for place in [] if self._stopping else list(self._missing):
+            with contextlib.suppress(OSError):
+                self._fork(place)
+                self._missing.remove(place)
 
 
 def status_of(status: int) -> int:
@@ -6683,7 +6795,7 @@ class Daemon:
 
     def _serve_alone(self) -> None:
         def on_signal(number: int, frame: Any) -> None:
-            self._log.line(_farewell(number))
+            server.post(lambda: self._log.line(_farewell(number)))
             server.stop(_DRAIN_SECONDS)
 
         with self._serving(None, None) as server:

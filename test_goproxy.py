@@ -6100,6 +6100,68 @@ def test_a_pipelining_client_cannot_exhaust_the_stack(shared: Shared) -> None:
     assert [answer.status for answer in answers] == [200] * 1501
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_get_with_a_body_is_answered_even_if_it_misses(
+    run: Run, upstream: Upstream, workers: int
+) -> None:
+    proxy = run(upstream=upstream.url(), workers=workers)
+    for path in (INFO, MOD, ZIP, BIG):
+        request = f"GET /{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
+        (answer,) = responses(talk(proxy.port, request.encode()))
+        assert (answer.status, answer.body) == (200, SITE[path])
+
+
+def test_turns_of_a_body_do_not_overlap(tmp_path: Path) -> None:
+    """A body that is in memory one time and not the next goes by the loop and by a lane in turn."""
+    body = random.Random(9).randbytes(8 << 20)
+    (tmp_path / "body").write_bytes(body)
+    driver = DRIVER.format(program=str(PROGRAM), file=str(tmp_path / "body"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", driver], stdout=subprocess.PIPE, env=clean_environment(tmp_path)
+    )
+    with process, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        bodies = together(8, lambda _: fetch_from(port))
+    assert [hashlib.sha256(each).digest() for each in bodies] == [hashlib.sha256(body).digest()] * 8
+
+
+DRIVER = """
+import os, random, runpy, socket, sys
+g = runpy.run_path({program!r}, run_name="goproxy")
+g["FileBlob"].is_at_hand = lambda self, count: random.random() < 0.5
+def respond(app, request):
+    size = os.path.getsize({file!r})
+    file = g["OpenFile"](os.open({file!r}, os.O_RDONLY))
+    return g["Reply"](200, g["FileBlob"](file, size, 1.0))
+g["Handler"].work.__globals__["respond"] = respond
+sock = socket.create_server(("127.0.0.1", 0))
+print(sock.getsockname()[1], flush=True)
+settings = g["Settings"](quiet=True)
+log = g["Log"](2, False)
+app = g["App"](settings, None, None, None, log, lambda sight: None)
+g["Server"](sock, app).serve_forever()
+"""
+
+
+def fetch_from(port: int) -> bytes:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as one:
+        return ask(one, "GET", "/", {}).body
+
+
+def test_what_is_not_stored_is_no_public_absence(shared: Shared) -> None:
+    fields = {"Disable-Module-Fetch": "true"}
+    answer = shared.proxy.get("example.com/never/@v/v1.0.0.info", **fields)
+    assert (answer.status, answer.headers["cache-control"]) == (404, "no-store")
+
+
+def test_a_zip_that_is_not_stored_has_no_head_offline(run: Run, upstream: Upstream) -> None:
+    run(upstream=upstream.url()).get(INFO)
+    proxy = run(upstream=upstream.url(), offline="true")
+    assert [proxy.get(ZIP, method=method).status for method in ("HEAD", "GET")] == [404, 404]
+
+
 # =============================================================================
 # 12. Daemon
 # =============================================================================
