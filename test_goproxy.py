@@ -6640,8 +6640,11 @@ def test_a_real_project_builds_while_the_upstream_is_down(
 
 @needs_go
 @pytest.mark.network
-def test_a_real_project_builds_from_the_cache_folder(public: Public, make_safe_go: GoMaker) -> None:
-    assert build(make_safe_go(f"file://{public.run.cache}"), public.source) == public.sums
+def test_a_real_project_builds_from_the_cache_folder(public: Public, make_go: GoMaker) -> None:
+    """Without the database: a folder cannot cut a partial tile from a wider one, and which of them
+    the go command wants depends on the order in which it meets the records."""
+    go = make_go(f"file://{public.run.cache}", GOSUMDB="off")
+    assert build(go, public.source) == public.sums
 
 
 @needs_go
