@@ -3957,6 +3957,14 @@ def _hang_up(sock: socket.socket) -> None:
 # =============================================================================
 
 
+class Item(NamedTuple):
+    """A stored name, its size in bytes, and when it was stored (seconds since the epoch)."""
+
+    name: str
+    size: int
+    modified: float
+
+
 class Shelf(Protocol):
     """The half of a storage that only reads."""
 
@@ -3969,6 +3977,10 @@ class Shelf(Protocol):
     def stamp(self, name: str) -> object:
         """The stamp that a blob of the name would have now, None if there is none: a quick way to
         see that what is remembered of it still holds."""
+
+    def walk(self, prefix: str = "") -> Iterator[Item]:
+        """All that is stored below a prefix (empty, or ending in a slash), but for our own side
+        files; nothing is held in memory, and what changes meanwhile may be missed."""
 
 
 class Storage(Shelf, Protocol):
@@ -3987,6 +3999,9 @@ class Storage(Shelf, Protocol):
 
     def adopt(self, name: str, draft: Draft) -> None:
         """Stores a finished draft."""
+
+    def remove(self, name: str) -> None:
+        """Takes a name away; whoever has it open reads on. Raises NotFound."""
 
     def close(self) -> None:
         """Gives back what the storage holds."""
@@ -4050,6 +4065,33 @@ class Folder(Shelf):
         except NotFound:
             return []
 
+    def walk(self, prefix: str = "") -> Iterator[Item]:
+        folders = [self._path(prefix)]
+        while folders:
+            for entry in self._entries(folders.pop()):
+                if entry.name.startswith(OWN_MARK):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(FileNotFoundError):
+                        yield self._item(entry)
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        try:
+            with store_errors(folder), os.scandir(folder) as entries:
+                return list(entries)
+        except NotFound:
+            return []
+
+    def _item(self, entry: os.DirEntry[str]) -> Item:
+        status = entry.stat(follow_symlinks=False)
+        name = os.path.relpath(entry.path, self._root).replace(os.sep, "/")
+        return Item(name, status.st_size, status.st_mtime)
+
+
+OWN_MARK = ".goproxy-"  # begins the names of our own side files, which are no artifacts
+
 
 class DiskStorage(Folder, Storage):
     """A folder in the layout that file:// and nginx read as well.
@@ -4057,7 +4099,7 @@ class DiskStorage(Folder, Storage):
     Files appear by rename, after fsync, and their folder is synced too: of 200 files written and
     renamed without, a power cut left none."""
 
-    _OWN = ".goproxy-drafts"
+    _OWN = OWN_MARK + "drafts"
 
     def __init__(self, folder: str) -> None:
         """Creates the folder and sweeps drafts of dead processes. Raises StartError."""
@@ -4106,6 +4148,11 @@ class DiskStorage(Folder, Storage):
         self._make_folder(os.path.dirname(path))
         os.replace(draft.path, path)
         self._sync_folder(os.path.dirname(path))
+
+    def remove(self, name: str) -> None:
+        with store_errors(name):
+            os.unlink(self._path(name))
+            self._sync_folder(os.path.dirname(self._path(name)))
 
     def _make_folder(self, path: str) -> None:
         """As os.makedirs, and the new entries survive a power cut."""

@@ -5011,6 +5011,32 @@ def test_an_open_blob_survives_its_replacement(storage: goproxy.Storage) -> None
         assert blob.read_all(100) == b"first"
 
 
+def test_a_storage_walks_over_what_it_holds(storage: goproxy.Storage) -> None:
+    before = time.time() - 2
+    for name in (INFO, MOD, "example.org/other/@v/v1.0.0.info"):
+        storage.put(name, b"four")
+    items = list(storage.walk())
+    assert sorted((item.name, item.size) for item in items) == [
+        (INFO, 4),
+        (MOD, 4),
+        ("example.org/other/@v/v1.0.0.info", 4),
+    ]
+    assert all(before < item.modified < time.time() + 2 for item in items)
+    assert sorted(item.name for item in storage.walk("example.com/")) == [INFO, MOD]
+    assert list(storage.walk("example.net/")) == []
+
+
+def test_an_open_blob_survives_its_removal(storage: goproxy.Storage) -> None:
+    storage.adopt(ZIP, drafted(Path(storage.drafts), 1_000_000))
+    with contextlib.closing(storage.open(ZIP)) as blob:
+        storage.remove(ZIP)
+        assert blob.read_all(1 << 20) == bytes(1_000_000)
+    with pytest.raises(goproxy.NotFound):
+        storage.open(ZIP)
+    with pytest.raises(goproxy.NotFound):
+        storage.remove(ZIP)
+
+
 def test_the_cache_has_the_layout_of_a_gomodcache(proxy: Proxy, run: Run) -> None:
     names = [INFO, MOD, ZIP, f"{SHOUT}.info", f"{SHOUT}.zip"]
     for name in names:
