@@ -6416,6 +6416,25 @@ def test_it_runs_where_the_system_has_less(run: Run, upstream: Upstream) -> None
     assert upstream.asked == [INFO, MOD, ZIP, BIG]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of Linux alone")
+def test_a_script_runs_without_its_syntax_tree(run: Run, tmp_path: Path) -> None:
+    """20 MB less in every process, so that the limit is far from both."""
+    proxy = run(workers=2)
+    for process in (proxy.process.pid, *children_of(proxy.process.pid)):
+        status = Path(f"/proc/{process}/status").read_text()
+        words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+        assert int(re.findall(r"VmHWM:\s+([0-9]+) kB", status)[0]) < 48_000
+        assert str(PROGRAM) in words and "-workers=2" in words
+
+
+@pytest.mark.parametrize("flags", [[], ["-I", "-X", "dev", "-W", "error"]])
+@pytest.mark.parametrize("words", [["-", "-version"], [str(PROGRAM), "-version"]])
+def test_a_script_starts_anew_with_the_flags_of_python(flags: list[str], words: list[str]) -> None:
+    source = PROGRAM.read_bytes()
+    ended = subprocess.run([sys.executable, *flags, *words], input=source, capture_output=True)
+    assert (ended.stdout, ended.stderr) == (f"{goproxy.__version__}\n".encode(), b"")
+
+
 # =============================================================================
 # 13. Interop
 # =============================================================================
