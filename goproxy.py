@@ -29,10 +29,10 @@ The life of a request:
             traceback in the log
 
 To add a kind of proxy or of DNS server, write a function or class in room 6 and a row in TUNNELS
-or DNS_TRANSPORTS; a storage, a class in room 7 and a row in STORAGES; a source, a class in room 8
-and a row in _SOURCES; an endpoint, a function in room 11 and a row in ROUTES; a command, a function
-in room 12 and a row in COMMANDS; a setting, one line in Settings. A mutex is never held over I/O;
-a flight exists for I/O. Order: flight, lane, pool.
+or DNS_TRANSPORTS; a storage, a class in room 7 and rows in STORAGES and in _PLACES (room 3); a
+source, a class in room 8 and a row in _SOURCES; an endpoint, a function in room 11 and a row in
+ROUTES; a command, a function in room 12 and a row in COMMANDS; a setting, one line in Settings. A
+mutex is never held over I/O; a flight exists for I/O. Order: flight, lane, pool.
 """
 
 from __future__ import annotations
@@ -934,12 +934,52 @@ def _host(text: str) -> str:
     return text.strip("[]")
 
 
-def _folder(text: str) -> str:
-    if not text or "\0" in text:
-        raise ValueError("want a folder")
-    if re.match(r"[a-z0-9]{2,}:", text):
-        raise ValueError("want a folder: other kinds of store are not available in this version")
-    return text
+class Place(NamedTuple):
+    """Where modules are kept: a row of STORAGES, and what that row makes of the text."""
+
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return mask(self.text)
+
+
+def _place(text: str) -> Place:
+    """A folder, or one of the kinds in _PLACES."""
+    scheme = re.match(r"([a-z0-9]{2,}):", text)
+    if text and "\0" not in text and not scheme:
+        return Place("folder", text)
+    read = _PLACES.get(scheme[1] if scheme else "")
+    if not read or "\0" in text:
+        raise ValueError(f"want a folder, or one of {', '.join(f'{name}:' for name in _PLACES)}")
+    return read(text)
+
+
+def _memory_place(text: str) -> Place:
+    if text != "memory:":
+        raise ValueError("want memory: and nothing after it")
+    return Place("memory", text)
+
+
+_PLACES: dict[str, Callable[[str], Place]] = {
+    "memory": _memory_place,
+}
+_SIZES = {
+    "": 1,
+    **{unit: 10 ** (3 * power) for power, unit in enumerate("KMGT", 1)},
+    **{f"{unit}I": 2 ** (10 * power) for power, unit in enumerate("KMGT", 1)},
+}
+
+
+def _size(text: str) -> int | None:
+    """50GB, 500MB, 1.5TiB; a bare number counts bytes, nothing means no limit."""
+    if not text:
+        return None
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]I?)?B?", text.upper())
+    size = int(float(match[1]) * _SIZES[match[2] or ""]) if match else 0
+    if not size:
+        raise ValueError("want a size such as 500MB or 50GB")
+    return size
 
 
 def _log_format(text: str) -> str:
@@ -966,7 +1006,9 @@ def _option(
 class Settings:
     """Everything an operator may set. Flags, variables, -help and the README come from here."""
 
-    cache: str = _option("CACHE_DIR", "./cache", _folder, "FOLDER", "where modules are kept")
+    cache: Place = _option(  # noqa: RUF009 (it is a dataclasses.field)
+        "CACHE_DIR", "./cache", _place, "STORE", "where modules are kept: a folder, or memory:"
+    )
     dns: tuple[Url, ...] = _option(
         "DNS_SERVER",
         "",
@@ -981,6 +1023,9 @@ class Settings:
         "GOPROXY_HOST", "", _host, "ADDRESS", "listen on it: name, IP or unix:/path (default: all)"
     )
     log_format: str = _option("GOPROXY_LOG_FORMAT", "text", _log_format, "FORMAT", "text or json")
+    max_size: int | None = _option(
+        "GOPROXY_MAX_SIZE", "", _size, "SIZE", "how much memory: holds, such as 4GB (default 1GB)"
+    )
     offline: bool = _option("GOPROXY_OFFLINE", "false", _switch, "", "answer from the store alone")
     port: int = _option("PORT", "12345", _port, "PORT", "listen on it; 0 picks a free one")
     proxy: Url | None = _option(  # noqa: RUF009 (it is a dataclasses.field)
@@ -1743,6 +1788,7 @@ class Blob:
 
     size: int | None = None
     modified = 0.0
+    stamp: object = None  # tells these bytes from others that may take their name, if known
 
     def read(self, count: int) -> bytes:
         """At most `count` bytes, b"" at the end. Raises ProxyError when the rest cannot be had."""
@@ -1800,13 +1846,69 @@ class OpenFile:
             while view:
                 view = view[os.write(self.descriptor, view) :]
 
+    def is_cached(self, offset: int) -> bool:
+        """Whether reading there cannot wait for a disk. Where the system does not tell: no."""
+        try:
+            return _CAN_PROBE and bool(os.preadv(self.descriptor, [_PROBE], offset, os.RWF_NOWAIT))
+        except OSError:
+            return False
+
+    def reading(self) -> BinaryIO:
+        """A file object of its own for what has been written so far."""
+        return io.BufferedReader(_Reading(self), CHUNK)
+
     def __del__(self) -> None:
         os.close(self.descriptor)
 
 
+class OpenBytes(OpenFile):
+    """The same for bytes in memory: there is no descriptor."""
+
+    NO_DESCRIPTOR = -1
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        self.descriptor = self.NO_DESCRIPTOR
+        self._data = memoryview(data)
+
+    def read_at(self, count: int, offset: int) -> bytes:
+        return bytes(self._data[offset : offset + count])
+
+    def is_cached(self, offset: int) -> bool:
+        return True
+
+    def __del__(self) -> None:
+        pass
+
+
+class _Reading(io.RawIOBase):
+    """Reads an open file by offset, beside whoever else reads it."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self._file = file
+        self._length = os.fstat(file.descriptor).st_size
+        self._offset = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._length}
+        self._offset = origins[whence] + offset
+        return self._offset
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read_at(len(buffer), self._offset)
+        buffer[: len(data)] = data
+        self._offset += len(data)
+        return len(data)
+
+
 class FileBlob(Blob):
-    """A whole file, by descriptor: it stays readable when its name is removed or replaced.
-    `stamp` tells this file from another one that may take its name."""
+    """A whole file, by descriptor: it stays readable when its name is removed or replaced. The
+    file may also be OpenBytes."""
 
     def __init__(
         self, file: OpenFile, size: int | None, modified: float, stamp: object = None
@@ -1848,18 +1950,10 @@ class FileBlob(Blob):
         wake()
 
     def is_at_hand(self, count: int) -> bool:
-        """Whether the next bytes are in memory, so that sending them cannot wait for a disk.
-        Where the system does not tell, the answer is no."""
-        if not _CAN_PROBE:
-            return False
-        try:
-            last = self.offset + max(0, count - 1)
-            return all(
-                os.preadv(self.descriptor, [_PROBE], at, os.RWF_NOWAIT)
-                for at in (self.offset, last)
-            )
-        except OSError:
-            return False
+        """Whether the next bytes are in memory, so that sending them cannot wait for a disk."""
+        assert self._file is not None
+        last = self.offset + max(0, count - 1)
+        return self._file.is_cached(self.offset) and self._file.is_cached(last)
 
     def wait(self) -> int | None:
         """As ready, but blocks instead of answering 0."""
@@ -1910,12 +2004,16 @@ class Draft:
     check at the end always gets a short body, which the go command can recover from, and never a
     complete but bad one, which it cannot."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, named: bool = True) -> None:
+        """A file in a folder; without a name (`path` is empty) nothing can be left of it."""
         while True:
             descriptor, self.path = _new_draft(folder)
             self.file = OpenFile(descriptor)
             if lock_draft(descriptor) and os.path.exists(self.path):
                 break  # else a sweep of another process has taken it for a dead one's
+        if not named:
+            os.unlink(self.path)
+            self.path = ""
         self.size: int | None = None
         self.modified = time.time()
         self.written = 0
@@ -3996,7 +4094,7 @@ class Item(NamedTuple):
 class Shelf(Protocol):
     """The half of a storage that only reads."""
 
-    def open(self, name: str) -> Blob:
+    def open(self, name: str) -> FileBlob:
         """Raises NotFound, StoreDown."""
 
     def names(self, prefix: str) -> list[str]:
@@ -4017,16 +4115,20 @@ class Storage(Shelf, Protocol):
 
     Every verb raises StoreDown when the store cannot do it at all."""
 
-    drafts: str  # a folder for drafts, best on the same file system
+    remark: str = ""  # what an operator should know at the start
+    is_shared: bool = True  # whether several processes see the same
 
     def sweep(self) -> None:
         """Removes what processes that have ended left unfinished."""
 
-    def put(self, name: str, data: bytes) -> None:
-        """Stores small bytes, in place of what may be there."""
+    def draft(self) -> Draft:
+        """An empty draft to be filled and adopted."""
+
+    def put(self, name: str, data: bytes, replace: bool = True) -> None:
+        """Stores small bytes: in place of what may be there, or else only if nothing is."""
 
     def adopt(self, name: str, draft: Draft) -> None:
-        """Stores a finished draft."""
+        """Stores a finished draft, unless its name is taken: what came first stays."""
 
     def remove(self, name: str) -> None:
         """Takes a name away; whoever has it open reads on. Raises NotFound."""
@@ -4072,7 +4174,7 @@ class Folder(Shelf):
     def _path(self, name: str) -> str:
         return os.path.join(self._root, name)
 
-    def open(self, name: str) -> Blob:
+    def open(self, name: str) -> FileBlob:
         with store_errors(name):
             file = OpenFile(os.open(self._path(name), _READ_FLAGS))
             status = os.fstat(file.descriptor)
@@ -4121,6 +4223,13 @@ class Folder(Shelf):
 OWN_MARK = ".goproxy-"  # begins the names of our own side files, which are no artifacts
 
 
+def _draft_in(folder: str, named: bool) -> Draft:
+    try:
+        return Draft(folder, named)
+    except OSError as error:
+        raise StoreDown(f"no file can be made in {folder}: {error.strerror}") from None
+
+
 class DiskStorage(Folder, Storage):
     """A folder in the layout that file:// and nginx read as well.
 
@@ -4132,11 +4241,11 @@ class DiskStorage(Folder, Storage):
     def __init__(self, folder: str) -> None:
         """Creates the folder and sweeps drafts of dead processes. Raises StartError."""
         super().__init__(folder)
-        self.drafts = os.path.join(self._root, self._OWN)
+        self._drafts = os.path.join(self._root, self._OWN)
         try:
-            self._make_folder(self.drafts)
+            self._make_folder(self._drafts)
             self.sweep()
-            descriptor, probe = tempfile.mkstemp(dir=self.drafts)
+            descriptor, probe = tempfile.mkstemp(dir=self._drafts)
             os.close(descriptor)
             os.unlink(probe)
         except OSError as error:
@@ -4147,35 +4256,50 @@ class DiskStorage(Folder, Storage):
 
     def sweep(self) -> None:
         """Removes the drafts of processes that have ended."""
-        for leftover in os.listdir(self.drafts):
-            path = os.path.join(self.drafts, leftover)
+        for leftover in os.listdir(self._drafts):
+            path = os.path.join(self._drafts, leftover)
             with contextlib.suppress(OSError):
                 file = OpenFile(os.open(path, os.O_RDWR))
                 if lock_draft(file.descriptor):
                     os.unlink(path)
 
-    def put(self, name: str, data: bytes) -> None:
+    def draft(self) -> Draft:
+        return _draft_in(self._drafts, named=True)
+
+    def put(self, name: str, data: bytes, replace: bool = True) -> None:
         with store_errors(name):
-            draft = Draft(self.drafts)
+            draft = self.draft()
             try:
                 draft.write(data)
-                self._publish(name, draft)
+                self._publish(name, draft, replace)
             except BaseException as error:
                 draft.fail(error)
                 raise
 
     def adopt(self, name: str, draft: Draft) -> None:
         with store_errors(name):
-            self._publish(name, draft)
+            self._publish(name, draft, replace=False)
 
-    def _publish(self, name: str, draft: Draft) -> None:
+    def _publish(self, name: str, draft: Draft, replace: bool) -> None:
         path = self._path(name)
         os.chmod(draft.path, 0o644)
         os.utime(draft.path, (draft.modified, draft.modified))
         os.fsync(draft.file.descriptor)
         self._make_folder(os.path.dirname(path))
-        os.replace(draft.path, path)
+        (os.replace if replace else self._give)(draft.path, path)
         self._sync_folder(os.path.dirname(path))
+
+    @staticmethod
+    def _give(source: str, path: str) -> None:
+        """Renames a file unless there is one of that name."""
+        try:
+            os.link(source, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(source, path)
+            return
+        os.unlink(source)
 
     def remove(self, name: str) -> None:
         with store_errors(name):
@@ -4207,14 +4331,259 @@ class DiskStorage(Folder, Storage):
             self.sweep()
 
 
-STORAGES: dict[str, Callable[[str], Storage]] = {
-    "folder": DiskStorage,
+class _Held(NamedTuple):
+    """Bytes in memory: when they came, and a number that no others have."""
+
+    data: bytes | bytearray
+    modified: float
+    number: int
+
+
+class MemoryStorage(Storage):
+    """Bytes in the memory of this process: at most `limit` of them. The versions that were not
+    read for longest make room, each with all its files."""
+
+    is_shared = False
+    _DEFAULT, _EXTRA = 10**9, 512  # bytes; a name costs memory as well
+    _LIGHT = 1 << 20  # beyond it, what has been removed must not live on in others' memory
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit or self._DEFAULT
+        self._mutex = threading.Lock()
+        self._held: dict[str, _Held] = {}
+        self._groups: collections.OrderedDict[str, set[str]] = collections.OrderedDict()
+        self._folders: dict[str, collections.Counter[str]] = {}
+        self._numbers = itertools.count()
+        self._size = 0
+        self.remark = (
+            f"The cache is in memory, {self._limit} bytes at most: nothing survives this process"
+        )
+
+    def sweep(self) -> None:
+        pass
+
+    def draft(self) -> Draft:
+        return _draft_in(tempfile.gettempdir(), named=False)
+
+    def put(self, name: str, data: bytes, replace: bool = True) -> None:
+        self._hold(name, data, time.time(), replace)
+
+    def adopt(self, name: str, draft: Draft) -> None:
+        data = bytearray(draft.written)
+        with store_errors(name):
+            for start in range(0, len(data), CHUNK):
+                data[start : start + CHUNK] = draft.file.read_at(CHUNK, start)
+        self._hold(name, data, draft.modified, replace=False)
+
+    def _hold(self, name: str, data: bytes | bytearray, modified: float, replace: bool) -> None:
+        if len(data) + self._EXTRA > self._limit:
+            raise StoreDown(f"larger than the whole store may be (-max-size), {len(data)} bytes")
+        with self._mutex:
+            if name in self._held:
+                if not replace:
+                    return
+                self._drop(name)
+            self._held[name] = _Held(data, modified, next(self._numbers))
+            self._size += len(data) + self._EXTRA
+            self._groups.setdefault(_version_of(name), set()).add(name)
+            self._groups.move_to_end(_version_of(name))
+            for folder, child in _steps(name):
+                self._folders.setdefault(folder, collections.Counter())[child] += 1
+            self._make_room(name)
+
+    def _make_room(self, newest_name: str) -> None:
+        """Drops what is oldest; of the newest version, at last, what came before its newest."""
+        while self._size > self._limit:
+            names = next(iter(self._groups.values()))
+            for name in names - {newest_name}:
+                self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._size -= len(self._held.pop(name).data) + self._EXTRA
+        group = self._groups[_version_of(name)]
+        group.remove(name)
+        if not group:
+            del self._groups[_version_of(name)]
+        for folder, child in _steps(name):
+            children = self._folders[folder]
+            children[child] -= 1
+            if not children[child]:
+                del children[child]
+            if not children:
+                del self._folders[folder]
+
+    def open(self, name: str) -> FileBlob:
+        with self._mutex:
+            held = self._held.get(name)
+            if not held:
+                raise NotFound("not in the store")
+            self._groups.move_to_end(_version_of(name))
+        size = len(held.data)
+        stamp = held.number if size <= self._LIGHT else None
+        return FileBlob(OpenBytes(held.data), size, held.modified, stamp)
+
+    def stamp(self, name: str) -> object:
+        held = self._held.get(name)
+        return held.number if held else None
+
+    def names(self, prefix: str) -> list[str]:
+        with self._mutex:
+            return list(self._folders.get(prefix, ()))
+
+    def walk(self, prefix: str = "") -> Iterator[Item]:
+        with self._mutex:
+            held = [(name, each) for name, each in self._held.items() if name.startswith(prefix)]
+        for name, each in held:
+            if not name.startswith(OWN_MARK):
+                yield Item(name, len(each.data), each.modified)
+
+    def remove(self, name: str) -> None:
+        with self._mutex:
+            if name not in self._held:
+                raise NotFound("not in the store")
+            self._drop(name)
+
+    def close(self) -> None:
+        pass
+
+
+def _version_of(name: str) -> str:
+    """What the files of one module version have in common; of other names, the name itself."""
+    stem, dot, _ = name.rpartition(".")
+    return stem if dot and "/@v/" in stem else name
+
+
+def _steps(name: str) -> Iterator[tuple[str, str]]:
+    """The folders on the way to a name, each with what stands in it."""
+    parts = name.split("/")
+    for depth, part in enumerate(parts):
+        yield "".join(f"{parent}/" for parent in parts[:depth]), part
+
+
+class RemoteStorage(Storage):
+    """A storage whose bytes are no local files. What is small comes whole; what is big runs
+    through a nameless local file, from which it is given out as it arrives, and which all share
+    who read it at that time.
+
+    A subclass has `_fetch`, and calls `_forget` for each name that it changes. Whatever it does
+    has a deadline. It is made before processes fork: what must not be shared comes later."""
+
+    _SMALL = 1 << 20  # bytes
+    _STAMPS, _STAMP_SECONDS = 10_000, 10.0
+    _POURS = 12
+
+    def __init__(self) -> None:
+        self._stamps: TtlCache[object] = TtlCache(self._STAMPS)
+        self._spools: weakref.WeakValueDictionary[str, Draft] = weakref.WeakValueDictionary()
+        self._spool_mutex = threading.Lock()
+        self._pour_lane: Lane | None = None
+
+    def _fetch(self, name: str) -> Blob:
+        """The bytes of a name, with their size and when they were stored (which all who share the
+        store must tell alike), to be read once. Raises NotFound, StoreDown."""
+        raise NotImplementedError
+
+    def _forget(self, name: str) -> None:
+        """What is known of a name may be no longer so."""
+        self._stamps.drop(name)
+        with self._spool_mutex:
+            self._spools.pop(name, None)
+
+    def sweep(self) -> None:
+        pass
+
+    def draft(self) -> Draft:
+        return _draft_in(tempfile.gettempdir(), named=False)
+
+    def open(self, name: str) -> FileBlob:
+        with self._spool_mutex:
+            spool = self._spools.get(name)
+        if spool:
+            return self._follow(spool)
+        blob = self._fetch(name)
+        assert blob.size is not None
+        if blob.size > self._SMALL:
+            return self._follow(self._spool(name, blob))
+        with contextlib.closing(blob):
+            data = blob.read_all(self._SMALL)
+        stamp = (len(data), blob.modified)
+        self._stamps.put(name, stamp, self._STAMP_SECONDS)
+        return FileBlob(OpenBytes(data), len(data), blob.modified, stamp)
+
+    def stamp(self, name: str) -> object:
+        """As it was a moment ago, None if nobody looked: to ask would take too long."""
+        return self._stamps.get(name)
+
+    @staticmethod
+    def _follow(spool: Draft) -> GrowingBlob:
+        reader = spool.reader()
+        reader.settle()
+        return reader
+
+    def _spool(self, name: str, blob: Blob) -> Draft:
+        """The spool of a name: one that is there by now, or a new one that the blob fills."""
+        fresh = self.draft()
+        fresh.size, fresh.modified = blob.size, blob.modified
+        with self._spool_mutex:
+            spool = self._spools.setdefault(name, fresh)
+            self._pour_lane = self._pour_lane or Lane("spool", self._POURS)
+        if spool is fresh:
+            self._pour_lane.do(functools.partial(self._fill, name, blob, weakref.ref(fresh)))
+        else:
+            blob.close()
+        return spool
+
+    def _fill(self, name: str, blob: Blob, spool: weakref.ref[Draft]) -> None:
+        with contextlib.closing(blob):
+            try:
+                while self._pour(name, blob.read(CHUNK), spool()):
+                    pass
+            except BaseException as caught:
+                self._forget(name)
+                draft = spool()
+                if draft:
+                    ours = isinstance(caught, ProxyError)
+                    draft.fail(caught if ours else StoreDown(f"the store fails ({name})"))
+                if not isinstance(caught, ProxyError):
+                    raise
+
+    @staticmethod
+    def _pour(name: str, data: bytes, spool: Draft | None) -> bool:
+        """Whether there is more to do: not at the end, nor when nobody reads it any more."""
+        if spool is None:
+            return False
+        if not data:
+            if spool.written != spool.size:
+                raise StoreDown(f"the store gives less than it has ({name})")
+            spool.finish()
+            return False
+        with store_errors(name):
+            spool.write(data)
+        return True
+
+    def close(self) -> None:
+        if self._pour_lane:
+            self._pour_lane.close()
+
+
+class Means(NamedTuple):
+    """What a storage may need beside its place: a limit in bytes (-max-size), the way out, and
+    the variables of the environment."""
+
+    limit: int | None
+    dialer: Dialer
+    environ: Mapping[str, str]
+
+
+STORAGES: dict[str, Callable[[str, Means], Storage]] = {
+    "folder": lambda where, means: DiskStorage(where),
+    "memory": lambda where, means: MemoryStorage(means.limit),
 }
 
 
-def open_storage(where: str) -> Storage:
-    """The store that -cache names. Raises StartError."""
-    return STORAGES["folder"](where)
+def open_storage(place: Place, means: Means) -> Storage:
+    """The store that -cache names. Raises UsageError, StartError."""
+    return STORAGES[place.kind](place.text, means)
 
 
 # =============================================================================
@@ -4668,23 +5037,23 @@ class Cache:
 
     def small(self, name: str, reach: Reach, fetch: Callable[[], bytes]) -> Answer:
         """Small bytes that never change."""
-        kept = self._read_kept(name)
+        kept = self._read_kept(name, reach)
         if kept:
-            return Answer(kept.data, Verdict.HIT, 0, Stamped(name, kept.stamp))
+            return Answer(kept.data, Verdict.HIT, 0, _stamped(name, kept.stamp))
         self._refuse_absent(name, reach)
         flight, first = self._fetches.join(name, Future)
         if first:
-            self._fetch(name, flight, fetch, lambda: self._read(name))
+            self._fetch(name, flight, fetch, lambda: self._read(name), replace=False)
         return Answer(flight.result(), Verdict.MISS)
 
     def large(self, name: str, reach: Reach, fetch: Callable[[], Blob], check: Check) -> Answer:
         """A body that never changes. It is given out while it arrives; `check` sees it whole
         before its tail is let go and before it is stored."""
-        blob = self._open(name)
+        blob = self._open(name, reach)
         if blob:
-            return Answer(blob, Verdict.HIT, 0, Stamped(name, blob.stamp))
+            return Answer(blob, Verdict.HIT, 0, _stamped(name, blob.stamp))
         self._refuse_absent(name, reach)
-        draft, first = self._drafts.join(name, self._draft)
+        draft, first = self._drafts.join(name, self.storage.draft)
         if first:
             self._download_lane.do(lambda: self._download(name, draft, fetch, check))
         growing = draft.reader()
@@ -4694,7 +5063,7 @@ class Cache:
     def changing(self, name: str, reach: Reach, fetch: Callable[[], bytes]) -> Answer:
         """Small bytes that may change: fresh for the ttl, then stale while one fetch renews them,
         stale for a day when that fails."""
-        stored = self._read_kept(name)
+        stored = self._read_kept(name, reach)
         if reach is Reach.STORED or (stored and 0 <= stored.age < self._ttl):
             return _answer(stored, Verdict.HIT)
         if stored and self._failed.get(name) and stored.age < _STALE_SECONDS:
@@ -4702,7 +5071,7 @@ class Cache:
         self._refuse_absent(name, reach)
         flight, first = self._fetches.join(name, Future)
         if first:
-            work = functools.partial(self._fetch, name, flight, fetch, lambda: None)
+            work = functools.partial(self._fetch, name, flight, fetch, lambda: None, replace=True)
             self._renewal_lane.do(work) if stored else work()
         try:
             # Whoever starts the renewal gives a quick upstream time to answer; nobody else waits.
@@ -4728,6 +5097,7 @@ class Cache:
         flight: Future[bytes],
         fetch: Callable[[], bytes],
         look_again: Callable[[], bytes | None],
+        replace: bool,
     ) -> None:
         """A flight's work. It looks into the store again: a flight may have landed between a
         miss and the take-off of this one."""
@@ -4735,7 +5105,7 @@ class Cache:
             data = look_again()
             if data is None:
                 data = fetch()
-                self.keep(name, data)
+                self.keep(name, data, replace)
         except BaseException as caught:
             error = self._ours(name, caught)
             self._remember(name, error)
@@ -4761,18 +5131,12 @@ class Cache:
             self._failed.put(name, error, min(self._ttl, _NEGATIVE_SECONDS))
             self._log.error(f"{name}: {error}", status=error.status)
 
-    def keep(self, name: str, data: bytes) -> None:
+    def keep(self, name: str, data: bytes, replace: bool) -> None:
         """Stores small bytes. If the store cannot, the next client pays with a fetch, not this."""
         try:
-            self.storage.put(name, data)
+            self.storage.put(name, data, replace)
         except ProxyError as error:
             self._log.error(f"{name}: not stored: {error}")
-
-    def _draft(self) -> Draft:
-        try:
-            return Draft(self.storage.drafts)
-        except OSError as error:
-            raise StoreDown(f"the store fails: {error.strerror}") from None
 
     def _download(self, name: str, draft: Draft, fetch: Callable[[], Blob], check: Check) -> None:
         try:
@@ -4787,7 +5151,7 @@ class Cache:
             draft.finish()
 
     def _fill(self, name: str, draft: Draft, fetch: Callable[[], Blob], check: Check) -> None:
-        blob = self._open(name) or fetch()
+        blob = self._open(name, Reach.FETCH) or fetch()
         with contextlib.closing(blob):
             draft.size = blob.size
             while True:
@@ -4798,38 +5162,42 @@ class Cache:
                     draft.write(data)
         side_name, side = check(draft)
         try:
-            self.storage.put(side_name, side)
+            self.storage.put(side_name, side, replace=False)
             self.storage.adopt(name, draft)
         except ProxyError as error:
             with contextlib.suppress(OSError):  # it may have got its name before that
                 os.unlink(draft.path)
             self._log.error(f"{name}: not stored: {error}")
 
-    def _open(self, name: str) -> FileBlob | None:
+    def _open(self, name: str, reach: Reach) -> FileBlob | None:
+        """None if it must be fetched. Raises StoreDown if it must not: that is no absence."""
         try:
-            blob = self.storage.open(name)
+            return self.storage.open(name)
         except NotFound:
             return None
         except StoreDown as error:
-            self._log.error(f"{name}: {error}")
+            self._bemoan(name, error, reach)
             return None
-        assert isinstance(blob, FileBlob)
-        return blob
 
-    def _read_kept(self, name: str) -> _Kept | None:
-        blob = self._open(name)
+    def _bemoan(self, name: str, error: ProxyError, reach: Reach) -> None:
+        if reach is Reach.STORED:
+            raise error
+        self._log.error(f"{name}: {error}")
+
+    def _read_kept(self, name: str, reach: Reach) -> _Kept | None:
+        blob = self._open(name, reach)
         if not blob:
             return None
         with contextlib.closing(blob):
             try:
                 data = blob.read_all(_MAX_SMALL)
             except ProxyError as error:
-                self._log.error(f"{name}: {error}")
+                self._bemoan(name, error, reach)
                 return None  # as if it were not there: it is fetched again
             return _Kept(data, time.time() - blob.modified, blob.stamp)
 
     def _read(self, name: str) -> bytes | None:
-        stored = self._read_kept(name)
+        stored = self._read_kept(name, Reach.FETCH)
         return stored.data if stored else None
 
     def close(self) -> None:
@@ -4840,6 +5208,11 @@ class Cache:
 
 Check = Callable[[Draft], tuple[str, bytes]]  # the name and bytes of a side file to keep with it
 _MAX_SMALL = 32 << 20
+
+
+def _stamped(name: str, stamp: object) -> Stamped | None:
+    """None if there is no way to tell whether the bytes still are the stored ones."""
+    return None if stamp is None else Stamped(name, stamp)
 
 
 def _answer(stored: _Kept | None, verdict: Verdict) -> Answer:
@@ -4866,7 +5239,7 @@ class Mirror:
             answer = self._cache.changing(name, reach, lambda: _lines(self._source.versions(path)))
         except ProxyError as error:
             return self._instead(error, lambda: _lines(self._stored.versions(path)))
-        with contextlib.suppress(NotFound):
+        with contextlib.suppress(NotFound, StoreDown):
             answer = answer._replace(
                 body=_lines([*answer.data.decode().split(), *self._stored.versions(path)])
             )
@@ -4897,7 +5270,7 @@ class Mirror:
         try:
             verdict = Verdict.HIT if isinstance(error, NotFound) else Verdict.STALE
             return Answer(stored(), verdict)
-        except NotFound:
+        except (NotFound, StoreDown):
             raise error from None
 
     def small(self, artifact: Artifact, reach: Reach) -> Answer:
@@ -4913,7 +5286,7 @@ class Mirror:
         """A .zip, given out while it arrives."""
 
         def check(draft: Draft) -> tuple[str, bytes]:
-            with open(draft.path, "rb") as file:
+            with draft.file.reading() as file:
                 h1 = check_zip(file, artifact.path, artifact.version)
             return artifact.name + "hash", h1.encode()
 
@@ -5130,7 +5503,8 @@ class ReadAhead:
                 answer = mirror.large(artifact, Reach.FETCH)
                 assert isinstance(answer.body, FileBlob)
                 with contextlib.closing(answer.body) as blob:
-                    blob.wait_for_end()
+                    if answer.verdict is Verdict.MISS:
+                        blob.wait_for_end()
             if sight.kind == "mod":
                 self._mind.do(lambda: self._go_on(session, sight))
 
@@ -5258,7 +5632,7 @@ class SumDb:
         )
         if database not in self._marked:
             # The go command asks a file:// proxy for records only if it holds this file.
-            self._cache.keep(f"sumdb/{database}/supported", b"")
+            self._cache.keep(f"sumdb/{database}/supported", b"", replace=False)
             self._marked.add(database)
         return data
 
@@ -5809,7 +6183,7 @@ class Transfer:
         return b"%x\r\n%b\r\n" % (len(data), data)
 
     def _send_file(self, blob: FileBlob, count: int) -> int:
-        if hasattr(os, "sendfile"):
+        if hasattr(os, "sendfile") and blob.descriptor != OpenBytes.NO_DESCRIPTOR:
             return os.sendfile(self._sock.fileno(), blob.descriptor, blob.offset, count)
         return self._sock.send(blob.peek(min(count, CHUNK)))
 
@@ -6841,6 +7215,18 @@ def read_credentials(environ: Mapping[str, str]) -> tuple[dict[str, str], str]:
         return {}, f"no credentials are read: {error}"
 
 
+def _as_shared(settings: Settings, storage: Storage) -> Settings:
+    """Settings for one process if the store is that of one process. Raises UsageError."""
+    if storage.is_shared or settings.workers == 1:
+        return settings
+    if "workers" in settings.origins:
+        raise UsageError(
+            f"{settings.origins['workers']}={settings.workers}: want 1, because only one process "
+            f"can use -cache {settings.cache}"
+        )
+    return dataclasses.replace(settings, workers=1)
+
+
 class Daemon:
     """The one place that knows all rooms."""
 
@@ -6849,7 +7235,9 @@ class Daemon:
         self._settings = settings
         self._credentials, self._remark = read_credentials(environ)
         self._dialer = open_way_out(settings, environ)
-        self._storage = open_storage(settings.cache)
+        means = Means(settings.max_size, self._dialer, environ)
+        self._storage = open_storage(settings.cache, means)
+        self._settings = _as_shared(settings, self._storage)
         self._socket = open_socket(settings)
         self._log = Log(2, settings.log_format == "json")
 
@@ -6919,6 +7307,8 @@ class Daemon:
         self._log.line("Starting Go module proxy server")
         self._log.line(f"  Port: {port}")
         self._log.line(f"  Cache directory: {settings.cache}")
+        if self._storage.remark:
+            self._log.line(f"  {self._storage.remark}")
         self._log.line(f"  Upstream proxy: {settings.upstream_text}")
         if settings.proxy:
             self._log.line(f"  Outgoing proxy: {settings.proxy}")

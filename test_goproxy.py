@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import select
@@ -1801,9 +1802,13 @@ SETTINGS = {
 }
 BAD_SETTINGS = [
     ("cache", "CACHE_DIR", ""),
+    ("cache", "CACHE_DIR", "gopher://x"),
+    ("cache", "CACHE_DIR", "memory:x"),
     ("exclude", "GOPROXY_EXCLUDE", "example.com/["),
     ("host", "GOPROXY_HOST", "no such host"),
     ("log-format", "GOPROXY_LOG_FORMAT", "xml"),
+    ("max-size", "GOPROXY_MAX_SIZE", "0"),
+    ("max-size", "GOPROXY_MAX_SIZE", "much"),
     ("offline", "GOPROXY_OFFLINE", "perhaps"),
     ("port", "PORT", "-1"),
     ("port", "PORT", "65536"),
@@ -1860,6 +1865,14 @@ def test_a_password_in_a_url_is_masked(text: str, masked: str) -> None:
 )
 def test_a_time_is_written_as_in_go(text: str, seconds: float) -> None:
     assert goproxy.Settings.load([f"-ttl={text}"], {}).ttl == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("", None), ("7", 7), ("500MB", 500_000_000), ("1.5 GiB", 3 << 29), ("2t", 2 * 10**12)],
+)
+def test_a_size_is_written_with_its_unit(text: str, size: int | None) -> None:
+    assert goproxy.Settings.load([f"-max-size={text}"], {}).max_size == size
 
 
 def test_the_defaults_are_those_of_the_design() -> None:
@@ -2529,10 +2542,13 @@ def test_check_zip_never_laxer_than_go(ask_go: Ask, tmp_path: Path) -> None:
 # =============================================================================
 
 
-def drafted(folder: Path, length: int) -> goproxy.Draft:
-    draft = goproxy.Draft(str(folder))
-    draft.write(bytes(length))
+def grown(draft: goproxy.Draft, data: bytes) -> goproxy.Draft:
+    draft.write(data)
     return draft
+
+
+def drafted(folder: Path, length: int) -> goproxy.Draft:
+    return grown(goproxy.Draft(str(folder)), bytes(length))
 
 
 def test_the_end_of_a_draft_is_hidden_until_it_is_finished(tmp_path: Path) -> None:
@@ -4970,11 +4986,25 @@ def test_git_obeys_proxy_and_dns(
 # =============================================================================
 
 
+def means(limit: int | None = None, **environ: str) -> goproxy.Means:
+    return goproxy.Means(limit, dialer(), environ)
+
+
+Lent = contextlib.AbstractContextManager[str]
+# What -cache is given for each kind of store, made in a test's folder and lent to it.
+PLACES: dict[str, Callable[[Path], Lent]] = {
+    "folder": lambda folder: contextlib.nullcontext(str(folder / "store")),
+    "memory": lambda folder: contextlib.nullcontext("memory:"),
+}
+
+
 @pytest.fixture(params=sorted(goproxy.STORAGES))
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[goproxy.Storage]:
     """Every storage in turn: what is tested with this fixture is the contract of all."""
-    with contextlib.closing(goproxy.STORAGES[request.param](str(tmp_path / "store"))) as made:
-        yield made
+    with PLACES[request.param](tmp_path) as place:
+        settings = goproxy.Settings.load([f"-cache={place}"], {})
+        with contextlib.closing(goproxy.open_storage(settings.cache, means())) as made:
+            yield made
 
 
 def read(storage: goproxy.Storage, name: str) -> bytes:
@@ -4985,8 +5015,7 @@ def read(storage: goproxy.Storage, name: str) -> bytes:
 def test_a_storage_gives_back_what_it_was_given(storage: goproxy.Storage) -> None:
     storage.put(INFO, b"first")
     storage.put(INFO, b"second")
-    draft = drafted(Path(storage.drafts), 1_000_000)
-    storage.adopt(ZIP, draft)
+    storage.adopt(ZIP, grown(storage.draft(), bytes(1_000_000)))
     assert (read(storage, INFO), read(storage, ZIP)) == (b"second", bytes(1_000_000))
 
 
@@ -5027,14 +5056,158 @@ def test_a_storage_walks_over_what_it_holds(storage: goproxy.Storage) -> None:
 
 
 def test_an_open_blob_survives_its_removal(storage: goproxy.Storage) -> None:
-    storage.adopt(ZIP, drafted(Path(storage.drafts), 1_000_000))
+    storage.adopt(ZIP, grown(storage.draft(), bytes(3_000_000)))
     with contextlib.closing(storage.open(ZIP)) as blob:
         storage.remove(ZIP)
-        assert blob.read_all(1 << 20) == bytes(1_000_000)
+        assert blob.read_all(1 << 22) == bytes(3_000_000)
     with pytest.raises(goproxy.NotFound):
         storage.open(ZIP)
     with pytest.raises(goproxy.NotFound):
         storage.remove(ZIP)
+
+
+def test_what_is_stored_first_stays(storage: goproxy.Storage) -> None:
+    for data in (b"first", b"second"):
+        storage.put(INFO, data, replace=False)
+        storage.adopt(ZIP, grown(storage.draft(), data * 500_000))
+    assert (read(storage, INFO), read(storage, ZIP)) == (b"first", b"first" * 500_000)
+
+
+def test_a_blob_has_the_same_tag_each_time(storage: goproxy.Storage) -> None:
+    storage.put(INFO, b"small")
+    storage.adopt(ZIP, grown(storage.draft(), bytes(3_000_000)))
+    for name in (INFO, ZIP):
+        one, other = storage.open(name), storage.open(name)
+        with contextlib.closing(one), contextlib.closing(other):
+            assert one.etag == other.etag != ""
+
+
+# --- memory ------------------------------------------------------------------
+
+
+def test_the_version_not_read_for_longest_makes_room(tmp_path: Path) -> None:
+    with contextlib.closing(goproxy.MemoryStorage(100_000)) as memory:
+        for version in ("v1.0.0", "v1.1.0"):
+            memory.put(f"example.com/quote/@v/{version}.info", b"x")
+            memory.adopt(
+                f"example.com/quote/@v/{version}.zip", grown(memory.draft(), bytes(40_000))
+            )
+        assert read(memory, INFO) == b"x"
+        memory.put("example.com/big/@v/v1.0.0.zip", bytes(40_000))
+        left = ["example.com/big/@v/v1.0.0.zip", INFO, ZIP]
+        assert sorted(item.name for item in memory.walk()) == left
+        assert memory.names("example.com/quote/@v/") == ["v1.0.0.info", "v1.0.0.zip"]
+
+
+def test_what_is_larger_than_the_memory_is_refused(tmp_path: Path) -> None:
+    with contextlib.closing(goproxy.MemoryStorage(1000)) as memory:
+        memory.put(INFO, b"x")
+        with pytest.raises(goproxy.StoreDown, match="-max-size"):
+            memory.put(ZIP, bytes(1001))
+        assert read(memory, INFO) == b"x"
+
+
+def test_memory_says_that_nothing_survives_and_serves_from_one_process(
+    run: Run, upstream: Upstream
+) -> None:
+    variables = {"GOPROXY_WORKERS": ""}
+    proxy = run(variables, cache="memory:", max_size="1MB", upstream=upstream.url())
+    assert "1000000 bytes at most: nothing survives" in proxy.log
+    for _ in range(3):
+        assert [proxy.get(path).body for path in (INFO, MOD, BIG)] == [
+            SITE[path] for path in (INFO, MOD, BIG)
+        ]
+    assert upstream.asked == [INFO, MOD, BIG]
+    assert sorted(path.name for path in run.folder.iterdir()) == []
+
+
+def test_memory_refuses_several_processes(tmp_path: Path) -> None:
+    ended = finish(tmp_path, "-cache=memory:", "-workers=2", "-port=0")
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert "-workers=2" in ended.err
+
+
+# --- spools ------------------------------------------------------------------
+
+
+class Parts(goproxy.Blob):
+    """A blob that gives its parts as they are put, and raises those that are errors."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.modified = 1_000_000.5
+        self.parts: queue.SimpleQueue[bytes | goproxy.ProxyError] = queue.SimpleQueue()
+        self.closed = threading.Event()
+
+    def read(self, count: int) -> bytes:
+        part = self.parts.get(timeout=PATIENCE)
+        if isinstance(part, goproxy.ProxyError):
+            raise part
+        return part
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+class Faraway(goproxy.RemoteStorage, goproxy.MemoryStorage):
+    """A storage whose bytes come as slowly as the test likes."""
+
+    def __init__(self, size: int) -> None:
+        goproxy.RemoteStorage.__init__(self)
+        self.blobs = [Parts(size), Parts(size)]
+        self.fetched = 0
+
+    def _fetch(self, name: str) -> goproxy.Blob:
+        self.fetched += 1
+        return self.blobs[self.fetched - 1]
+
+
+def test_readers_of_a_remote_zip_share_one_spool_as_it_fills() -> None:
+    with contextlib.closing(Faraway(2_000_000)) as remote:
+        parts = remote.blobs[0].parts
+        parts.put(b"1" * 1_000_000)
+        one, other = remote.open(ZIP), remote.open(ZIP)
+        assert (one.size, one.etag) == (2_000_000, other.etag)
+        assert one.read(10) == other.read(10) == b"1" * 10
+        parts.put(b"2" * 1_000_000)
+        parts.put(b"")
+        assert one.read_all(1 << 21) == other.read_all(1 << 21)
+        assert remote.fetched == 1
+
+
+def test_readers_of_a_remote_zip_are_told_when_the_store_fails_midway() -> None:
+    with contextlib.closing(Faraway(2_000_000)) as remote:
+        remote.blobs[0].parts.put(b"1" * 1_000_000)
+        blob = remote.open(ZIP)
+        remote.blobs[0].parts.put(goproxy.StoreDown("gone"))
+        with pytest.raises(goproxy.StoreDown, match="gone"):
+            blob.read_all(1 << 21)
+        assert remote.blobs[0].closed.wait(PATIENCE)
+        remote.blobs[1].parts.put(b"2" * 1_000_000)
+        with contextlib.closing(remote.open(ZIP)) as again:
+            assert again.read(1) == b"2"
+
+
+def test_a_remote_zip_that_is_too_short_is_never_whole() -> None:
+    with contextlib.closing(Faraway(2_000_000)) as remote:
+        for part in (b"1" * 1_999_999, b""):
+            remote.blobs[0].parts.put(part)
+        blob = remote.open(ZIP)
+        with pytest.raises(goproxy.StoreDown, match="less"):
+            blob.read_all(1 << 21)
+
+
+def test_a_spool_that_nobody_reads_is_given_up() -> None:
+    with contextlib.closing(Faraway(2_000_000)) as remote:
+        remote.blobs[0].parts.put(b"1" * 100_000)
+        blob = remote.open(ZIP)
+        blob.close()
+        del blob
+        remote.blobs[0].parts.put(b"1" * 100_000)
+        assert remote.blobs[0].closed.wait(PATIENCE)
+
+
+# --- a folder ----------------------------------------------------------------
 
 
 def test_the_cache_has_the_layout_of_a_gomodcache(proxy: Proxy, run: Run) -> None:
@@ -6532,6 +6705,23 @@ def test_go_gets_whatever_is_asked_of_it(
     go = make_go(shared.proxy.url)
     go("get", f"example.com/quote@{query}")
     assert go("list", "-m", "example.com/quote") == f"example.com/quote {version}\n"
+
+
+@needs_go
+@pytest.mark.parametrize("kind", sorted(set(goproxy.STORAGES) - {"folder"}))
+def test_go_downloads_through_every_kind_of_store(
+    run: Run, upstream: Upstream, make_go: GoMaker, kind: str
+) -> None:
+    with PLACES[kind](run.folder) as place:
+        proxy = run(cache=place, upstream=upstream.url())
+        for _ in range(2):
+            (quote, big) = make_go(proxy.url).download(
+                "example.com/quote@v1.0.0", "example.com/big@v1.0.0"
+            )
+            assert quote["Sum"] == hash1(SITE[ZIP])
+            assert Path(big["Zip"]).read_bytes() == SITE[BIG]
+        assert sorted(set(upstream.asked)) == sorted(upstream.asked)
+        proxy.stop()
 
 
 @needs_go
