@@ -4169,6 +4169,89 @@ def test_tls_that_drips_ends_at_the_deadline(trust: Trust) -> None:
             goproxy.start_tls(sock, trust.client, "127.0.0.1", soon(0.3))
 
 
+# --- the pool ----------------------------------------------------------------
+
+
+def answering(sock: socket.socket) -> None:
+    """Answers every request on the connection alike."""
+    while True:
+        heard = b""
+        while not heard.endswith(b"\r\n\r\n"):
+            heard += exactly(sock, 1)
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+
+def dripping(sock: socket.socket) -> None:
+    """A body that never ends and never stalls."""
+    sock.recv(1000)
+    sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    sock.settimeout(0.01)
+    while True:
+        sock.sendall(b"1\r\nx\r\n")
+        with contextlib.suppress(socket.timeout):
+            sock.recv(1)
+
+
+QUICK = goproxy.Patience(PATIENCE, PATIENCE, PATIENCE)
+
+
+def ask_at_once(client: goproxy.Client, port: int, count: int) -> None:
+    """So many requests, none of which may use the connection of another one."""
+    url = goproxy.Url("http", "127.0.0.1", port)
+    responses = [client.get(url, QUICK) for _ in range(count)]
+    assert [response.read_all(10) for response in responses] == [b"ok"] * count
+
+
+def test_ten_idle_connections_to_a_host_are_kept() -> None:
+    with Peer(answering) as peer, contextlib.closing(goproxy.Client(dialer(), {})) as client:
+        ask_at_once(client, peer.port, 12)
+        ask_at_once(client, peer.port, 12)
+        assert peer.connections == 12 + 2
+
+
+def test_a_hundred_idle_connections_are_kept_in_all() -> None:
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(contextlib.closing(goproxy.Client(dialer(), {})))
+        peers = [stack.enter_context(Peer(answering)) for _ in range(11)]
+        for peer in peers:
+            ask_at_once(client, peer.port, 10)
+        for peer in peers:
+            ask_at_once(client, peer.port, 10)
+        assert [peer.connections for peer in peers] == [10] * 10 + [20]
+
+
+class ForgetfulClient(goproxy.Client):
+    _IDLE_SECONDS = 0.0
+
+
+@pytest.mark.parametrize(("kind", "connections"), [(goproxy.Client, 1), (ForgetfulClient, 2)])
+def test_an_idle_connection_is_kept_for_its_time(
+    kind: type[goproxy.Client], connections: int
+) -> None:
+    assert goproxy.Client._IDLE_SECONDS == 90
+    with Peer(answering) as peer, contextlib.closing(kind(dialer(), {})) as client:
+        ask_at_once(client, peer.port, 1)
+        ask_at_once(client, peer.port, 1)
+        assert peer.connections == connections
+
+
+def test_a_body_that_drips_ends_with_the_time_for_all() -> None:
+    with Peer(dripping) as peer, contextlib.closing(goproxy.Client(dialer(), {})) as client:
+        url = goproxy.Url("http", "127.0.0.1", peer.port)
+        response = client.get(url, goproxy.Patience(PATIENCE, PATIENCE, 0.3))
+        with contextlib.closing(response), pytest.raises(goproxy.UpstreamTimeout):
+            response.read_all(1 << 20)
+
+
+def test_a_redirect_from_https_to_http_is_refused(trust: Trust, upstream: Upstream) -> None:
+    secure = Upstream(SITE, trust.server)
+    with contextlib.closing(secure), contextlib.closing(links(trust).client) as client:
+        away = goproxy.parse_url(secure.url("redirect-away"))
+        with pytest.raises(goproxy.BadUpstream, match="from https to http refused"):
+            client.get(goproxy.below(away, INFO), QUICK)
+        assert secure.asked == [INFO]
+
+
 # --- tunnels -----------------------------------------------------------------
 
 PROXIES = [
