@@ -107,8 +107,9 @@ import traceback
 import unicodedata
 import urllib.parse
 import weakref
+import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -328,7 +329,7 @@ def check_module(path: str, version: str) -> None:
     if version != exact:
         raise BadName(f"version {quoted(version)} is not canonical (should be {quoted(exact)})")
     _, major = split_path_version(path)
-    if not _major_fits(parsed, major):
+    if not fits_major(version, major):
         want = major[1:] or "v0 or v1"
         raise BadName(f"{path}@{version}: invalid version: should be {want}, not v{parsed.major}")
 
@@ -542,13 +543,58 @@ def semver_key(version: str) -> SemverKey:
     return (True, numbers, not parsed.pre, order, version)
 
 
-def _major_fits(version: _Semver, path_major: str) -> bool:
-    # module.CheckPathMajor. gopkg.in/check.v1 has pseudo-versions v0.0.0-... from an old bug.
+def fits_major(version: str, path_major: str) -> bool:
+    """Whether a version may belong to a path of that major, as split_path_version tells it
+    (module.CheckPathMajor)."""
+    # gopkg.in/check.v1 has pseudo-versions v0.0.0-... from an old bug.
+    parsed = _parse(version)
+    if not parsed:
+        return False
     if not path_major:
-        return version.major in ("0", "1") or version.build == "+incompatible"
+        return parsed.major in ("0", "1") or parsed.build == "+incompatible"
     major = path_major[1:].partition("-")[0]
-    old = path_major.startswith(".v1") and version[:3] == ("0", "0", "0") and bool(version.pre)
-    return major == "v" + version.major or (old and major == "v1")
+    old = path_major.startswith(".v1") and parsed[:3] == ("0", "0", "0") and bool(parsed.pre)
+    return major == "v" + parsed.major or (old and major == "v1")
+
+
+class Pseudo(NamedTuple):
+    """A pseudo-version in parts: `base` is the version before it or "", `stamp` the time of its
+    commit as %Y%m%d%H%M%S, `revision` the beginning of the commit's hash."""
+
+    base: str
+    stamp: str
+    revision: str
+
+
+def read_pseudo(version: str) -> Pseudo:
+    """The parts of a pseudo-version. Raises BadName (module.PseudoVersionBase)."""
+    parsed = _parse(version)
+    if not parsed or not is_pseudo(version):
+        raise BadName(f"{quoted(version)} is not a pseudo-version")
+    head, _, revision = parsed.pre[1:].rpartition("-")
+    mark, _, stamp = head.rpartition(".")
+    if mark not in ("", "0"):
+        before = f"v{parsed.major}.{parsed.minor}.{parsed.patch}-{mark[: -len('.0')]}{parsed.build}"
+        return Pseudo(before, stamp, revision)
+    if not mark:
+        if parsed.build:
+            raise BadName(f"lacks base version, but has build metadata {quoted(parsed.build)}")
+        return Pseudo("", stamp, revision)
+    if parsed.patch == "0":
+        raise BadName("version before it would have negative patch number")
+    before = f"v{parsed.major}.{parsed.minor}.{int(parsed.patch) - 1}{parsed.build}"
+    return Pseudo(before, stamp, revision)
+
+
+def make_pseudo(major: str, base: str, stamp: str, revision: str) -> str:
+    """The pseudo-version after `base`, or the first of `major` ("v2"; "" for v0) if that is ""
+    (module.PseudoVersion)."""
+    parsed = _parse(base)
+    if not parsed:
+        return f"{major or 'v0'}.0.0-{stamp}-{revision}"
+    if parsed.pre:
+        return f"{base}.0.{stamp}-{revision}"
+    return f"v{parsed.major}.{parsed.minor}.{int(parsed.patch) + 1}-0.{stamp}-{revision}"
 
 
 # Capital letters of Unicode 14 and their small ones: Go knows them, Python 3.9 and 3.10 do not.
@@ -1744,6 +1790,167 @@ def read_go_mod(raw: bytes) -> GoMod:
                 direct = not comment.strip().startswith("indirect")
                 requirements.append(Requirement(pair[0], pair[1], direct))
     return GoMod(requirements, prunes)
+
+
+_INTERVAL = re.compile(r"\[\s*([^\s,\]]+)\s*,\s*([^\s,\]]+)\s*\]|(v[^\s,]+)")
+_RETRACT = re.compile(r"retract(?=[\s\[(])\s*")
+
+
+def read_retractions(raw: bytes) -> list[tuple[str, str]]:
+    """The intervals of versions that a go.mod retracts, both ends included, read leniently (Go
+    reference, "retract directive")."""
+    found: list[tuple[str, str]] = []
+    in_block = False
+    for line in raw.decode("utf-8", "replace").splitlines():
+        words = line.partition("//")[0].replace('"', " ").strip()
+        verb = _RETRACT.match(words)
+        rest = words[verb.end() :] if verb else words
+        if rest in ("(", ")"):
+            in_block = bool(verb)
+        elif verb or in_block:
+            interval = _INTERVAL.fullmatch(rest)
+            ends = (
+                (interval[1] or interval[3], interval[2] or interval[3]) if interval else ("", "")
+            )
+            if all(map(is_canonical, ends)):
+                found.append(ends)
+    return found
+
+
+def choose_files(sizes: Mapping[str, int | None], go_mod: bytes) -> list[str]:
+    """The names of the files that belong into a module zip, of all files below its root with
+    their sizes in bytes (None: a link, or something else that is not a regular file). `go_mod` is
+    the go.mod at the root, b"" if there is none.
+
+    Nested modules and vendored packages stay out. Raises BadUpstream for a file that no module
+    may have, and for too much (zip.Create of x/mod).
+    """
+    modern = _minor_version(go_mod) >= 24
+    nested = {
+        name[: -len("go.mod")]
+        for name, size in sizes.items()
+        if size is not None and fold(name.rpartition("/")[2]) == "go.mod" and "/" in name
+    }
+    kept = [
+        name
+        for name in sizes
+        if not (_is_vendored(name, modern) or _is_below(name, nested) or name == ".hg_archival.txt")
+    ]
+    chosen = {name: size for name in kept if (size := sizes[name]) is not None}
+    for name in kept:
+        _check_chosen(name, chosen.get(name))
+    _check_collisions([name.encode() for name in kept])
+    if sum(chosen.values()) > MAX_ZIP:
+        raise BadUpstream(f"module source tree too large (max size is {MAX_ZIP} bytes)")
+    return list(chosen)
+
+
+_GO_DIRECTIVE = re.compile(rb"^[ \t]*go[ \t]+v?1\.([0-9]{1,3})(?![0-9])", re.MULTILINE)
+
+
+def _minor_version(go_mod: bytes) -> int:
+    found = _GO_DIRECTIVE.search(go_mod)
+    return int(found[1]) if found else 0
+
+
+def _is_vendored(name: str, modern: bool) -> bool:
+    """isVendoredPackage of x/mod/zip. Before Go 1.24 it looked for the second slash from the wrong
+    place, which must stay so, because it decides the hash."""
+    if modern and name == "vendor/modules.txt":
+        return True
+    raw = name.encode("utf-8", "surrogateescape")
+    at = raw.find(b"/vendor/")
+    if raw.startswith(b"vendor/"):
+        start = len(b"vendor/")
+    elif at >= 0:
+        start = len(b"/vendor/") + (at if modern else 0)
+    else:
+        return False
+    return b"/" in raw[start:]
+
+
+def _is_below(name: str, folders: Set[str]) -> bool:
+    """Whether a folder, spelt with a slash at its end, is a parent of the file."""
+    ends = (at + 1 for at, char in enumerate(name) if char == "/")
+    return bool(folders) and any(name[:end] in folders for end in ends)
+
+
+def _check_chosen(name: str, size: int | None) -> None:
+    try:
+        check_file_path(name)
+        if name.lower() == "go.mod" or size is not None:
+            _check_special(name, size or 0)
+    except (BadName, ValueError) as error:
+        raise BadUpstream(f"create zip: {quoted(name)[1:-1]}: {error}") from None
+
+
+class _Sink(io.RawIOBase):
+    """Takes what a ZipFile writes; it cannot seek, so that a zip can leave while it grows."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._parts.append(bytes(data))
+        return len(data)
+
+    def take(self) -> bytes:
+        taken = b"".join(self._parts)
+        self._parts.clear()
+        return taken
+
+
+def zip_pieces(path: str, version: str, files: Iterable[ZipFile]) -> Iterator[bytes]:
+    """A module zip, piece by piece, never held whole: the same files give the same bytes. The
+    files are those that choose_files names, in the order given; pieces may be empty.
+    Raises BadName for a bad path or version."""
+    check_module(path, version)
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for name, pieces in files:
+            entry = zipfile.ZipInfo(f"{path}@{version}/{name}")
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.create_system = 3
+            entry.external_attr = 0o644 << 16
+            with archive.open(entry, "w") as out:
+                for piece in pieces:
+                    out.write(piece)
+                    yield sink.take()
+    yield sink.take()
+
+
+ZipFile = tuple[str, Iterable[bytes]]
+
+
+def write_zip(
+    out: BinaryIO,
+    module: tuple[str, str],
+    sizes: Mapping[str, int | None],
+    opened: Callable[[str], BinaryIO],
+) -> None:
+    """Write the zip of a module (path, version) from files below its root: `sizes` as for
+    choose_files, `opened` opens one by name. Raises BadName, and BadUpstream in the words of x/mod.
+    """
+    go_mod = b""
+    if sizes.get("go.mod") is not None:
+        with opened("go.mod") as file:
+            go_mod = file.read(MAX_GO_MOD + 1)
+    names = sorted(choose_files(sizes, go_mod))
+    contents = ((name, _pieces(opened(name), name, sizes[name] or 0)) for name in names)
+    for piece in zip_pieces(*module, contents):
+        out.write(piece)
+
+
+def _pieces(opened: BinaryIO, name: str, size: int) -> Iterator[bytes]:
+    with opened as file:
+        for piece in iter(functools.partial(file.read, _CHUNK), b""):
+            size -= len(piece)
+            if size < 0:
+                raise BadUpstream(f"file {quoted(name)} is larger than declared size")
+            yield piece
 
 
 class Kind(NamedTuple):

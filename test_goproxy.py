@@ -1548,6 +1548,29 @@ FOLDS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("major", "base", "pseudo"),
+    [
+        ("", "", "v0.0.0-20240102030405-abcdefabcdef"),
+        ("v2", "", "v2.0.0-20240102030405-abcdefabcdef"),
+        ("", "v1.2.9", "v1.2.10-0.20240102030405-abcdefabcdef"),
+        ("", "v1.2.3-rc.1", "v1.2.3-rc.1.0.20240102030405-abcdefabcdef"),
+    ],
+)
+def test_a_pseudo_version_is_taken_apart_as_it_was_made(major: str, base: str, pseudo: str) -> None:
+    parts = goproxy.Pseudo(base, "20240102030405", "abcdefabcdef")
+    assert goproxy.make_pseudo(major, *parts) == pseudo
+    assert goproxy.read_pseudo(pseudo) == parts
+
+
+@pytest.mark.parametrize(
+    "version", ["v1.0.0", "v1.2.0-0.20240102030405-a", "v2.0.0-20240102030405-a+incompatible"]
+)
+def test_an_impossible_pseudo_version_is_refused(version: str) -> None:
+    with pytest.raises(goproxy.BadName):
+        goproxy.read_pseudo(version)
+
+
 @pytest.mark.parametrize(("left", "right", "same"), FOLDS)
 def test_fold(left: str, right: str, same: bool) -> None:
     assert (goproxy.fold(left) == goproxy.fold(right)) is same
@@ -2535,6 +2558,81 @@ def test_check_zip_never_laxer_than_go(ask_go: Ask, tmp_path: Path) -> None:
     zips += [pack(*map(Part, names)) for names, _ in BAD_NAMES]
     for number, (ours, theirs) in enumerate(zips_like_go(ask_go, tmp_path, zips)):
         assert ours in ("refused", theirs), number
+
+
+MODERN, OLDER = b"module example.com/m\n\ngo 1.24.0\n", b"module example.com/m\ngo 1.23\n"
+FOLDERS: list[tuple[str, bytes, str]] = [
+    ("a.go go.mod", MODERN, "a.go go.mod"),
+    ("go.mod link@ sub/a.go sub/go.mod", MODERN, "go.mod"),
+    ("go.mod sub/a.go sub/GO.MOD", MODERN, "go.mod"),
+    ("go.mod sub/a.go sub/go.mod@", MODERN, "go.mod sub/a.go"),
+    ("subway/a.go sub/go.mod", b"", "subway/a.go"),
+    ("vendor/a/a.go vendor/a.go vendor/modules.txt", MODERN, "vendor/a.go"),
+    ("vendor/a/a.go vendor/a.go vendor/modules.txt", OLDER, "vendor/a.go vendor/modules.txt"),
+    ("pkg/vendor/a.go pkg/vendor/a/a.go", MODERN, "pkg/vendor/a.go"),
+    ("pkg/vendor/a.go p/vendor/a.go", OLDER, ""),
+    ("ö/vendor/a.go", OLDER, ""),
+    (".hg_archival.txt .git/x sub/.hg_archival.txt", b"", ".git/x sub/.hg_archival.txt"),
+    ("vendor/con/x? nul@", b"", "!create zip: nul"),
+    ("a A", b"", "!case-insensitive file name collision"),
+    ("a/b A@", b"", "!case-insensitive file name collision"),
+    ("GO.MOD", b"", "!go.mod files must have lowercase names"),
+    ("x\udc80", b"", "!invalid char"),
+]
+
+
+@pytest.mark.parametrize(("tree", "go_mod", "chosen"), FOLDERS)
+def test_what_go_leaves_out_of_a_module_stays_out(tree: str, go_mod: bytes, chosen: str) -> None:
+    """A name with @ is a link; a ! means that the whole is refused."""
+    sizes = {name.rstrip("@"): None if "@" in name else 1 for name in tree.split()}
+    if chosen.startswith("!"):
+        with pytest.raises(goproxy.BadUpstream, match=chosen[1:]):
+            goproxy.choose_files(sizes, go_mod)
+    else:
+        assert goproxy.choose_files(sizes, go_mod) == chosen.split()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "big", "go.mod"])
+def test_a_module_has_limits(name: str) -> None:
+    limit = (500 if name == "big" else 16) << 20
+    assert goproxy.choose_files({name: limit}, b"") == [name]
+    with pytest.raises(goproxy.BadUpstream, match="too large"):
+        goproxy.choose_files({name: limit + 1}, b"")
+
+
+def test_a_zip_is_written_without_being_held(tmp_path: Path) -> None:
+    files = {
+        "go.mod": b"module example.com/m\n",
+        "noise": NOISE,
+        "ö.go": b"package m\n",
+        "empty": b"",
+    }
+    sizes = {name: len(data) for name, data in files.items()}
+    outs = [io.BytesIO(), io.BytesIO()]
+    for out in outs:
+        goproxy.write_zip(out, (MODULE, VERSION), sizes, lambda name: io.BytesIO(files[name]))
+    assert outs[0].getvalue() == outs[1].getvalue()
+    assert goproxy.check_zip(outs[0], MODULE, VERSION) == dirhash(files)
+
+
+def test_a_file_that_grows_while_it_is_packed_is_refused() -> None:
+    with pytest.raises(goproxy.BadUpstream, match="larger than declared size"):
+        goproxy.write_zip(io.BytesIO(), (MODULE, VERSION), {"a": 1}, lambda name: io.BytesIO(b"ab"))
+
+
+def test_retractions_are_read_in_every_form() -> None:
+    raw = b"""module m
+retract v1.0.0 // because
+retract [v1.1.0, v1.2.0]
+retract (
+\tv1.3.0
+\t[ v1.4.0 , v1.5.0 ] // why
+\tv1 // not canonical
+)
+require retract.example/v9 v9.0.0
+"""
+    wanted = [("v1.0.0",) * 2, ("v1.1.0", "v1.2.0"), ("v1.3.0",) * 2, ("v1.4.0", "v1.5.0")]
+    assert goproxy.read_retractions(raw) == wanted
 
 
 # =============================================================================
