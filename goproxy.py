@@ -1028,6 +1028,14 @@ def _size(text: str) -> int | None:
     return size
 
 
+def _folders(text: str) -> tuple[str, ...]:
+    folders = tuple(filter(None, map(str.strip, text.split(","))))
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise ValueError(f"there is no folder {quoted(folder)}")
+    return folders
+
+
 def _log_format(text: str) -> str:
     if text not in ("json", "text"):
         raise ValueError("want text or json")
@@ -1071,6 +1079,13 @@ class Settings:
     log_format: str = _option("GOPROXY_LOG_FORMAT", "text", _log_format, "FORMAT", "text or json")
     max_size: int | None = _option(
         "GOPROXY_MAX_SIZE", "", _size, "SIZE", "how much memory: holds, such as 4GB (default 1GB)"
+    )
+    modules: tuple[str, ...] = _option(
+        "GOPROXY_MODULES",
+        "",
+        _folders,
+        "FOLDERS",
+        "modules of our own, by commas, each laid out as the cache; what they have wins",
     )
     offline: bool = _option("GOPROXY_OFFLINE", "false", _switch, "", "answer from the store alone")
     port: int = _option("PORT", "12345", _port, "PORT", "listen on it; 0 picks a free one")
@@ -1440,6 +1455,29 @@ def check_zip(file: BinaryIO, path: str, version: str) -> str:
     prefix = f"{path}@{version}/"
     _check_names(_entries(file, directory), prefix.encode())
     return _hash1(_digests(file, directory))
+
+
+def mod_in_zip(file: BinaryIO, path: str, version: str) -> bytes:
+    """The go.mod of a module zip, or the one that cmd/go makes where there is none (cmd/go:
+    modfetch/coderepo.go, legacyGoMod). Raises BadUpstream."""
+    directory = _find_directory(file)
+    name = f"{path}@{version}/go.mod".encode()
+    entry = next((each for each in _entries(file, directory) if each.name == name), None)
+    if not entry:
+        return f"module {path}\n".encode()
+    if entry.size > MAX_GO_MOD:
+        raise BadUpstream(f"go.mod file too large (max size is {MAX_GO_MOD} bytes)")
+    cursor = _Cursor(file, entry.offset, directory.start)
+    try:
+        _skip_local(cursor)
+        return b"".join(_unpacked(cursor, entry))
+    except (ValueError, zlib.error) as error:
+        raise BadUpstream(f"go.mod: {error}") from None
+
+
+def _skip_local(cursor: _Cursor) -> None:
+    *_, name_length, extra_length = _LOCAL.unpack(cursor.take(_LOCAL.size))
+    cursor.take(name_length + extra_length)
 
 
 def _find_directory(file: BinaryIO) -> _Directory:
@@ -5019,7 +5057,8 @@ class Stored(Source):
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
 
-    def _with_zip(self, path: str) -> list[str]:
+    def with_zip(self, path: str) -> list[str]:
+        """The canonical versions whose zip is there."""
         names = self._shelf.names(f"{escape_path(path)}/@v/")
         versions = []
         for name in names:
@@ -5029,7 +5068,7 @@ class Stored(Source):
         return [version for version in versions if is_canonical(version)]
 
     def versions(self, path: str) -> list[str]:
-        found = self._with_zip(path)
+        found = self.with_zip(path)
         if not found:
             raise NotFound("no version in the store")
         return [version for version in found if not is_pseudo(version)]
@@ -5038,7 +5077,7 @@ class Stored(Source):
         if query != LATEST:
             with contextlib.closing(self._shelf.open(query_name(path, query))) as blob:
                 return read_info(blob.read_all(MAX_INFO), None)
-        version = newest(self._with_zip(path))
+        version = newest(self.with_zip(path))
         try:
             blob = self._shelf.open(Artifact(path, version, "info").name)
         except NotFound:
@@ -5148,6 +5187,79 @@ class LocalFolder(Stored):
         kind.check(artifact, data)
         return BytesBlob(data)
 
+
+class OwnModules(Source):
+    """The folders of -modules, the first of which wins. A version is there once its .zip is; what
+    is missing beside that is made from it. Nothing is remembered, so changes count at once."""
+
+    def __init__(self, folders: Sequence[str]) -> None:
+        self._shelves = {folder: Folder(folder) for folder in folders}
+
+    def _shelf(self, stem: str) -> Folder | None:
+        """The folder that has <module>/@v/<version>, both escaped. A share that is not mounted is
+        an outage: else what it hides would be replaced by what others have."""
+        for folder, shelf in self._shelves.items():
+            if shelf.stamp(f"{stem}.zip") is not None:
+                return shelf
+            if not os.path.isdir(folder):
+                raise StoreDown(f"the folder {folder} of -modules is not there")
+        return None
+
+    def has(self, path: str, version: str) -> bool:
+        return bool(self._shelf(_stem(path, version)))
+
+    def stamp(self, name: str) -> object:
+        """As Shelf.stamp; never None for a file of a version that is, or may be, ours."""
+        try:
+            shelf = self._shelf(name.rpartition(".")[0])
+        except StoreDown:
+            return "nobody knows"
+        return shelf and (shelf.stamp(name) or "made of the zip")
+
+    def versions(self, path: str) -> list[str]:
+        """All versions, pseudo-versions too; [] if there are none."""
+        found = []
+        for shelf in self._shelves.values():
+            found += Stored(shelf).with_zip(path)
+        return found
+
+    def resolve(self, path: str, query: str) -> Info:
+        with contextlib.closing(self.open(Artifact(path, query, "info"))) as blob:
+            return read_info(blob.read_all(MAX_INFO), query)
+
+    def open(self, artifact: Artifact) -> FileBlob:
+        shelf = self._shelf(_stem(artifact.path, artifact.version))
+        if not shelf:
+            raise NotFound("not in -modules")
+        try:
+            return shelf.open(artifact.name)
+        except NotFound:
+            if artifact.kind not in _MADE_OF_ZIP:
+                raise
+        with contextlib.closing(shelf.open(artifact._replace(kind="zip").name)) as blob:
+            data = _MADE_OF_ZIP[artifact.kind](artifact, blob)
+        return FileBlob(OpenBytes(data), len(data), blob.modified)
+
+
+def _stem(path: str, version: str) -> str:
+    return Artifact(path, version, "zip").name[: -len(".zip")]
+
+
+def make_info(version: str, modified: float) -> bytes:
+    """An .info; `modified` in seconds since the epoch."""
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(modified))
+    return json.dumps({"Version": version, "Time": moment}, separators=(",", ":")).encode()
+
+
+def _mod_of_blob(artifact: Artifact, blob: FileBlob) -> bytes:
+    with open(blob.descriptor, "rb", closefd=False) as file:
+        return mod_in_zip(file, artifact.path, artifact.version)
+
+
+_MADE_OF_ZIP: dict[str, Callable[[Artifact, FileBlob], bytes]] = {
+    "info": lambda artifact, blob: make_info(artifact.version, blob.modified),
+    "mod": _mod_of_blob,
+}
 
 _SOURCES: dict[str, Callable[[Client, Hop], Source]] = {
     "file": lambda client, hop: LocalFolder(hop.folder),
@@ -5428,7 +5540,23 @@ def _answer(stored: _Kept | None, verdict: Verdict) -> Answer:
     return Answer(stored.data, verdict, max(0, int(stored.age)))
 
 
-class Mirror:
+class Modules(Protocol):
+    """Everything a client can ask of a module, as bytes."""
+
+    def versions(self, path: str, reach: Reach) -> Answer:
+        """Versions, one per line in semver order."""
+
+    def resolve(self, path: str, query: str, reach: Reach) -> Answer:
+        """The .info of what "latest", a branch or a commit stands for."""
+
+    def small(self, artifact: Artifact, reach: Reach) -> Answer:
+        """A .info or .mod."""
+
+    def large(self, artifact: Artifact, reach: Reach) -> Answer:
+        """A .zip."""
+
+
+class Mirror(Modules):
     """A source, remembered: everything a client can ask of a module, as bytes."""
 
     def __init__(self, source: Source, cache: Cache) -> None:
@@ -5507,15 +5635,81 @@ def _lines(versions: Iterable[str]) -> bytes:
 class Policy:
     """Who may be asked about which module. Decided on the unescaped path, before anything else."""
 
-    def __init__(self, mirror: Mirror, exclude: Sequence[str]) -> None:
+    def __init__(self, mirror: Modules, storage: Storage, exclude: Sequence[str]) -> None:
         self._mirror = mirror
+        self._storage = storage
         self._exclude = exclude
 
-    def admit(self, path: str) -> Mirror:
-        """The mirror that answers for a module. Raises NotFound for excluded ones."""
+    def admit(self, path: str) -> Modules:
+        """Who answers for a module. Raises NotFound for excluded ones."""
         if matches(self._exclude, path):
             raise NotFound("excluded by this proxy")
         return self._mirror
+
+    def check_public(self, path: str, version: str) -> None:
+        """Raises NotFound for what no checksum database may be asked about."""
+        self.admit(path)
+
+    def stamp(self, name: str) -> object:
+        """The stamp of the file that would answer for a name now: see Shelf.stamp."""
+        return self._storage.stamp(name)
+
+
+class OwnFirst(Policy, Modules):
+    """The versions that are ours, before a policy is asked about any others."""
+
+    def __init__(self, own: OwnModules, policy: Policy) -> None:
+        self._own = own
+        self._policy = policy
+
+    def admit(self, path: str) -> Modules:
+        return self
+
+    def check_public(self, path: str, version: str) -> None:
+        if self._own.has(path, version):
+            raise NotFound("this version is made here, so set GONOSUMDB for it")
+        self._policy.check_public(path, version)
+
+    def stamp(self, name: str) -> object:
+        return self._own.stamp(name) or self._policy.stamp(name)
+
+    def versions(self, path: str, reach: Reach) -> Answer:
+        """Ours and the others'; ours alone if there are no others or they cannot be had."""
+        ours = self._own.versions(path)
+        tagged = [version for version in ours if not is_pseudo(version)]
+        try:
+            answer = self._policy.admit(path).versions(path, reach)
+        except ProxyError:
+            if not ours:
+                raise
+            return Answer(_lines(tagged), Verdict.HIT)
+        return answer._replace(body=_lines([*answer.data.decode().split(), *tagged]))
+
+    def resolve(self, path: str, query: str, reach: Reach) -> Answer:
+        """@latest is the newest of ours and the others'; other queries are none of ours."""
+        ours = self._own.versions(path) if query == LATEST else []
+        try:
+            answer = self._policy.admit(path).resolve(path, query, reach)
+        except ProxyError:
+            if not ours:
+                raise
+            best = newest(ours)
+        else:
+            best = newest([*ours, read_info(answer.data).version])
+        return Answer(self._own.resolve(path, best).raw, Verdict.HIT) if best in ours else answer
+
+    def small(self, artifact: Artifact, reach: Reach) -> Answer:
+        if not self._own.has(artifact.path, artifact.version):
+            return self._policy.admit(artifact.path).small(artifact, reach)
+        with contextlib.closing(self._own.open(artifact)) as blob:
+            data = blob.read_all(KINDS[artifact.kind].limit)
+            return Answer(data, Verdict.HIT, 0, _stamped(artifact.name, blob.stamp))
+
+    def large(self, artifact: Artifact, reach: Reach) -> Answer:
+        if not self._own.has(artifact.path, artifact.version):
+            return self._policy.admit(artifact.path).large(artifact, reach)
+        blob = self._own.open(artifact)
+        return Answer(blob, Verdict.HIT, 0, _stamped(artifact.name, blob.stamp))
 
 
 class Sight(NamedTuple):
@@ -5784,7 +5978,7 @@ class SumDb:
     def lookup(self, database: str, module: str, version: str, reach: Reach) -> Answer:
         """The record of a module version; `module` and `version` are unescaped."""
         self.check_known(database)
-        self._policy.admit(module)
+        self._policy.check_public(module, version)
         what = f"lookup/{escape_path(module)}@{escape_version(version)}"
 
         def fetch() -> bytes:
@@ -6051,13 +6245,13 @@ def serve_artifact(app: App, request: Request, module: str, version: str, kind: 
     return _replied(answer, KINDS[kind].content_type, None)
 
 
-def _artifact_answer(mirror: Mirror, artifact: Artifact, reach: Reach) -> Answer:
+def _artifact_answer(mirror: Modules, artifact: Artifact, reach: Reach) -> Answer:
     return (
         mirror.large(artifact, reach) if artifact.kind == "zip" else mirror.small(artifact, reach)
     )
 
 
-def _zip_head(mirror: Mirror, artifact: Artifact, request: Request) -> Reply:
+def _zip_head(mirror: Modules, artifact: Artifact, request: Request) -> Reply:
     """A HEAD never starts a download: of a zip that is not here it tells only that it exists."""
     content_type = KINDS["zip"].content_type
     try:
@@ -6439,9 +6633,9 @@ class HotMemory:
 
     _BYTES, _FILES, _SMALL = 32 << 20, 64, 64 << 10
 
-    def __init__(self, storage: Storage, files: int) -> None:
+    def __init__(self, policy: Policy, files: int) -> None:
         """`files`: how many may be kept open."""
-        self._storage = storage
+        self._stamp = policy.stamp
         self._files = max(8, min(files, self._FILES))
         self._open = 0
         self._cost = 0
@@ -6449,7 +6643,7 @@ class HotMemory:
 
     def get(self, target: str) -> _Remembered | None:
         reply = self._replies.get(target)
-        if reply and self._storage.stamp(reply.stored.name) != reply.stored.stamp:
+        if reply and self._stamp(reply.stored.name) != reply.stored.stamp:
             self._drop(target)
             return None
         return reply
@@ -6954,7 +7148,7 @@ class Server(ThreadingHTTPServer):
         self.now = time.monotonic()
         self.second = int(time.time())
         self.known: dict[bytes, str] = {}  # targets of plain requests, by all their bytes
-        self.hot = HotMemory(app.storage, _descriptor_limit() // 8)
+        self.hot = HotMemory(app.policy, _descriptor_limit() // 8)
         self.request_lane = Lane("request", self._REQUESTS)
         self.patient_lane = Lane("patient", self._WAITERS)
         # Who waits for the first bytes of a zip is not in the way of who waits for a list.
@@ -7492,7 +7686,9 @@ class Daemon:
         client = Client(self._dialer, self._credentials)
         cache = Cache(self._storage, settings.ttl, log)
         source = open_sources(client, settings.upstream)
-        policy = Policy(Mirror(source, cache), settings.exclude)
+        policy = Policy(Mirror(source, cache), self._storage, settings.exclude)
+        if settings.modules:
+            policy = OwnFirst(OwnModules(settings.modules), policy)
         proxies = [hop.url for hop in settings.upstream if hop.url]
         sumdb = SumDb(settings.sumdb, proxies, client, cache, policy)
         saw, end = _watching(settings, policy, self._storage, fetcher)

@@ -1832,6 +1832,7 @@ BAD_SETTINGS = [
     ("log-format", "GOPROXY_LOG_FORMAT", "xml"),
     ("max-size", "GOPROXY_MAX_SIZE", "0"),
     ("max-size", "GOPROXY_MAX_SIZE", "much"),
+    ("modules", "GOPROXY_MODULES", "/no/such/folder"),
     ("offline", "GOPROXY_OFFLINE", "perhaps"),
     ("port", "PORT", "-1"),
     ("port", "PORT", "65536"),
@@ -5979,6 +5980,139 @@ def test_no_guess_is_made_where_none_is_wanted(
     assert proxy.get(part_of("old", "mod")).status == 200
     proxy.stop()
     assert upstream.asked == [part_of("old", "mod")]
+
+
+# --- modules of our own ------------------------------------------------------
+
+OUR_FILES = {"go.mod": "module example.com/quote\n", "ours.go": "package quote\n"}
+
+
+def host(folder: Path, name: str, files: Files = OUR_FILES) -> dict[str, bytes]:
+    """Puts a module version into a folder of -modules, and returns its files."""
+    held = released(name, files)
+    for path, data in held.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    return held
+
+
+@pytest.fixture
+def modules(tmp_path: Path) -> Path:
+    (tmp_path / "modules").mkdir()
+    return tmp_path / "modules"
+
+
+def test_a_version_of_our_own_wins_over_the_upstream(
+    run: Run, upstream: Upstream, modules: Path
+) -> None:
+    ours = host(modules, "example.com/quote@v1.0.0")
+    proxy = run(upstream=upstream.url(), modules=modules)
+    assert {path: proxy.get(path).body for path in ours} == ours
+    assert upstream.asked == []
+    assert (
+        proxy.get("example.com/quote/@v/v1.1.0.zip").body == SITE["example.com/quote/@v/v1.1.0.zip"]
+    )
+
+
+def test_our_versions_are_listed_with_the_others(
+    run: Run, upstream: Upstream, modules: Path
+) -> None:
+    host(modules, "example.com/quote@v1.0.5")
+    host(modules, "example.com/quote@v0.0.0-20240102030405-abcdefabcdef")
+    proxy = run(upstream=upstream.url(), modules=modules)
+    assert proxy.get(LIST).versions == ["v1.0.0", "v1.0.5", "v1.1.0"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "found"),
+    [("v1.0.5", "v1.1.0"), ("v1.2.0", "v1.2.0"), ("v1.2.0-rc1", "v1.1.0")],
+)
+def test_latest_is_the_highest_release_of_ours_and_the_others(
+    run: Run, upstream: Upstream, modules: Path, ours: str, found: str
+) -> None:
+    upstream.files[LATEST] = info_of("v1.1.0")
+    host(modules, f"example.com/quote@{ours}")
+    proxy = run(upstream=upstream.url(), modules=modules)
+    assert proxy.get(LATEST).version == found
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_change_of_our_folder_counts_at_once(
+    run: Run, upstream: Upstream, modules: Path, workers: int
+) -> None:
+    proxy = run(upstream=upstream.url(), modules=modules, workers=workers)
+    with contextlib.closing(proxy.connect()) as connection:
+        for kind in ("info", "mod", "zip"):
+            path = f"example.com/quote/@v/v1.0.0.{kind}"
+            theirs = [ask(connection, "GET", "/" + path, {}).body for _ in range(3)]
+            ours = host(modules, "example.com/quote@v1.0.0")
+            changed = [ask(connection, "GET", "/" + path, {}).body for _ in range(3)]
+            shutil.rmtree(modules / "example.com")
+            again = [ask(connection, "GET", "/" + path, {}).body for _ in range(3)]
+            assert theirs == again == [SITE[path]] * 3
+            assert changed == [ours[path]] * 3
+
+
+def test_what_is_missing_beside_our_zip_is_made_from_it(run: Run, modules: Path) -> None:
+    ours = host(modules, "example.com/quote@v1.0.0")
+    host(modules, "example.com/bare@v1.0.0", {"bare.go": "package bare\n"})
+    for path in modules.rglob("v1.0.0.[im]*"):
+        path.unlink()
+    proxy = run(upstream="off", modules=modules)
+    assert proxy.get(MOD).body == ours[MOD]
+    assert proxy.get("example.com/bare/@v/v1.0.0.mod").text == "module example.com/bare\n"
+    assert goproxy.read_info(proxy.get(INFO).body, "v1.0.0").time.startswith("2")
+    assert proxy.get(LATEST).version == "v1.0.0"
+
+
+def test_the_first_of_our_folders_wins(run: Run, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = host(one, "example.com/quote@v1.0.0")
+    host(two, "example.com/quote@v1.0.0", {"go.mod": "module example.com/quote\n\n"})
+    host(two, "example.com/quote@v1.2.0")
+    proxy = run(upstream="off", modules=f"{one},{two}")
+    assert proxy.get(ZIP).body == first[ZIP]
+    assert proxy.get(LIST).versions == ["v1.0.0", "v1.2.0"]
+
+
+def test_of_an_excluded_module_our_versions_are_all_there_is(
+    run: Run, upstream: Upstream, modules: Path
+) -> None:
+    host(modules, "example.com/quote@v1.0.0")
+    proxy = run(upstream=upstream.url(), modules=modules, exclude="example.com/quote")
+    assert proxy.get(LIST).versions == ["v1.0.0"]
+    assert (proxy.get(LATEST).version, proxy.get(ZIP).status) == ("v1.0.0", 200)
+    assert proxy.get("example.com/quote/@v/v1.1.0.zip").status == 404
+    assert upstream.asked == []
+
+
+def test_our_versions_outlive_the_upstream(run: Run, modules: Path, refused: str) -> None:
+    host(modules, "example.com/quote@v1.0.0")
+    proxy = run(upstream=refused, modules=modules)
+    assert proxy.get(LIST).versions == ["v1.0.0"]
+    assert proxy.get(LATEST).version == "v1.0.0"
+    assert proxy.get("example.com/other/@v/list").status == 502
+
+
+def test_a_folder_of_ours_that_vanished_is_an_outage(
+    run: Run, upstream: Upstream, modules: Path
+) -> None:
+    host(modules, "example.com/quote@v1.0.0")
+    proxy = run(upstream=upstream.url(), modules=modules)
+    assert proxy.get(ZIP).status == 200
+    modules.rename(modules.with_name("elsewhere"))
+    assert [proxy.get(path).status for path in (ZIP, INFO)] == [503, 503]
+
+
+def test_no_database_is_asked_about_a_version_of_ours(
+    run: Run, upstream: Upstream, modules: Path
+) -> None:
+    host(modules, "example.com/quote@v1.0.0")
+    database = f"sum.test {upstream.url()}"
+    proxy = run(upstream=upstream.url(), sumdb=database, modules=modules)
+    answer = proxy.get(LOOKUP)
+    assert (answer.status, "GONOSUMDB" in answer.text) == (404, True)
+    assert upstream.asked == []
 
 
 # =============================================================================
