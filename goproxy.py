@@ -1789,6 +1789,87 @@ def _hash1(digests: Iterable[tuple[bytes, bytes]]) -> str:
     return "h1:" + base64.b64encode(total.digest()).decode()
 
 
+TILE_WIDTH = 256  # hashes in a full tile
+HASH_SIZE = 32  # bytes
+
+
+class Tile(NamedTuple):
+    """A stretch of the hashes of a checksum database's tree (x/mod/sumdb/tlog, of height 8): the
+    first `width` of those from 256 * `number` on, each over 256**`level` records."""
+
+    level: int
+    number: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        """Its path below the database."""
+        groups = [f"{self.number % 1000:03}"]
+        rest = self.number // 1000
+        while rest:
+            groups.insert(0, f"x{rest % 1000:03}")
+            rest //= 1000
+        part = f".p/{self.width}" if self.width < TILE_WIDTH else ""
+        return f"tile/8/{self.level}/{'/'.join(groups)}{part}"
+
+
+def edge_tiles(size: int) -> list[Tile]:
+    """The partial tiles of a tree of `size` records, from its leaves up: they give its hash."""
+    counts = [size >> 8 * level for level in range(8)]
+    return [
+        Tile(n, c // TILE_WIDTH, c % TILE_WIDTH) for n, c in enumerate(counts) if c % TILE_WIDTH
+    ]
+
+
+def proving_tiles(size: int, places: Iterable[tuple[int, int]]) -> list[Tile]:
+    """The tiles that prove those at `places` (level and number) to be part of a tree of `size`
+    records: the edge, and all between it and them."""
+    found = {(tile.level, tile.number): tile for tile in edge_tiles(size)}
+    for level, number in places:
+        while (level, number) not in found:
+            found[level, number] = Tile(level, number, TILE_WIDTH)
+            level, number = level + 1, number // TILE_WIDTH
+    return list(found.values())
+
+
+class TreeHead(NamedTuple):
+    """How many records a checksum database has, and the hash over all of them."""
+
+    size: int
+    hash: bytes
+
+
+class Record(NamedTuple):
+    """A checksum database's answer about a module version: the number of the record in the tree,
+    its text of go.sum lines, and the signed note of a tree head that holds it."""
+
+    number: int
+    text: bytes
+    note: bytes
+
+
+_RECORD = re.compile(rb"(0|[1-9][0-9]{0,17})\n((?:[^\0-\x1f]+\n)+)\n(.*)", re.DOTALL)
+_TREE = re.compile(
+    rb"go\.sum database tree\n(0|[1-9][0-9]{0,17})\n([A-Za-z0-9+/]{43}=)\n(?:.*\n)?", re.DOTALL
+)
+
+
+def read_record(raw: bytes) -> Record:
+    """tlog.ParseRecord. Raises BadUpstream."""
+    match = _RECORD.fullmatch(raw)
+    if not match:
+        raise BadUpstream("malformed record of a checksum database")
+    return Record(int(match[1]), match[2], match[3])
+
+
+def read_tree(text: bytes) -> TreeHead:
+    """tlog.ParseTree: the text of a signed note, or all of it. Raises BadUpstream."""
+    match = _TREE.fullmatch(text)
+    if not match:
+        raise BadUpstream("malformed tree head of a checksum database")
+    return TreeHead(int(match[1]), base64.b64decode(match[2]))
+
+
 class Requirement(NamedTuple):
     """One line of a go.mod: `direct` unless it is marked // indirect."""
 
@@ -5934,6 +6015,56 @@ _THOUGHTS: dict[str, Callable[[ReadAhead, _Session, Sight], None]] = {
 }
 
 
+class Ledger:
+    """What we have seen of one checksum database: the largest tree head, and in the store the tiles
+    that prove every record and tree head seen to be part of it (Go: x/mod/sumdb.Client).
+
+    So a client finds in the store what it needs, in whatever order it meets records: the edge of
+    each tree, and full tiles where a larger tree seen has outgrown that."""
+
+    def __init__(self, name: str, sumdb: SumDb, cache: Cache) -> None:
+        self._name = name
+        self._sumdb = sumdb
+        self._cache = cache
+        self._side = f"{OWN_MARK}sumdb/{name}"
+        self._mutex = threading.Lock()
+        self._largest: TreeHead | None = None
+
+    def enter(self, record: Record) -> None:
+        """Stores what proves a record. Raises ProxyError where tiles cannot be had."""
+        head = read_tree(record.note)
+        self._fetch(edge_tiles(head.size))
+        largest = self._grow(head, record.note)
+        self._fetch(proving_tiles(largest.size, [(0, record.number // TILE_WIDTH)]))
+
+    def _grow(self, head: TreeHead, note: bytes) -> TreeHead:
+        """The largest head seen, which this one may be."""
+        while True:
+            largest = self._largest or self._load()
+            old, new = sorted((largest, head))
+            edge = edge_tiles(old.size)
+            self._fetch(proving_tiles(new.size, [(tile.level, tile.number) for tile in edge]))
+            if head.size <= largest.size:
+                return largest
+            with self._mutex:
+                grown = self._largest in (None, largest)
+                if grown:
+                    self._largest = head
+            if grown:
+                self._cache.keep(self._side, note, replace=True)
+                return head
+
+    def _load(self) -> TreeHead:
+        try:
+            return read_tree(self._cache.small(self._side, Reach.STORED, bytes).data)
+        except ProxyError:
+            return TreeHead(0, b"")
+
+    def _fetch(self, tiles: Iterable[Tile]) -> None:
+        for tile in tiles:
+            self._sumdb.tile(self._name, tile.name, Reach.FETCH)
+
+
 class SumDb:
     """Checksum databases, so that clients that reach only us can verify (Go: "Proxying a checksum
     database", go.dev/design/25530-sumdb). Records and tiles are kept for ever.
@@ -5944,7 +6075,7 @@ class SumDb:
     _TILE = re.compile(
         r"tile/8/(?P<level>data|[0-9]{1,2})/(?:x[0-9]{3}/)*[0-9]{3}(?:\.p/(?P<part>[0-9]{1,3}))?"
     )
-    _HASH, _TILE_WIDTH, _LIMIT = 32, 256, 1 << 20
+    _LIMIT, _THREADS = 1 << 20, 4
     _SUPPORTED_SECONDS, _UNSUPPORTED_SECONDS = 3600.0, 60.0
 
     def __init__(
@@ -5961,7 +6092,10 @@ class SumDb:
         self._cache = cache
         self._policy = policy
         self._support: TtlCache[bool] = TtlCache(100)
+        self._questions: Flights[Future[bool]] = Flights()
         self._marked: set[str] = set()
+        self._lane = Lane("tile", self._THREADS)
+        self._ledgers = {name: Ledger(name, self, cache) for name in self._databases}
 
     def check_known(self, database: str) -> None:
         """Raises NotFound for a database that is not proxied: clients then ask it themselves."""
@@ -5985,26 +6119,33 @@ class SumDb:
             data = self._fetch(database, what)
             if f"\n{module} {version} h1:".encode() not in data:
                 raise BadUpstream(f"{database}: the record is not about {module}@{version}")
+            self._lane.do(lambda: self._enter(database, data))
             return data
 
         return self._cache.small(f"sumdb/{database}/{what}", reach, fetch)
 
+    def _enter(self, database: str, data: bytes) -> None:
+        with contextlib.suppress(ProxyError):  # whoever needs the tiles will be told
+            self._ledgers[database].enter(read_record(data))
+
     def tile(self, database: str, what: str, reach: Reach) -> Answer:
-        """A tile; a partial one is cut from the full one where that is stored."""
+        """A tile; a partial one is cut from a wider one where that is stored."""
         self.check_known(database)
         match = self._TILE.fullmatch(what)
         if not match:
             raise BadName("malformed tile")
-        width = int(match["part"] or self._TILE_WIDTH)
-        if match["part"] and not 0 < width < self._TILE_WIDTH:
+        width = int(match["part"] or TILE_WIDTH)
+        if match["part"] and not 0 < width < TILE_WIDTH:
             raise BadName("malformed tile")
-        size = None if match["level"] == "data" else width * self._HASH
+        size = None if match["level"] == "data" else width * HASH_SIZE
         name = f"sumdb/{database}/{what}"
         if match["part"] and size:
             with contextlib.suppress(NotFound):
+                return self._cache.small(name, Reach.STORED, bytes)
+            with contextlib.suppress(NotFound):
                 wider = self._cache.small(self._wider(name, width), Reach.STORED, bytes)
                 if len(wider.data) >= size:
-                    return wider._replace(body=wider.data[:size], stored=None)
+                    return self._cut(name, wider, size, reach)
 
         def fetch() -> bytes:
             data = self._fetch(database, what)
@@ -6013,6 +6154,15 @@ class SumDb:
             return data
 
         return self._cache.small(name, reach, fetch)
+
+    def _cut(self, name: str, wider: Answer, size: int, reach: Reach) -> Answer:
+        """A folder alone cannot cut, so the piece is stored, too."""
+        if reach is Reach.READY:
+            raise MustWait
+        piece = wider.data[:size]
+        if reach is Reach.FETCH:
+            self._cache.keep(name, piece, replace=False)
+        return wider._replace(body=piece, stored=None)
 
     def _wider(self, name: str, width: int) -> str:
         """A stored tile that a partial one is the beginning of: a wider one, or the full one."""
@@ -6038,15 +6188,31 @@ class SumDb:
         return data
 
     def _supports(self, base: Url) -> bool:
+        """Whether an upstream proxies a database; asked once, however many want to know."""
         supported = self._support.get(str(base))
-        if supported is None:
+        if supported is not None:
+            return supported
+        flight, first = self._questions.join(str(base), Future)
+        if first:
             try:
-                fetch_small(self._client, below(base, "supported"), self._LIMIT)
-                supported, seconds = True, self._SUPPORTED_SECONDS
-            except ProxyError:
-                supported, seconds = False, self._UNSUPPORTED_SECONDS
-            self._support.put(str(base), supported, seconds)
+                flight.set_result(self._ask_supported(base))
+            except BaseException as error:
+                flight.set_exception(error)
+            finally:
+                self._questions.land(str(base))
+        return flight.result()
+
+    def _ask_supported(self, base: Url) -> bool:
+        try:
+            fetch_small(self._client, below(base, "supported"), self._LIMIT)
+            supported, seconds = True, self._SUPPORTED_SECONDS
+        except ProxyError:
+            supported, seconds = False, self._UNSUPPORTED_SECONDS
+        self._support.put(str(base), supported, seconds)
         return supported
+
+    def close(self) -> None:
+        self._lane.close()
 
 
 # =============================================================================
@@ -7695,6 +7861,7 @@ class Daemon:
         app = App(settings, policy, sumdb, self._storage, log, saw)
         yield Server(self._socket, app, fetcher, handed)
         end()
+        sumdb.close()
         cache.close()
         client.close()
         self._dialer.resolver.close()

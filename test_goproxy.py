@@ -190,6 +190,7 @@ DATABASE = {
 }
 LOOKUP = "sumdb/sum.test/lookup/example.com/quote@v1.0.0"
 TILE = "sumdb/sum.test/tile/8/0/000"
+PROOF = [f"sumdb/sum.test/tile/8/{tile}" for tile in ("0/000", "0/001.p/44", "1/000.p/1")]
 
 
 # --- upstream ----------------------------------------------------------------
@@ -5786,12 +5787,66 @@ def test_a_partial_tile_is_cut_from_the_stored_full_one(proxy: Proxy, upstream: 
     assert proxy.get(f"{TILE}.p/5").body == TREE[: 5 * 32]
 
 
-def test_a_partial_tile_is_cut_from_a_wider_stored_one(proxy: Proxy, upstream: Upstream) -> None:
+def test_a_partial_tile_is_cut_from_a_wider_stored_one(
+    proxy: Proxy, upstream: Upstream, run: Run
+) -> None:
     """Offline the go command may meet the tree heads in another order than when it was online."""
     proxy.get("sumdb/sum.test/tile/8/0/001.p/44")
     upstream.fault = "500"
     assert proxy.get("sumdb/sum.test/tile/8/0/001.p/9").body == TREE[: 9 * 32]
     assert proxy.get("sumdb/sum.test/tile/8/0/001.p/45").status == 502
+    assert "sumdb/sum.test/tile/8/0/001.p/9" in run.stored()
+
+
+def test_the_tiles_that_prove_a_record_come_with_it(
+    proxy: Proxy, upstream: Upstream, run: Run
+) -> None:
+    """So the folder alone has them, and a client that asks meanwhile shares the request."""
+    proxy.get(LOOKUP)
+    upstream.wait_asked("sumdb/sum.test/tile", 3)
+    assert [proxy.get(tile).body for tile in PROOF] == [SITE[tile] for tile in PROOF]
+    assert sorted(path for path in upstream.asked if "/tile/" in path) == PROOF
+    assert {LOOKUP, *PROOF} <= set(run.stored())
+
+
+def test_a_larger_tree_brings_the_full_tiles_that_it_has_outgrown(
+    proxy: Proxy, upstream: Upstream, run: Run
+) -> None:
+    """A client that has met the smaller tree first needs them to see that it is in the larger."""
+    later = "sumdb/sum.test/lookup/example.com/quote@v1.1.0"
+    record = SITE[LOOKUP].replace(b"v1.0.0", b"v1.1.0").replace(b"\n300\n", b"\n600\n")
+    new = {f"sumdb/sum.test/tile/8/{tile}": TREE for tile in ("0/001", "0/002.p/88", "1/000.p/2")}
+    new = {name: TREE[: int((name + ".p/256").split(".p/")[1]) * 32] for name in new}
+    upstream.files.update(new, **{later: record})
+    proxy.get(LOOKUP)
+    upstream.wait_asked("sumdb/sum.test/tile", 3)
+    assert [proxy.get(tile).status for tile in PROOF] == [200] * 3
+    proxy.get(later)
+    upstream.wait_asked("sumdb/sum.test/tile", 6)
+    assert [proxy.get(tile).body for tile in new] == list(new.values())
+    assert {*PROOF, *new} <= set(run.stored())
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 65535, 65536, 65537, 71848828])
+def test_the_tiles_of_a_tree_are_those_that_go_wants(size: int) -> None:
+    """A leaf's tile leads up to the edge, whose widths make the size."""
+    edge = goproxy.edge_tiles(size)
+    assert sum(tile.width << 8 * tile.level for tile in edge) == size
+    for leaf in (0, size // 2, size - 1):
+        tiles = goproxy.proving_tiles(size, [(0, leaf // 256)])
+        places = {(tile.level, tile.number) for tile in tiles}
+        assert (0, leaf // 256) in places
+        assert {(t.level + 1, t.number // 256) for t in tiles if t.width == 256} <= places
+        assert {tile for tile in tiles if tile.width < 256} == set(edge)
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(0, "000"), (7, "007"), (1000, "x001/000"), (1234067, "x001/x234/067")],
+)
+def test_a_tile_is_named_as_go_names_it(number: int, name: str) -> None:
+    assert goproxy.Tile(3, number, 256).name == f"tile/8/3/{name}"
+    assert goproxy.Tile(3, number, 1).name == f"tile/8/3/{name}.p/1"
 
 
 def test_the_latest_tree_is_fresh_for_the_ttl(run: Run, upstream: Upstream) -> None:
@@ -7190,11 +7245,8 @@ def test_a_real_project_builds_while_the_upstream_is_down(
 
 @needs_go
 @pytest.mark.network
-def test_a_real_project_builds_from_the_cache_folder(public: Public, make_go: GoMaker) -> None:
-    """Without the database: a folder cannot cut a partial tile from a wider one, and which of them
-    the go command wants depends on the order in which it meets the records."""
-    go = make_go(f"file://{public.run.cache}", GOSUMDB="off")
-    assert build(go, public.source) == public.sums
+def test_a_real_project_builds_from_the_cache_folder(public: Public, make_safe_go: GoMaker) -> None:
+    assert build(make_safe_go(f"file://{public.run.cache}"), public.source) == public.sums
 
 
 @needs_go
