@@ -242,6 +242,10 @@ class StoreDown(Overloaded):
     """The store cannot read or write: what upstream has can still be passed through."""
 
 
+class StoreAway(StoreDown):
+    """The store cannot be reached at all: who comes next need not wait to learn that."""
+
+
 class VersionNotSupported(ProxyError):
     status = 505
 
@@ -4450,11 +4454,13 @@ class Storage(Shelf, Protocol):
     def draft(self) -> Draft:
         """An empty draft to be filled and adopted."""
 
-    def put(self, name: str, data: bytes, replace: bool = True) -> None:
-        """Stores small bytes: in place of what may be there, or else only if nothing is."""
+    def put(self, name: str, data: bytes, replace: bool = True) -> bool:
+        """Stores small bytes: in place of what may be there, or else only if nothing is. Whether
+        they have been stored."""
 
-    def adopt(self, name: str, draft: Draft) -> None:
-        """Stores a finished draft, unless its name is taken: what came first stays."""
+    def adopt(self, name: str, draft: Draft) -> bool:
+        """Stores a finished draft, unless its name is taken: what came first stays. Whether it
+        has been stored."""
 
     def remove(self, name: str) -> None:
         """Takes a name away; whoever has it open reads on. Raises NotFound."""
@@ -4592,40 +4598,45 @@ class DiskStorage(Folder, Storage):
     def draft(self) -> Draft:
         return _draft_in(self._drafts, named=True)
 
-    def put(self, name: str, data: bytes, replace: bool = True) -> None:
+    def put(self, name: str, data: bytes, replace: bool = True) -> bool:
         with store_errors(name):
             draft = self.draft()
             try:
                 draft.write(data)
-                self._publish(name, draft, replace)
+                return self._publish(name, draft, replace)
             except BaseException as error:
                 draft.fail(error)
                 raise
 
-    def adopt(self, name: str, draft: Draft) -> None:
+    def adopt(self, name: str, draft: Draft) -> bool:
         with store_errors(name):
-            self._publish(name, draft, replace=False)
+            return self._publish(name, draft, replace=False)
 
-    def _publish(self, name: str, draft: Draft, replace: bool) -> None:
+    def _publish(self, name: str, draft: Draft, replace: bool) -> bool:
         path = self._path(name)
         os.chmod(draft.path, 0o644)
         os.utime(draft.path, (draft.modified, draft.modified))
         os.fsync(draft.file.descriptor)
         self._make_folder(os.path.dirname(path))
-        (os.replace if replace else self._give)(draft.path, path)
+        stored = self._rename(draft.path, path, replace)
         self._sync_folder(os.path.dirname(path))
+        return stored
 
     @staticmethod
-    def _give(source: str, path: str) -> None:
-        """Renames a file unless there is one of that name."""
-        try:
-            os.link(source, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            os.replace(source, path)
-            return
-        os.unlink(source)
+    def _rename(source: str, path: str, replace: bool) -> bool:
+        """Renames a file, if need be only where none has that name; else it goes."""
+        if not replace:
+            try:
+                os.link(source, path)
+            except FileExistsError:
+                os.unlink(source)
+                return False
+            except OSError:  # a file system without hard links
+                pass
+        os.replace(source, path)  # of two links to one file, it leaves both
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(source)
+        return True
 
     def remove(self, name: str) -> None:
         with store_errors(name):
@@ -4691,23 +4702,23 @@ class MemoryStorage(Storage):
     def draft(self) -> Draft:
         return _draft_in(tempfile.gettempdir(), named=False)
 
-    def put(self, name: str, data: bytes, replace: bool = True) -> None:
-        self._hold(name, data, time.time(), replace)
+    def put(self, name: str, data: bytes, replace: bool = True) -> bool:
+        return self._hold(name, data, time.time(), replace)
 
-    def adopt(self, name: str, draft: Draft) -> None:
+    def adopt(self, name: str, draft: Draft) -> bool:
         data = bytearray(draft.written)
         with store_errors(name):
             for start in range(0, len(data), CHUNK):
                 data[start : start + CHUNK] = draft.file.read_at(CHUNK, start)
-        self._hold(name, data, draft.modified, replace=False)
+        return self._hold(name, data, draft.modified, replace=False)
 
-    def _hold(self, name: str, data: bytes | bytearray, modified: float, replace: bool) -> None:
+    def _hold(self, name: str, data: bytes | bytearray, modified: float, replace: bool) -> bool:
         if len(data) + self._EXTRA > self._limit:
-            raise StoreDown(f"larger than the whole store may be (-max-size), {len(data)} bytes")
+            raise BodyTooLarge(f"{len(data)} bytes are more than the whole store holds (-max-size)")
         with self._mutex:
             if name in self._held:
                 if not replace:
-                    return
+                    return False
                 self._drop(name)
             self._held[name] = _Held(data, modified, next(self._numbers))
             self._size += len(data) + self._EXTRA
@@ -4716,6 +4727,7 @@ class MemoryStorage(Storage):
             for folder, child in _steps(name):
                 self._folders.setdefault(folder, collections.Counter())[child] += 1
             self._make_room(name)
+        return True
 
     def _make_room(self, newest_name: str) -> None:
         """Drops what is oldest; of the newest version, at last, what came before its newest."""
@@ -4890,6 +4902,111 @@ class RemoteStorage(Storage):
     def close(self) -> None:
         if self._pour_lane:
             self._pour_lane.close()
+
+
+class WatchedStorage(Storage):
+    """A storage that tells when it begins to fail and when it works again. One that is away is
+    tried by one caller at a time, with a pause between; the others are refused at once."""
+
+    _PAUSE = 2.0  # seconds
+    _PROBED = OWN_MARK + "probe"
+
+    def __init__(self, storage: Storage, log: Log) -> None:
+        self._storage = storage
+        self._log = log
+        self._mutex = threading.Lock()
+        self._troubles: dict[str, StoreDown] = {}  # by what does not work: read or write
+        self._try_at = 0.0
+        self.remark, self.is_shared = storage.remark, storage.is_shared
+
+    @contextlib.contextmanager
+    def _watch(self, half: str) -> Iterator[None]:
+        if self._troubles:
+            self._refuse_away()
+        try:
+            yield
+        except StoreDown as error:
+            self._note(half, error)
+            raise
+        except NotFound:
+            self._note(half, None)
+            raise
+        else:
+            self._note(half, None)
+
+    def _refuse_away(self) -> None:
+        with self._mutex:
+            now = time.monotonic()
+            away = [error for error in self._troubles.values() if isinstance(error, StoreAway)]
+            if away and now < self._try_at:
+                raise StoreAway(str(away[0]))
+            self._try_at = now + self._PAUSE
+
+    def _note(self, half: str, error: StoreDown | None) -> None:
+        if error is None and not self._troubles:
+            return
+        with self._mutex:
+            before, self._troubles = self._troubles, self._after(half, error)
+            self._try_at = time.monotonic() + self._PAUSE
+            after = self._troubles
+        if after and not before:
+            self._log.error(f"degraded: what cannot be read or stored is only fetched: {error}")
+        elif before and not after:
+            self._log.line("the store works again")
+
+    def _after(self, half: str, error: StoreDown | None) -> dict[str, StoreDown]:
+        """The troubles that are left; whatever works shows that the store is not away."""
+        rest = {other: trouble for other, trouble in self._troubles.items() if other != half}
+        if error:
+            return {**rest, half: error}
+        return {key: value for key, value in rest.items() if not isinstance(value, StoreAway)}
+
+    def check(self) -> str:
+        """What is wrong with the store now; nothing if it works."""
+        try:
+            with contextlib.suppress(NotFound):
+                self.open(self._PROBED).close()
+            if self._troubles:
+                self.put(self._PROBED, b"")
+        except StoreDown as error:
+            return str(error)
+        return ""
+
+    def open(self, name: str) -> FileBlob:
+        with self._watch("read"):
+            return self._storage.open(name)
+
+    def names(self, prefix: str) -> list[str]:
+        with self._watch("read"):
+            return self._storage.names(prefix)
+
+    def stamp(self, name: str) -> object:
+        return self._storage.stamp(name)
+
+    def walk(self, prefix: str = "") -> Iterator[Item]:
+        with self._watch("read"):
+            yield from self._storage.walk(prefix)
+
+    def sweep(self) -> None:
+        self._storage.sweep()
+
+    def draft(self) -> Draft:
+        return self._storage.draft()
+
+    def put(self, name: str, data: bytes, replace: bool = True) -> bool:
+        with self._watch("write"):
+            return self._storage.put(name, data, replace)
+
+    def adopt(self, name: str, draft: Draft) -> bool:
+        with self._watch("write"):
+            return self._storage.adopt(name, draft)
+
+    def remove(self, name: str) -> None:
+        with self._watch("write"):
+            self._storage.remove(name)
+
+    def close(self) -> None:
+        self._storage.close()
 
 
 class Means(NamedTuple):
@@ -5505,7 +5622,8 @@ class Cache:
             data = look_again()
             if data is None:
                 data = fetch()
-                self.keep(name, data, replace)
+                if not self.keep(name, data, replace):
+                    data = look_again() or data
         except BaseException as caught:
             error = self._ours(name, caught)
             self._remember(name, error)
@@ -5531,12 +5649,14 @@ class Cache:
             self._failed.put(name, error, min(self._ttl, _NEGATIVE_SECONDS))
             self._log.error(f"{name}: {error}", status=error.status)
 
-    def keep(self, name: str, data: bytes, replace: bool) -> None:
-        """Stores small bytes. If the store cannot, the next client pays with a fetch, not this."""
+    def keep(self, name: str, data: bytes, replace: bool) -> bool:
+        """Stores small bytes. If the store cannot, the next client pays with a fetch, not this.
+        False if others were stored before them."""
         try:
-            self.storage.put(name, data, replace)
+            return self.storage.put(name, data, replace)
         except ProxyError as error:
             self._log.error(f"{name}: not stored: {error}")
+            return True
 
     def _download(self, name: str, draft: Draft, fetch: Callable[[], Blob], check: Check) -> None:
         try:
@@ -5563,11 +5683,27 @@ class Cache:
         side_name, side = check(draft)
         try:
             self.storage.put(side_name, side, replace=False)
-            self.storage.adopt(name, draft)
+            is_ours = self.storage.adopt(name, draft)
         except ProxyError as error:
             with contextlib.suppress(OSError):  # it may have got its name before that
                 os.unlink(draft.path)
             self._log.error(f"{name}: not stored: {error}")
+        else:
+            if not is_ours:
+                self._check_same(name, draft)
+
+    def _check_same(self, name: str, draft: Draft) -> None:
+        """Whoever was first has stored the same bytes, or ours must not go out."""
+        blob = self._open(name, Reach.FETCH)
+        if not blob:
+            return
+        with contextlib.closing(blob), draft.file.reading() as file:
+            while True:
+                data = blob.read(CHUNK)
+                if data != file.read(len(data) or 1):
+                    raise BadUpstream("other bytes were stored meanwhile under this name")
+                if not data:
+                    return
 
     def _open(self, name: str, reach: Reach) -> FileBlob | None:
         """None if it must be fetched. Raises StoreDown if it must not: that is no absence."""
@@ -5582,7 +5718,8 @@ class Cache:
     def _bemoan(self, name: str, error: ProxyError, reach: Reach) -> None:
         if reach is Reach.STORED:
             raise error
-        self._log.error(f"{name}: {error}")
+        if not isinstance(error, StoreAway):  # which has been told
+            self._log.error(f"{name}: {error}")
 
     def _read_kept(self, name: str, reach: Reach) -> _Kept | None:
         blob = self._open(name, reach)
@@ -6340,7 +6477,7 @@ class App(NamedTuple):
     settings: Settings
     policy: Policy
     sumdb: SumDb
-    storage: Storage
+    storage: WatchedStorage
     log: Log
     saw: Callable[[Sight], None]
 
@@ -6367,6 +6504,17 @@ def serve_health(app: App, request: Request) -> Reply:
     """GET /health: the process is alive; no upstream is asked."""
     body = json.dumps({"status": "ok", "version": __version__}) + "\n"
     return Reply(200, body.encode(), "application/json", (("Cache-Control", "no-store"),))
+
+
+def serve_ready(app: App, request: Request) -> Reply:
+    """GET /readyz: whether requests should come here. While the store fails, upstream's answers
+    can still be passed on; where there are none, 503."""
+    trouble = app.storage.check()
+    alone = app.settings.offline or all(hop.kind == "off" for hop in app.settings.upstream)
+    told = {"status": "degraded", "store": trouble} if trouble else {"status": "ok"}
+    headers = (("Cache-Control", "no-store"),)
+    status = 503 if trouble and alone else 200
+    return Reply(status, f"{json.dumps(told)}\n".encode(), "application/json", headers)
 
 
 def serve_list(app: App, request: Request, module: str) -> Reply:
@@ -6474,6 +6622,7 @@ ROUTES = [
     Route(r"sumdb/(?P<database>[^/]+)/supported", serve_sum_supported),
     Route(r"sumdb/(?P<database>[^/]+)/latest", serve_sum_latest),
     Route(r"health", serve_health),
+    Route(r"readyz", serve_ready),
 ]
 _CACHED_ONLY = "cached-only/"
 
@@ -7850,15 +7999,16 @@ class Daemon:
         settings, log = self._settings, self._log
         log.start()
         client = Client(self._dialer, self._credentials)
-        cache = Cache(self._storage, settings.ttl, log)
+        storage = WatchedStorage(self._storage, log)
+        cache = Cache(storage, settings.ttl, log)
         source = open_sources(client, settings.upstream)
         policy = Policy(Mirror(source, cache), self._storage, settings.exclude)
         if settings.modules:
             policy = OwnFirst(OwnModules(settings.modules), policy)
         proxies = [hop.url for hop in settings.upstream if hop.url]
         sumdb = SumDb(settings.sumdb, proxies, client, cache, policy)
-        saw, end = _watching(settings, policy, self._storage, fetcher)
-        app = App(settings, policy, sumdb, self._storage, log, saw)
+        saw, end = _watching(settings, policy, storage, fetcher)
+        app = App(settings, policy, sumdb, storage, log, saw)
         yield Server(self._socket, app, fetcher, handed)
         end()
         sumdb.close()

@@ -5251,8 +5251,9 @@ def test_an_open_blob_survives_its_removal(storage: goproxy.Storage) -> None:
 
 def test_what_is_stored_first_stays(storage: goproxy.Storage) -> None:
     for data in (b"first", b"second"):
-        storage.put(INFO, data, replace=False)
-        storage.adopt(ZIP, grown(storage.draft(), data * 500_000))
+        stored = storage.put(INFO, data, replace=False)
+        assert stored == storage.adopt(ZIP, grown(storage.draft(), data * 500_000))
+        assert stored == (data == b"first")
     assert (read(storage, INFO), read(storage, ZIP)) == (b"first", b"first" * 500_000)
 
 
@@ -5285,7 +5286,7 @@ def test_the_version_not_read_for_longest_makes_room(tmp_path: Path) -> None:
 def test_what_is_larger_than_the_memory_is_refused(tmp_path: Path) -> None:
     with contextlib.closing(goproxy.MemoryStorage(1000)) as memory:
         memory.put(INFO, b"x")
-        with pytest.raises(goproxy.StoreDown, match="-max-size"):
+        with pytest.raises(goproxy.BodyTooLarge, match="-max-size"):
             memory.put(ZIP, bytes(1001))
         assert read(memory, INFO) == b"x"
 
@@ -5388,6 +5389,95 @@ def test_a_spool_that_nobody_reads_is_given_up() -> None:
         del blob
         remote.blobs[0].parts.put(b"1" * 100_000)
         assert remote.blobs[0].closed.wait(PATIENCE)
+
+
+# --- trouble -----------------------------------------------------------------
+
+
+class Moody(goproxy.MemoryStorage):
+    """A storage that fails as the test wants it to."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.error: goproxy.StoreDown | None = None
+        self.asked = 0
+
+    def open(self, name: str) -> goproxy.FileBlob:
+        self.asked += 1
+        if self.error:
+            raise self.error
+        return super().open(name)
+
+
+class Watched(goproxy.WatchedStorage):
+    """A moody storage, watched by somebody with so much patience and a log in a list."""
+
+    def __init__(self, pause: float) -> None:
+        self.moody, self._PAUSE, self.told = Moody(), pause, list[str]()
+        super().__init__(self.moody, goproxy.Log(2, False))
+        self._log.line = lambda text, *_, **__: self.told.append(text)  # type: ignore[method-assign]
+
+    def fails(self, error: goproxy.StoreDown | None) -> bool:
+        """Whether opening does, in this mood of the storage."""
+        self.moody.error = error
+        with contextlib.suppress(goproxy.NotFound):
+            try:
+                self.open(INFO)
+            except goproxy.StoreDown:
+                return True
+        return False
+
+
+def test_a_store_that_is_away_is_not_tried_by_each_request() -> None:
+    watched = Watched(pause=1e9)
+    assert [watched.fails(goproxy.StoreAway("away")) for _ in range(5)] == [True] * 5
+    assert watched.moody.asked == 1
+    assert watched.check() == "away"
+
+
+def test_a_store_that_comes_back_is_used_again() -> None:
+    watched = Watched(pause=0)
+    assert watched.fails(goproxy.StoreAway("away"))
+    assert not watched.fails(None)
+    assert watched.check() == ""
+    assert [text.partition(":")[0] for text in watched.told] == [
+        "degraded",
+        "the store works again",
+    ]
+
+
+def test_one_file_that_fails_keeps_nobody_from_the_others() -> None:
+    watched = Watched(pause=1e9)
+    assert watched.fails(goproxy.StoreDown("bad sector"))
+    assert not watched.fails(None)
+    assert watched.moody.asked == 2
+
+
+def test_a_replica_that_cannot_store_says_so_and_serves_on(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url())
+    assert proxy.get("readyz").body == b'{"status": "ok"}\n'
+    shutil.rmtree(run.cache)
+    run.cache.write_text("no folder any more")
+    assert proxy.get(INFO).body == SITE[INFO]
+    proxy.logged("degraded: ")
+    answer = proxy.get("readyz")
+    assert (answer.status, json.loads(answer.body)["status"]) == (200, "degraded")
+    run.cache.unlink()
+    assert json.loads(proxy.get("readyz").body) == {"status": "ok"}
+    proxy.logged("the store works again")
+    assert proxy.get(MOD).body == SITE[MOD]
+    assert run.stored() == [MOD]
+
+
+def test_other_bytes_than_those_stored_never_go_out(run: Run, upstream: Upstream) -> None:
+    """Another replica may have been first."""
+    proxy = run(upstream=upstream.url("hold"))
+    with proxy.begin(BIG) as client:
+        (run.cache / BIG).parent.mkdir(parents=True)
+        (run.cache / BIG).write_bytes(SITE[ZIP])
+        upstream.gate.set()
+        assert len(read_all(client)) < len(SITE[BIG])
+    assert proxy.get(BIG).body == SITE[ZIP]
 
 
 # --- a folder ----------------------------------------------------------------
