@@ -100,6 +100,7 @@ import socketserver
 import ssl
 import stat
 import struct
+import subprocess
 import tempfile
 import threading
 import time
@@ -175,6 +176,10 @@ class MethodNotAllowed(ProxyError):
 
     def headers(self) -> list[tuple[str, str]]:
         return [("Allow", "GET, HEAD")]
+
+
+class Conflict(ProxyError):
+    status = 409
 
 
 class HeadTooSlow(ProxyError):
@@ -1060,6 +1065,15 @@ def _option(
     return dataclasses.field(default_factory=lambda: parse(default), metadata=row)
 
 
+class Argument(NamedTuple):
+    """What one command alone takes: a flag, or in capitals a word at a place. `default` is None
+    where it must be given; that of a switch is False."""
+
+    name: str
+    text: str
+    default: str | bool | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything an operator may set. Flags, variables, -help and the README come from here."""
@@ -1129,6 +1143,7 @@ class Settings:
         "GOPROXY_WORKERS", str(_WORKERS), _workers, "COUNT", "processes that serve"
     )
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # by Argument
 
     @property
     def upstream_text(self) -> str:
@@ -1142,11 +1157,19 @@ class Settings:
 
     @classmethod
     def load(
-        cls, argv: Sequence[str], environ: Mapping[str, str], usage: str = "", text: str = ""
+        cls,
+        argv: Sequence[str],
+        environ: Mapping[str, str],
+        usage: str = "",
+        text: str = "",
+        arguments: Sequence[Argument] = (),
     ) -> Settings:
         """Reads flags and variables; a variable that is set wins over its flag, but for -dns and
         -proxy. Raises UsageError; -help and -version print and raise SystemExit."""
-        flags = vars(_parser(usage, text).parse_args(argv))
+        parser = _parser(usage, text)
+        for argument in arguments:
+            _add_argument(parser, argument)
+        flags = vars(parser.parse_args(argv))
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for row in _rows():
@@ -1154,7 +1177,28 @@ class Settings:
             if origin:
                 values[row.name] = _parsed(row, value, origin)
                 origins[row.name] = origin
-        return cls(origins=origins, **values)
+        given = {each.name: flags[each.name] for each in arguments}
+        return cls(origins=origins, given=given, **values)
+
+
+def _add_argument(parser: argparse.ArgumentParser, argument: Argument) -> None:
+    name, help_text, default = argument
+    if not name.startswith("-"):
+        parser.add_argument(
+            name, nargs=None if default is None else "?", default=default, help=help_text
+        )
+    elif default is False:
+        parser.add_argument(name, "-" + name, dest=name, action="store_true", help=help_text)
+    else:
+        parser.add_argument(
+            name,
+            "-" + name,
+            dest=name,
+            required=default is None,
+            default=default,
+            metavar=name[1:].upper(),
+            help=help_text,
+        )
 
 
 def _rows() -> list[dataclasses.Field[Any]]:
@@ -1210,6 +1254,7 @@ def _parser(usage: str, text: str) -> argparse.ArgumentParser:
         description=f"{text} A variable that is set wins over its flag, but for -dns and -proxy.",
         allow_abbrev=False,
         add_help=False,
+        conflict_handler="resolve",  # -version of a command may mean something else
     )
     for row in _rows():
         meta = row.metadata
@@ -1882,6 +1927,11 @@ class Requirement(NamedTuple):
     direct: bool
 
 
+def hash_of_mod(raw: bytes) -> str:
+    """The h1: hash of a go.mod, as in go.sum (modfetch.goModSum)."""
+    return _hash1([(b"go.mod", hashlib.sha256(raw).digest())])
+
+
 class GoMod(NamedTuple):
     """What a go.mod says of other modules. `prunes`: its go line is 1.17 or later, so that the go
     command need not read the go.mod files of what it requires (Go reference, "Graph pruning")."""
@@ -2048,8 +2098,13 @@ def zip_pieces(path: str, version: str, files: Iterable[ZipFile]) -> Iterator[by
 ZipFile = tuple[str, Iterable[bytes]]
 
 
+class Writable(Protocol):
+    def write(self, data: bytes) -> object:
+        """Takes bytes."""
+
+
 def write_zip(
-    out: BinaryIO,
+    out: Writable,
     module: tuple[str, str],
     sizes: Mapping[str, int | None],
     opened: Callable[[str], BinaryIO],
@@ -5459,6 +5514,103 @@ _MADE_OF_ZIP: dict[str, Callable[[Artifact, FileBlob], bytes]] = {
     "mod": _mod_of_blob,
 }
 
+_VCS_FOLDERS = frozenset([".bzr", ".git", ".hg", ".svn"])
+
+
+def source_tree(root: str) -> dict[str, int | None]:
+    """The regular files below a folder with their sizes in bytes, as zip.CreateFromDir of x/mod
+    sees them: no links, nothing of version control, no nested modules. Raises OSError."""
+    sizes: dict[str, int | None] = {}
+    for folder, inner, names in os.walk(root, onerror=_give_up):
+        inner[:] = [name for name in inner if _is_part(os.path.join(folder, name))]
+        for name in names:
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode):
+                sizes[os.path.relpath(path, root).replace(os.sep, "/")] = status.st_size
+    return sizes
+
+
+def _give_up(error: OSError) -> None:
+    raise error
+
+
+def _is_part(folder: str) -> bool:
+    mark = os.path.join(folder, "go.mod")
+    is_module = os.path.lexists(mark) and (os.path.islink(mark) or not os.path.isdir(mark))
+    return os.path.basename(folder) not in _VCS_FOLDERS and not is_module
+
+
+def known_to_git(root: str) -> set[str]:
+    """The files below a folder that git has or would take, so without the ignored ones. Raises
+    StartError."""
+    command = ["git", "-C", root, "-c", "core.fsmonitor=false", "ls-files", "-z"]
+    command += ["--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+    except FileNotFoundError:
+        raise StartError("there is no git to tell which files are ignored") from None
+    except subprocess.SubprocessError as error:
+        said = getattr(error, "stderr", b"") or b""
+        raise StartError(f"git: {said.decode(errors='replace').strip() or error}") from None
+    return set(map(os.fsdecode, done.stdout.split(b"\0")))
+
+
+class Sums(NamedTuple):
+    """What a checked module version is known by: its lines in go.sum, and its go.mod."""
+
+    zip: str
+    mod: str
+    go_mod: bytes
+
+
+def check_module_zip(draft: Draft, path: str, version: str) -> Sums:
+    """Checks a zip that is to be published. Raises BadRequest."""
+    try:
+        h1 = check_zip(draft.file.reading(), path, version)
+        go_mod = mod_in_zip(draft.file.reading(), path, version)
+        check_go_mod(go_mod)
+    except (BadUpstream, NotFound) as error:
+        raise BadRequest(str(error)) from None
+    named = module_path(go_mod)
+    if named != path:
+        raise BadRequest(f"go.mod says that this is {quoted(named)}, not {quoted(path)}")
+    return Sums(h1, hash_of_mod(go_mod), go_mod)
+
+
+def open_own(folder: str) -> DiskStorage:
+    """A folder of -modules, to write to. Raises StartError."""
+    try:
+        return DiskStorage(folder)
+    except StartError as error:
+        reason = str(error.__context__ or error)
+        raise StartError(f"cannot write to the folder for modules: {reason}") from None
+
+
+def publish(storage: Storage, artifact: Artifact, draft: Draft, sums: Sums) -> bool:
+    """Stores a checked zip with what belongs to it; False if that very version is there already.
+    Raises Conflict if another one is, and StoreDown. The zip comes first, because the first one
+    wins, and because a version without the others is whole (see OwnModules)."""
+    taken = storage.stamp(artifact.name) is not None
+    storage.adopt(artifact.name, draft)
+    with contextlib.closing(storage.open(artifact.name)) as blob:
+        modified = blob.modified
+        with open(blob.descriptor, "rb", closefd=False) as file:
+            if check_zip(file, artifact.path, artifact.version) != sums.zip:
+                raise Conflict(
+                    f"{artifact.path}@{artifact.version} is there with other content, and a "
+                    "version never changes: choose another one"
+                )
+    beside = {
+        "ziphash": sums.zip.encode(),
+        "mod": sums.go_mod,
+        "info": make_info(artifact.version, modified),
+    }
+    for kind, data in beside.items():
+        storage.put(artifact._replace(kind=kind).name, data, replace=False)
+    return not taken
+
+
 _SOURCES: dict[str, Callable[[Client, Hop], Source]] = {
     "file": lambda client, hop: LocalFolder(hop.folder),
     "http": lambda client, hop: Upstream(client, hop.url or Url("", "", 0)),
@@ -8107,17 +8259,66 @@ def _upstream_findings(settings: Settings, dialer: Dialer, client: Client) -> It
 _SOME_NAME = "sum.golang.org"
 
 
+def run_pack(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Makes a module version of a folder, prints its lines for go.sum and stores it if told where.
+    Raises UsageError, StartError."""
+    given = settings.given
+    artifact = Artifact(given["-module"], given["-version"], "zip")
+    try:
+        check_module(artifact.path, artifact.version)
+    except BadName as error:
+        raise UsageError(f"-module, -version: {error}") from None
+    storage = open_own(given["-to"]) if given["-to"] else MemoryStorage(None)
+    draft = storage.draft()
+    try:
+        write_zip(draft, artifact[:2], _chosen(given), _opener(given["SRC"]))
+        sums = check_module_zip(draft, artifact.path, artifact.version)
+        if given["-to"]:
+            publish(storage, artifact, draft, sums)
+    except (OSError, ProxyError) as error:
+        raise StartError(f"{given['SRC']}: {error}") from None
+    finally:
+        draft.fail(StartError("not kept"))  # if it was not adopted
+        storage.close()
+    print(f"{artifact.path} {artifact.version} {sums.zip}")
+    print(f"{artifact.path} {artifact.version}/go.mod {sums.mod}")
+    return 0
+
+
+def _chosen(given: Mapping[str, Any]) -> dict[str, int | None]:
+    sizes = source_tree(given["SRC"])
+    if not given["-skip-ignored"]:
+        return sizes
+    known = known_to_git(given["SRC"])
+    return {name: size for name, size in sizes.items() if name in known}
+
+
+def _opener(folder: str) -> Callable[[str], BinaryIO]:
+    return lambda name: open(os.path.join(folder, name), "rb")
+
+
+_PACK_ARGUMENTS = (
+    Argument("SRC", "the folder with the module's go.mod"),
+    Argument("-module", "its path"),
+    Argument("-version", "its version, as v1.2.3"),
+    Argument("-to", "a folder as for -modules; without it nothing is stored", ""),
+    Argument("-skip-ignored", "leave out what git ignores", False),
+)
+
+
 class Command(NamedTuple):
     """What a first word on the command line does; `run` returns the exit status."""
 
     run: Callable[[Settings, Mapping[str, str]], int]
     text: str
+    arguments: Sequence[Argument] = ()
 
 
 COMMANDS = {
     "check": Command(
         run_check, "Connects to every server that the settings name, and says what is wrong."
     ),
+    "pack": Command(run_pack, "Makes a module version of a folder.", _PACK_ARGUMENTS),
     "serve": Command(run_serve, "A Go module proxy."),
 }
 
@@ -8127,10 +8328,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     not let it start, or for a check that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and words[0] in COMMANDS else "serve"
-    usage = f"goproxy.py [{'|'.join(COMMANDS)}] [flags]"
+    command = COMMANDS[name]
+    places = "".join(f" {each.name}" for each in command.arguments if each.name.isupper())
+    usage = f"goproxy.py [{'|'.join(COMMANDS)}]{places} [flags]"
     try:
-        settings = Settings.load(words, os.environ, usage, COMMANDS[name].text)
-        return COMMANDS[name].run(settings, os.environ)
+        settings = Settings.load(words, os.environ, usage, command.text, command.arguments)
+        return command.run(settings, os.environ)
     except UsageError as error:
         print(f"goproxy.py: {printable(str(error))}", file=sys.stderr)
         return 2

@@ -1008,6 +1008,21 @@ func answer(q []string) string {
 			return map[bool]string{true: "yes", false: "bad"}[ok]
 		}
 		return "no"
+	case "create":
+		out, err := os.CreateTemp(os.TempDir(), "zip")
+		if err != nil {
+			panic(err)
+		}
+		defer os.Remove(out.Name())
+		err = zip.CreateFromDir(out, module.Version{Path: q[1], Version: q[2]}, q[3])
+		if err != nil {
+			return "refused"
+		}
+		hash, err := dirhash.HashZip(out.Name(), dirhash.Hash1)
+		if err != nil {
+			panic(err)
+		}
+		return hash
 	case "module_path":
 		return modfile.ModulePath([]byte(q[1]))
 	case "pseudo":
@@ -7068,6 +7083,109 @@ def test_a_script_starts_anew_with_the_flags_of_python(flags: list[str], words: 
     assert (ended.stdout, ended.stderr) == (f"{goproxy.__version__}\n".encode(), b"")
 
 
+# --- pack --------------------------------------------------------------------
+
+PACKED = ["-module=example.com/quote", "-version=v1.2.3"]
+ODD_FILES: Files = {
+    "a.go": "package quote\n",
+    "bpf.o": b"\x7fELF",
+    "go.mod": "module example.com/quote\n\ngo 1.21\n",
+    "nested/go.mod": "module example.com/quote/nested\n",
+    "nested/n.go": "package nested\n",
+    "sub/.git/config": "",
+    "vendor/example.com/other/o.go": "package other\n",
+    "vendor/modules.txt": "",
+}
+
+
+def plant(folder: Path, files: Files) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return folder
+
+
+def test_pack_makes_what_the_proxy_serves(run: Run, tmp_path: Path) -> None:
+    source, modules = plant(tmp_path / "src", OUR_FILES), tmp_path / "modules"
+    ended = finish(tmp_path, "pack", str(source), *PACKED, f"-to={modules}")
+    assert (ended.status, ended.err) == (0, "")
+    proxy = run(upstream="off", modules=modules)
+    stem = "example.com/quote/@v/v1.2.3"
+    zipped = proxy.get(f"{stem}.zip").body
+    lines = [line.split() for line in ended.out.splitlines()]
+    assert lines[0] == ["example.com/quote", "v1.2.3", hash1(zipped)]
+    assert lines[1][:2] == ["example.com/quote", "v1.2.3/go.mod"]
+    assert proxy.get(f"{stem}.mod").text == OUR_FILES["go.mod"]
+    assert proxy.get(f"{stem}.info").version == "v1.2.3"
+    assert (modules / f"{stem}.ziphash").read_text() == hash1(zipped)
+
+
+@pytest.mark.parametrize("line", ["go 1.21", "go 1.24", ""])
+def test_pack_is_create_from_dir_of_x_mod(ask_go: Ask, tmp_path: Path, line: str) -> None:
+    source = plant(tmp_path / "src", ODD_FILES)
+    (source / "go.mod").write_text(f"module example.com/quote\n\n{line}\n")
+    (source / "link.go").symlink_to("a.go")
+    (source / "linked").mkdir()
+    (source / "linked/go.mod").symlink_to("../go.mod")
+    (source / "linked/l.go").write_text("package linked\n")
+    ended = finish(tmp_path, "pack", str(source), *PACKED)
+    (theirs,) = ask_go([("create", "example.com/quote", "v1.2.3", str(source))])
+    assert ended.out.split()[2] == theirs
+
+
+@pytest.mark.parametrize("name", ["aux.go", "GO.MOD", "A.go", "a.go/b", "trailing.", "\u263a.go"])
+def test_pack_refuses_what_x_mod_refuses(ask_go: Ask, tmp_path: Path, name: str) -> None:
+    source = plant(
+        tmp_path / "src", {"b.go": "package b\n", "go.mod": "module example.com/quote\n"}
+    )
+    plant(source, {name: "", "a.go" if name == "A.go" else "c.go": ""})
+    ended = finish(tmp_path, "pack", str(source), *PACKED, f"-to={tmp_path / 'modules'}")
+    (theirs,) = ask_go([("create", "example.com/quote", "v1.2.3", str(source))])
+    assert (ended.status == 0) == (theirs != "refused")
+    assert list(tmp_path.glob("modules/example.com")) == [] or ended.status == 0
+
+
+def test_pack_leaves_out_what_git_ignores_if_told(tmp_path: Path) -> None:
+    source = plant(tmp_path / "src", {**OUR_FILES, ".gitignore": "*.o\n", "bpf.o": b"\x7fELF"})
+    subprocess.run([installed("git"), "init", "-q", str(source)], check=True)
+    with_it = finish(tmp_path, "pack", str(source), *PACKED).out
+    without = finish(tmp_path, "pack", str(source), *PACKED, "-skip-ignored").out
+    (source / "bpf.o").unlink()
+    assert finish(tmp_path, "pack", str(source), *PACKED).out == without != with_it
+
+
+def test_a_packed_version_never_changes(tmp_path: Path) -> None:
+    source, to = plant(tmp_path / "src", OUR_FILES), f"-to={tmp_path / 'modules'}"
+    assert finish(tmp_path, "pack", str(source), *PACKED, to).status == 0
+    assert finish(tmp_path, "pack", str(source), *PACKED, to).status == 0
+    kept = (tmp_path / "modules/example.com/quote/@v/v1.2.3.zip").read_bytes()
+    plant(source, {"more.go": "package quote\n"})
+    ended = finish(tmp_path, "pack", str(source), *PACKED, to)
+    assert (ended.status, ended.err.count("\n"), "never changes" in ended.err) == (1, 1, True)
+    assert (tmp_path / "modules/example.com/quote/@v/v1.2.3.zip").read_bytes() == kept
+    assert list((tmp_path / "modules/.goproxy-drafts").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "word"),
+    [
+        (["src", "-module=example.com/other", "-version=v1.0.0"], 1, "example.com/quote"),
+        (["src", "-module=example.com/quote", "-version=v2.0.0"], 2, "v0 or v1"),
+        (["src", "-module=example.com/quote", "-version=1"], 2, "semantic"),
+        (["src", "-module=example.com/quote"], 2, "-version"),
+        (["nowhere", *PACKED], 1, "nowhere"),
+        ([*PACKED], 2, "SRC"),
+    ],
+)
+def test_pack_says_what_is_wrong_in_one_line(
+    tmp_path: Path, arguments: list[str], status: int, word: str
+) -> None:
+    plant(tmp_path / "src", OUR_FILES)
+    ended = finish(tmp_path, "pack", *arguments)
+    assert (ended.status, ended.out, ended.err.count("\n")) == (status, "", 1)
+    assert word in ended.err
+
+
 # =============================================================================
 # 13. Interop
 # =============================================================================
@@ -7142,6 +7260,19 @@ def make_go(tmp_path_factory: pytest.TempPathFactory, build_cache: Path) -> Iter
 
 
 # --- with the fake upstream --------------------------------------------------
+
+
+@needs_go
+def test_go_takes_a_packed_module_from_the_proxy_and_from_the_folder(
+    run: Run, tmp_path: Path, make_go: GoMaker
+) -> None:
+    source, modules = plant(tmp_path / "src", ODD_FILES), tmp_path / "modules"
+    sums = finish(tmp_path, "pack", str(source), *PACKED, f"-to={modules}").out.split()
+    proxy = run(upstream="off", modules=modules)
+    for proxies in (proxy.url, modules.as_uri()):
+        (got,) = make_go(proxies).download("example.com/quote@v1.2.3")
+        assert (got["Sum"], got["GoModSum"]) == (sums[2], sums[5])
+        assert Path(got["Dir"], "bpf.o").read_bytes() == b"\x7fELF"
 
 
 @needs_go
