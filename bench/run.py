@@ -1003,8 +1003,10 @@ def filewarm(bench: Bench) -> list[Table]:
     with contextlib.ExitStack() as stack:
         slow = stack.enter_context(Slow(bench, store, 0, 1e9))
         ways = {"file://": store.as_uri()}
-        for entrant in (Us(), *bench.peers):
+        for entrant in (Us(), Nginx(), *bench.peers):
             place = bench.place(bench.spot(), slow.url)
+            if isinstance(entrant, Nginx):
+                place = place._replace(cache=store)  # it cannot fill one
             ways[entrant.name] = stack.enter_context(entrant.start(place)).url
         took = _in_turns(bench, shop, task, ways)
     goals = {"file://": "", "us": "≤ 1.03"}
