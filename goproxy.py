@@ -6094,7 +6094,9 @@ class Sight(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The artifact's; a list has none of its own."""
+        """That of the artifact, or of the list."""
+        if self.kind == "list":
+            return f"{escape_path(self.path)}/@v/list"
         return Artifact(self.path, self.version, self.kind).name
 
 
@@ -6105,12 +6107,13 @@ class _Session:
         self.seen = time.monotonic()
         self.asked: dict[str, str] = {}  # the highest version whose .mod it asked, by path
         self.guessed: dict[str, str] = {}  # likewise, of .mod files guessed
-        self.unused: dict[str, set[str]] = {"info": set(), "mod": set(), "zip": set()}
+        self.unused: dict[str, set[str]] = {kind: set() for kind in _UNUSED}
         self.used = collections.Counter[str]()
         self.followed: set[str] = set()  # .mod files that have led on
         self.info = ("", "")  # the module and version of the last .info
         self.waiting: list[Sight] = []  # the .mod after that .info, not followed yet
         self.zips: set[tuple[str, str]] = set()
+        self.needs: dict[str, str] = {}  # what a module required that was asked for by its name
         self.downloads = False  # whether a guessed .zip has been asked for after its .info
 
     def size(self) -> int:
@@ -6127,8 +6130,10 @@ class ReadAhead:
       a .mod follow those of its requirements: all of them, or else those with greater paths.
     - `go mod download` then asks .info and .zip in the order of paths, of the highest versions of
       what it has read. `go build` asks the .zip alone, of what is imported.
-    - `go get` asks a list, then .info, .mod and .zip of the newest version in it. Tools that
-      look for news ask lists and .info alone, so these never lead to a .zip.
+    - `go get` asks a list, then .info, .mod and .zip of the newest version in it, then the .zip
+      of what that requires and imports, at last in the order of paths the list of each module
+      whose .zip it has, and .info and .mod of the newest version (modload.CheckDeprecations).
+      Tools that look for news ask lists and .info alone, so these never lead to a .zip.
 
     A guess is never in the way: few run at once, each kind stops when guesses go unused, and one
     that a client asks for meanwhile is the same flight."""
@@ -6150,7 +6155,7 @@ class ReadAhead:
 
     def _think(self, sight: Sight) -> None:
         session = self._session(sight.client)
-        guessed = sight.name in session.unused.get(sight.kind, ())
+        guessed = sight.name in session.unused[sight.kind]
         if guessed:
             self._note_use(session, sight)
         if sight.here and not guessed:
@@ -6175,7 +6180,8 @@ class ReadAhead:
     def _note_use(self, session: _Session, sight: Sight) -> None:
         session.unused[sight.kind].remove(sight.name)
         session.used[sight.kind] += 1
-        session.downloads |= sight.kind == "zip" and sight.path in session.asked
+        named = (sight.path, sight.version) == session.info
+        session.downloads |= sight.kind == "zip" and sight.path in session.asked and not named
 
     def _note_here(self, session: _Session, sight: Sight) -> None:
         """What was here before anybody guessed it: so is the rest, as a rule."""
@@ -6192,8 +6198,14 @@ class ReadAhead:
 
     def after_list(self, session: _Session, sight: Sight) -> None:
         """go get, or a look for upgrades."""
-        self._guess(session, sight._replace(kind="info"))
-        self._guess(session, sight._replace(kind="mod"))
+        if sight.version:
+            self._guess(session, sight._replace(kind="info"))
+            self._guess(session, sight._replace(kind="mod"))
+        zips = {path for path, _ in session.zips}
+        if sight.path in zips:
+            later = (path for path in zips if path > sight.path)
+            for path in heapq.nsmallest(self._WINDOW, later):
+                self._guess(session, sight._replace(path=path, version=""))
 
     def after_info(self, session: _Session, sight: Sight) -> None:
         """Of something whose .mod was read before: the download of a build list."""
@@ -6236,6 +6248,22 @@ class ReadAhead:
         elif sight.path != _TOOLCHAIN:
             self._guess(session, sight._replace(kind="mod"))
             self._guess(session, sight._replace(kind="info"))
+            self._need(session, sight)
+
+    def _need(self, session: _Session, sight: Sight) -> None:
+        """After the .zip of a module that was asked for by name, one of what it requires tells
+        that it is being built, and that others will follow. They are not a few of many: a go.mod
+        that prunes lists all that its packages import, and little else."""
+        if (sight.path, sight.version) == session.info:
+            content = self._read(sight)
+            ordered = sorted(content.requirements, key=lambda one: not one.direct)
+            session.needs = {one.path: one.version for one in ordered if content.prunes}
+        elif session.needs.get(sight.path) == sight.version:
+            for path, version in session.needs.items():
+                if (path, version) not in session.zips:
+                    ahead = sight._replace(path=path, version=version)
+                    self._guess(session, ahead, session.used["zip"])
+                    self._guess(session, ahead._replace(kind="mod"))
 
     def _read(self, sight: Sight) -> GoMod:
         mirror = self._policy.admit(sight.path)
@@ -6265,25 +6293,22 @@ class ReadAhead:
 
     def _fetch(self, session: _Session, sight: Sight) -> None:
         """What a client would do. What goes wrong here will go wrong for a client, and be told."""
-        artifact = Artifact(sight.path, sight.version, sight.kind)
         with contextlib.suppress(ProxyError):
-            mirror = self._policy.admit(sight.path)
-            if sight.kind != "zip":
-                mirror.small(artifact, Reach.FETCH)
-            else:
-                answer = mirror.large(artifact, Reach.FETCH)
-                assert isinstance(answer.body, FileBlob)
-                with contextlib.closing(answer.body) as blob:
-                    if answer.verdict is Verdict.MISS:
-                        blob.wait_for_end()
-            if sight.kind == "mod":
+            _FETCHES[sight.kind](self._policy.admit(sight.path), sight)
+            if sight.kind in ("list", "mod"):
                 self._mind.do(lambda: self._go_on(session, sight))
 
     def _go_on(self, session: _Session, sight: Sight) -> None:
-        """What is older than Go 1.17 leads on even if the client has not asked it yet."""
+        """A list leads to the newest version in it. What is older than Go 1.17 leads on even if
+        the client has not asked it yet."""
         with contextlib.suppress(ProxyError):
             building = (sight.path, sight.version) in session.zips
-            if not building and sight.name not in session.followed:
+            if sight.kind == "list":
+                answer = self._policy.admit(sight.path).versions(sight.path, Reach.STORED)
+                found = sight._replace(version=newest(answer.data.decode().split()))
+                self._guess(session, found._replace(kind="info"))
+                self._guess(session, found._replace(kind="mod"))
+            elif not building and sight.name not in session.followed:
                 session.followed.add(sight.name)
                 if not self._read(sight).prunes:
                     self._follow(session, sight)
@@ -6293,8 +6318,25 @@ class ReadAhead:
         self._lane.close()
 
 
+def _fetch_small(mirror: Mirror, sight: Sight) -> None:
+    mirror.small(Artifact(sight.path, sight.version, sight.kind), Reach.FETCH)
+
+
+def _fetch_list(mirror: Mirror, sight: Sight) -> None:
+    if not mirror.versions(sight.path, Reach.FETCH).body:
+        mirror.resolve(sight.path, LATEST, Reach.FETCH)  # as the go command does
+
+
+def _fetch_zip(mirror: Mirror, sight: Sight) -> None:
+    answer = mirror.large(Artifact(sight.path, sight.version, sight.kind), Reach.FETCH)
+    assert isinstance(answer.body, FileBlob)
+    with contextlib.closing(answer.body) as blob:
+        blob.wait_for_end()
+
+
+_FETCHES = {"info": _fetch_small, "list": _fetch_list, "mod": _fetch_small, "zip": _fetch_zip}
 # How many guesses of a kind may go unused, besides as many as were used.
-_UNUSED = {"info": 32, "mod": 64, "zip": 4}
+_UNUSED = {"info": 32, "list": 16, "mod": 64, "zip": 4}
 _TOOLCHAIN = "golang.org/toolchain"  # nothing but its .zip is ever asked
 _THOUGHTS: dict[str, Callable[[ReadAhead, _Session, Sight], None]] = {
     "info": ReadAhead.after_info,
@@ -6673,9 +6715,8 @@ def serve_list(app: App, request: Request, module: str) -> Reply:
     """GET /<module>/@v/list"""
     path = unescape_path(module)
     answer = app.policy.admit(path).versions(path, request.reach)
-    if answer.body:
-        found = newest(answer.data.decode().split())
-        app.watch(request, (path, found, "list"), answer.verdict is Verdict.HIT)
+    found = newest(answer.data.decode().split()) if answer.body else ""
+    app.watch(request, (path, found, "list"), answer.verdict is Verdict.HIT)
     return _replied(answer, "text/plain; charset=utf-8", app.settings.ttl)
 
 

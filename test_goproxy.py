@@ -6095,6 +6095,40 @@ def test_a_build_that_asks_a_zip_gets_its_mod_and_info_too(
     assert part_of("older", "mod") not in asked_by_then(ahead, upstream)
 
 
+def get_by_name(proxy: Proxy, module: str) -> None:
+    """What `go get example.com/MODULE@latest` begins with."""
+    proxy.get(f"example.com/{module}/@v/list")
+    for kind in ("info", "mod", "zip"):
+        proxy.get(part_of(module, kind))
+
+
+def test_what_is_got_by_name_and_built_brings_the_zips_it_requires(
+    ahead: Proxy, upstream: Upstream
+) -> None:
+    get_by_name(ahead, "new")
+    ahead.get(part_of("before", "zip"))
+    upstream.wait_asked(part_of("next", "zip"))
+    upstream.wait_asked(part_of("next", "mod"))
+    assert ahead.get(part_of("next", "zip")).status == 200
+    assert upstream.asked.count(part_of("next", "zip")) == 1
+
+
+def test_what_is_got_by_name_alone_brings_no_other_zip(ahead: Proxy, upstream: Upstream) -> None:
+    get_by_name(ahead, "new")
+    asked = asked_by_then(ahead, upstream)
+    assert not {part_of("before", "zip"), part_of("next", "zip")} & {*asked}
+
+
+def test_a_list_of_what_is_built_brings_the_later_lists(ahead: Proxy, upstream: Upstream) -> None:
+    for module in ("before", "next", "old"):
+        ahead.get(part_of(module, "zip"))
+    ahead.get("example.com/before/@v/list")
+    for module in ("next", "old"):
+        upstream.wait_asked(f"example.com/{module}/@v/list")
+    assert ahead.get("example.com/old/@v/list").status == 200
+    assert upstream.asked.count("example.com/old/@v/list") == 1
+
+
 def test_guesses_that_go_unused_come_to_an_end(ahead: Proxy, upstream: Upstream) -> None:
     wide = [f"example.com/wide{number}" for number in range(300)]
     lines = "".join(f"require {path} v1.0.0\n" for path in wide)
