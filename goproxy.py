@@ -6318,16 +6318,16 @@ class ReadAhead:
         self._lane.close()
 
 
-def _fetch_small(mirror: Mirror, sight: Sight) -> None:
+def _fetch_small(mirror: Modules, sight: Sight) -> None:
     mirror.small(Artifact(sight.path, sight.version, sight.kind), Reach.FETCH)
 
 
-def _fetch_list(mirror: Mirror, sight: Sight) -> None:
+def _fetch_list(mirror: Modules, sight: Sight) -> None:
     if not mirror.versions(sight.path, Reach.FETCH).body:
         mirror.resolve(sight.path, LATEST, Reach.FETCH)  # as the go command does
 
 
-def _fetch_zip(mirror: Mirror, sight: Sight) -> None:
+def _fetch_zip(mirror: Modules, sight: Sight) -> None:
     answer = mirror.large(Artifact(sight.path, sight.version, sight.kind), Reach.FETCH)
     assert isinstance(answer.body, FileBlob)
     with contextlib.closing(answer.body) as blob:
