@@ -1045,6 +1045,20 @@ def _folders(text: str) -> tuple[str, ...]:
     return folders
 
 
+def _period(text: str) -> float:
+    return 0.0 if text == "off" else _seconds(text)
+
+
+_REMOVABLE = ("deleted", "deprecated", "retracted")
+
+
+def _removes(text: str) -> tuple[str, ...]:
+    words = tuple(filter(None, map(str.strip, text.split(","))))
+    if not set(words) <= {*_REMOVABLE, "none"}:
+        raise ValueError(f"want any of {', '.join(_REMOVABLE)}, or none")
+    return words
+
+
 def _log_format(text: str) -> str:
     if text not in ("json", "text"):
         raise ValueError("want text or json")
@@ -1088,6 +1102,13 @@ class Settings:
         "SERVERS",
         "whom to ask for addresses, by commas: IP[:port], udp://, tcp://, tls://, https://, quic://",
     )
+    evict_private: bool = _option(
+        "GOPROXY_EVICT_PRIVATE",
+        "false",
+        _switch,
+        "",
+        "let -max-size take modules away that no public upstream can bring back",
+    )
     exclude: tuple[str, ...] = _option(
         "GOPROXY_EXCLUDE", "", parse_globs, "GLOBS", "module paths that always answer 404"
     )
@@ -1096,7 +1117,11 @@ class Settings:
     )
     log_format: str = _option("GOPROXY_LOG_FORMAT", "text", _log_format, "FORMAT", "text or json")
     max_size: int | None = _option(
-        "GOPROXY_MAX_SIZE", "", _size, "SIZE", "how much memory: holds, such as 4GB (default 1GB)"
+        "GOPROXY_MAX_SIZE",
+        "",
+        _size,
+        "SIZE",
+        "of the store, as 50GB: versions least recently asked for go first (memory: 1GB if unset)",
     )
     modules: tuple[str, ...] = _option(
         "GOPROXY_MODULES",
@@ -1117,6 +1142,20 @@ class Settings:
     quiet: bool = _option("GOPROXY_QUIET", "false", _switch, "", "no log line per request")
     read_ahead: bool = _option(
         "GOPROXY_READ_AHEAD", "true", _switch, "", "fetch what the client will ask next"
+    )
+    recheck: float = _option(
+        "GOPROXY_RECHECK",
+        "off",
+        _period,
+        "TIME",
+        "how often to ask the upstream again about each stored module",
+    )
+    recheck_removes: tuple[str, ...] = _option(
+        "GOPROXY_RECHECK_REMOVES",
+        "deleted",
+        _removes,
+        "WORDS",
+        "which of them to move aside: any of deleted, retracted, deprecated; or none",
     )
     sumdb: tuple[SumDbName, ...] = _option(
         "GOPROXY_SUMDB",
@@ -1299,6 +1338,22 @@ class Artifact(NamedTuple):
     def name(self) -> str:
         """URL path and storage key. Raises BadName."""
         return f"{escape_path(self.path)}/@v/{escape_version(self.version)}.{self.kind}"
+
+
+_STORED_NAME = re.compile(r"(.+)/@v/([^/]+)\.(info|mod|zip|ziphash)")
+
+
+def stored_artifact(name: str) -> Artifact | None:
+    """What of a version a stored name is, with ziphash as a fourth kind; None for what belongs to
+    no version: lists, answers to queries, checksum records."""
+    found = _STORED_NAME.fullmatch(name)
+    if not found:
+        return None
+    try:
+        path, version = unescape_path(found[1]), unescape_version(found[2])
+    except BadName:
+        return None
+    return Artifact(path, version, found[3]) if is_canonical(version) else None
 
 
 class Info(NamedTuple):
@@ -1965,29 +2020,9 @@ def read_go_mod(raw: bytes) -> GoMod:
     return GoMod(requirements, prunes)
 
 
-_INTERVAL = re.compile(r"\[\s*([^\s,\]]+)\s*,\s*([^\s,\]]+)\s*\]|(v[^\s,]+)")
-_RETRACT = re.compile(r"retract(?=[\s\[(])\s*")
-
-
 def read_retractions(raw: bytes) -> list[tuple[str, str]]:
-    """The intervals of versions that a go.mod retracts, both ends included, read leniently (Go
-    reference, "retract directive")."""
-    found: list[tuple[str, str]] = []
-    in_block = False
-    for line in raw.decode("utf-8", "replace").splitlines():
-        words = line.partition("//")[0].replace('"', " ").strip()
-        verb = _RETRACT.match(words)
-        rest = words[verb.end() :] if verb else words
-        if rest in ("(", ")"):
-            in_block = bool(verb)
-        elif verb or in_block:
-            interval = _INTERVAL.fullmatch(rest)
-            ends = (
-                (interval[1] or interval[3], interval[2] or interval[3]) if interval else ("", "")
-            )
-            if all(map(is_canonical, ends)):
-                found.append(ends)
-    return found
+    """The intervals of versions that a go.mod retracts, both ends included."""
+    return [(low, high) for low, high, _ in read_notices(raw).retractions]
 
 
 def choose_files(sizes: Mapping[str, int | None], go_mod: bytes) -> list[str]:
@@ -2129,6 +2164,59 @@ def _pieces(opened: BinaryIO, name: str, size: int) -> Iterator[bytes]:
             if size < 0:
                 raise BadUpstream(f"file {quoted(name)} is larger than declared size")
             yield piece
+
+
+class Retraction(NamedTuple):
+    """A range of versions, both ends in it, that their author takes back, and why."""
+
+    low: str
+    high: str
+    reason: str
+
+    def covers(self, version: str) -> bool:
+        return semver_key(self.low) <= semver_key(version) <= semver_key(self.high)
+
+
+class Notices(NamedTuple):
+    """What the go.mod of a module's newest version says of the module: why it is deprecated ("" if
+    it is not), and what is retracted."""
+
+    deprecated: str
+    retractions: list[Retraction]
+
+
+_GO_MOD_TOKEN = re.compile(r"[\[\](),]|[^\s\[\](),]+")
+_DEPRECATION = re.compile(r"(?:^|\n\n)Deprecated: *(.*?)(?:$|\n\n)", re.DOTALL)
+
+
+def read_notices(raw: bytes) -> Notices:
+    """Deprecation and retractions of a go.mod (Go reference, "module directive" and "retract
+    directive"), read leniently as read_go_mod. A comment belongs to the directive that it stands
+    before or behind; that of a block to each of its lines that has none."""
+    deprecated, retractions = "", list[Retraction]()
+    verb = of_block = ""
+    before: list[str] = []
+    for line in raw.decode("utf-8", "replace").splitlines():
+        words, mark, comment = line.partition("//")
+        behind = [comment.strip()] if mark else []
+        tokens = _GO_MOD_TOKEN.findall(words.replace('"', ""))
+        if not tokens:
+            before = before + behind if mark else []
+            continue
+        said, before = "\n".join(before + behind), []
+        if tokens == [")"]:
+            verb = ""
+        elif tokens[1:] == ["("]:
+            verb, of_block = tokens[0], said
+        elif (verb or tokens[0]) == "module":
+            found = _DEPRECATION.search(said or (of_block if verb else ""))
+            deprecated = found[1].strip() if found else deprecated
+        elif (verb or tokens[0]) == "retract":
+            versions = list(filter(is_canonical, tokens))
+            if versions:
+                reason = said or (of_block if verb else "")
+                retractions.append(Retraction(versions[0], versions[-1], reason))
+    return Notices(deprecated, retractions)
 
 
 class Kind(NamedTuple):
@@ -4490,8 +4578,9 @@ class Shelf(Protocol):
         see that what is remembered of it still holds."""
 
     def walk(self, prefix: str = "") -> Iterator[Item]:
-        """All that is stored below a prefix (empty, or ending in a slash), but for our own side
-        files; nothing is held in memory, and what changes meanwhile may be missed."""
+        """All that is stored below a prefix (empty, or ending in a slash); our own side files only
+        if the prefix is theirs. Nothing is held in memory, and what changes meanwhile may be
+        missed."""
 
 
 class Storage(Shelf, Protocol):
@@ -4827,7 +4916,7 @@ class MemoryStorage(Storage):
         with self._mutex:
             held = [(name, each) for name, each in self._held.items() if name.startswith(prefix)]
         for name, each in held:
-            if not name.startswith(OWN_MARK):
+            if prefix or not name.startswith(OWN_MARK):
                 yield Item(name, len(each.data), each.modified)
 
     def remove(self, name: str) -> None:
@@ -5062,6 +5151,39 @@ class WatchedStorage(Storage):
 
     def close(self) -> None:
         self._storage.close()
+
+
+def read_small(shelf: Shelf, name: str, limit: int) -> bytes:
+    """All of a stored file that is small. Raises NotFound, StoreDown, and BadUpstream if it is
+    longer than `limit` bytes."""
+    with contextlib.closing(shelf.open(name)) as blob:
+        return blob.read_all(limit)
+
+
+@contextlib.contextmanager
+def drafting(storage: Storage) -> Iterator[Draft]:
+    """A draft that goes unless it is adopted."""
+    draft = storage.draft()
+    try:
+        yield draft
+        draft.finish()
+    except BaseException as error:
+        draft.fail(error)
+        raise
+
+
+def copy(shelf: Shelf, name: str, storage: Storage, to: str) -> None:
+    """Stores under the name `to` what a shelf has under `name`, in pieces."""
+    with contextlib.closing(shelf.open(name)) as blob, drafting(storage) as draft:
+        for piece in pieces_of(blob):
+            with store_errors(to):
+                draft.write(piece)
+        storage.adopt(to, draft)
+
+
+def pieces_of(blob: Blob) -> Iterator[bytes]:
+    """All bytes of a blob, in pieces of at most CHUNK bytes."""
+    return iter(lambda: blob.read(CHUNK), b"")
 
 
 class Means(NamedTuple):
@@ -5697,6 +5819,7 @@ class Cache:
         self.storage = storage
         self._ttl = ttl
         self._log = log
+        self.on_stored: Callable[[str, int], None] = lambda name, size: None
         self._absent: TtlCache[NotFound] = TtlCache(self._REMEMBERED)
         self._failed: TtlCache[ProxyError] = TtlCache(self._REMEMBERED)
         self._fetches: Flights[Future[bytes]] = Flights()
@@ -5805,10 +5928,13 @@ class Cache:
         """Stores small bytes. If the store cannot, the next client pays with a fetch, not this.
         False if others were stored before them."""
         try:
-            return self.storage.put(name, data, replace)
+            is_ours = self.storage.put(name, data, replace)
         except ProxyError as error:
             self._log.error(f"{name}: not stored: {error}")
             return True
+        if is_ours and not replace:
+            self.on_stored(name, len(data))
+        return is_ours
 
     def _download(self, name: str, draft: Draft, fetch: Callable[[], Blob], check: Check) -> None:
         try:
@@ -5841,7 +5967,9 @@ class Cache:
                 os.unlink(draft.path)
             self._log.error(f"{name}: not stored: {error}")
         else:
-            if not is_ours:
+            if is_ours:
+                self.on_stored(name, draft.written)
+            else:
                 self._check_same(name, draft)
 
     def _check_same(self, name: str, draft: Draft) -> None:
@@ -6019,6 +6147,14 @@ class Policy:
     def check_public(self, path: str, version: str) -> None:
         """Raises NotFound for what no checksum database may be asked about."""
         self.admit(path)
+
+    def is_public(self, path: str, version: str) -> bool:
+        """Whether public upstreams may be asked about a version, and so could give it again."""
+        try:
+            self.check_public(path, version)
+        except NotFound:
+            return False
+        return True
 
     def stamp(self, name: str) -> object:
         """The stamp of the file that would answer for a name now: see Shelf.stamp."""
@@ -6546,6 +6682,488 @@ class SumDb:
         self._lane.close()
 
 
+# --- upkeep ---
+
+
+def stored_modules(items: Iterable[Item]) -> Iterator[tuple[str, dict[str, list[Item]]]]:
+    """Modules, each with its stored versions and their files, from a walk over a store; a module
+    comes in parts if the walk comes back to it."""
+    for _, group in itertools.groupby(items, key=lambda item: item.name.rpartition("/")[0]):
+        path, versions = "", dict[str, list[Item]]()
+        for item in group:
+            artifact = stored_artifact(item.name)
+            if artifact:
+                path = artifact.path
+                versions.setdefault(artifact.version, []).append(item)
+        if versions:
+            yield path, versions
+
+
+def files_of(storage: Storage, path: str, version: str, place: str = "") -> list[Item]:
+    """What is stored of a version below a place, the .info first and the .mod last."""
+    prefix = f"{place}{escape_path(path)}/@v/"
+    stem = f"{prefix}{escape_version(version)}"
+    names = [f"{stem}.{kind}" for kind in ("info", "zip", "ziphash", "mod")]
+    found = [item for item in storage.walk(prefix) if item.name in names]
+    return sorted(found, key=lambda item: names.index(item.name))
+
+
+def take_out(storage: Storage, path: str, version: str) -> None:
+    """Removes a version whole, and it from the answers that name it. Others may do so at the same
+    time."""
+    for item in files_of(storage, path, version):
+        with contextlib.suppress(NotFound):
+            storage.remove(item.name)
+    forget_answers(storage, path, version)
+
+
+def forget_answers(storage: Storage, path: str, version: str) -> None:
+    """Drops what stored answers say of a version, so that they are asked for anew."""
+    prefix = f"{escape_path(path)}/@v/"
+    queries = [f"{escape_path(path)}/@latest"]
+    for name in storage.names(prefix):
+        if name.endswith(".info") and not stored_artifact(prefix + name):
+            queries.append(prefix + name)
+    for query in queries:
+        with contextlib.suppress(NotFound, BadUpstream):
+            if read_info(read_small(storage, query, MAX_INFO)).version == version:
+                storage.remove(query)
+    with contextlib.suppress(NotFound):
+        _shorten_list(storage, f"{prefix}list", version)
+
+
+def _shorten_list(storage: Storage, name: str, version: str) -> None:
+    listed = read_small(storage, name, _MAX_SMALL).decode().split()
+    kept = [line for line in listed if line != version]
+    if kept == listed:
+        return
+    storage.remove(name)
+    if kept:  # for those who read the folder itself
+        with drafting(storage) as draft:
+            draft.modified = 0.0  # so old that we ask upstream before we give it out
+            draft.write(_lines(kept))
+            storage.adopt(name, draft)
+
+
+class Uses:
+    """Stored names that clients were given, gathered without a lock or a system call."""
+
+    _LIMIT = 50_000
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def note(self, name: str) -> None:
+        if len(self._names) < self._LIMIT:
+            self._names.add(name)
+
+    def take(self) -> list[str]:
+        """What was gathered since the last time."""
+        names = self._names.copy()  # one step of the interpreter, like the next
+        self._names -= names
+        return list(names)
+
+
+class LastUses:
+    """When versions were last asked for, by the beginning of their files' names. Only the latest
+    are known; others count by the time they were stored. A side file keeps it over restarts."""
+
+    _NAME, _LIMIT, _BYTES = OWN_MARK + "used", 100_000, 64 << 20
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._moments: collections.OrderedDict[str, float] = collections.OrderedDict()
+        self._changed = False
+
+    def note(self, names: Iterable[str], moment: float) -> None:
+        for name in names:
+            stem = name.rpartition(".")[0]
+            self._moments[stem] = moment
+            self._moments.move_to_end(stem)
+            self._changed = True
+        while len(self._moments) > self._LIMIT:
+            self._moments.popitem(last=False)
+
+    def last(self, stem: str) -> float:
+        """Seconds since the epoch, 0 if that is not known."""
+        return self._moments.get(stem, 0.0)
+
+    def read(self) -> None:
+        """Adds what this or another process has written. A broken file is as good as none."""
+        try:
+            text = zlib.decompress(read_small(self._storage, self._NAME, self._BYTES)).decode()
+            pairs = [(stem, float(moment)) for moment, stem in map(str.split, text.splitlines())]
+        except (NotFound, BadUpstream, ValueError, zlib.error):
+            return
+        moments = {stem: max(moment, self.last(stem)) for stem, moment in pairs}
+        merged = {**self._moments, **moments}
+        latest = sorted(merged.items(), key=operator.itemgetter(1))[-self._LIMIT :]
+        self._moments = collections.OrderedDict(latest)
+
+    def write(self) -> None:
+        """Writes what is new, united with what others have written. Raises StoreDown."""
+        if self._changed:
+            self.read()
+            text = "".join(f"{moment:.6f} {stem}\n" for stem, moment in self._moments.items())
+            self._storage.put(self._NAME, zlib.compress(text.encode(), 1))
+            self._changed = False
+
+
+class Evictor:
+    """Keeps a store below `limit` bytes: versions that nobody has asked for longest go first.
+
+    One walk at the start tells how much there is and who goes next; after that, what this process
+    stores is counted as it comes. Another walk follows when those to go next have run out, or to
+    see what others have stored: not before a minute, or 50 times as long as a walk takes, is over.
+    """
+
+    _TURN, _WALK, _WALK_SHARE, _SAVE, _VICTIMS = 10.0, 60.0, 50, 600.0, 20_000
+
+    def __init__(
+        self, storage: Storage, limit: int, spares: Callable[[str, str], bool], log: Log
+    ) -> None:
+        """`spares` tells which versions never go. Starts a thread."""
+        self.uses = Uses()
+        self._storage = storage
+        self._limit = limit
+        self._spares = spares
+        self._log = log
+        self._last = LastUses(storage)
+        self._news: collections.deque[tuple[str, int]] = collections.deque()
+        # A heap: last use, path, version, and how many bytes go with it if others remove it.
+        self._victims: list[tuple[float, str, str, int]] = []
+        self._total = 0
+        self._is_cut = False  # whether the last walk saw more than _victims can hold
+        self._walk_at = self._save_at = 0.0
+        self._ended = False
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="evictor", daemon=True)
+        self._thread.start()
+
+    def stored(self, name: str, size: int) -> None:
+        """Counts what has just been stored for good; returns at once."""
+        self._news.append((name, size))
+        self._wake.set()
+
+    def _run(self) -> None:
+        self._save_at = time.monotonic() + self._SAVE
+        self._try(self._last.read)
+        while not self._ended:
+            self._try(self._turn)
+            self._wake.wait(self._TURN)
+            self._wake.clear()
+        self._last.note(self.uses.take(), time.time())
+        self._try(self._last.write)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except ProxyError as error:
+            self._log.error(f"-max-size: {error}")
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        self._last.note(self.uses.take(), time.time())
+        if now >= self._walk_at:
+            self._walk()
+        self._count_news()
+        self._evict()
+        if now >= self._save_at:
+            self._save_at = now + self._SAVE
+            self._last.write()
+
+    def _count_news(self) -> None:
+        while self._news:
+            name, size = self._news.popleft()
+            self._total += size
+            artifact = stored_artifact(name)
+            if artifact and not self._spares(artifact.path, artifact.version):
+                entry = (time.time(), artifact.path, artifact.version, 0)
+                heapq.heappush(self._victims, entry)
+
+    def _walk(self) -> None:
+        began = time.monotonic()
+        self._walk_at = began + self._WALK
+        self._total = 0
+        found = heapq.nsmallest(self._VICTIMS + 1, self._candidates())
+        self._is_cut = len(found) > self._VICTIMS
+        self._victims = found
+        pause = self._WALK_SHARE * (time.monotonic() - began)
+        self._walk_at = time.monotonic() + max(self._WALK, pause)
+
+    def _candidates(self) -> Iterator[tuple[float, str, str, int]]:
+        for path, versions in stored_modules(self._counted()):
+            for version, items in versions.items():
+                if not self._spares(path, version):
+                    yield self._used(items), path, version, sum(item.size for item in items)
+
+    def _counted(self) -> Iterator[Item]:
+        for item in self._storage.walk():
+            if self._ended:
+                return
+            self._total += item.size
+            yield item
+
+    def _used(self, items: Sequence[Item]) -> float:
+        stem = items[0].name.rpartition(".")[0]
+        return max(self._last.last(stem), *(item.modified for item in items))
+
+    def _evict(self) -> None:
+        count = size = 0
+        while self._total > self._limit and not self._ended:
+            if not self._victims and self._is_cut:
+                self._walk()
+            if not self._victims:
+                break
+            used, path, version, known = heapq.heappop(self._victims)
+            items = files_of(self._storage, path, version)
+            if items and self._used(items) > used:  # somebody has asked for it meanwhile
+                heapq.heappush(self._victims, (self._used(items), path, version, known))
+                continue
+            freed = sum(item.size for item in items) or known
+            self._total -= freed
+            if items:
+                take_out(self._storage, path, version)
+                count, size = count + 1, size + freed
+        if count:
+            self._log.line(f"-max-size: {count} versions removed, {size} bytes")
+
+    def close(self) -> None:
+        """Ends the thread, which writes down the last uses."""
+        self._ended = True
+        self._wake.set()
+        self._thread.join(_FAREWELL_SECONDS)
+
+
+_FAREWELL_SECONDS = 5.0
+
+
+class Attic:
+    """Where versions go that are moved aside: out of sight, and to be had back for 30 days."""
+
+    PLACE = OWN_MARK + "removed/"
+    SECONDS = 30 * 86400.0
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def put_away(self, path: str, version: str) -> None:
+        """Moves a version here. Raises StoreDown; then it is still where it was."""
+        for item in files_of(self._storage, path, version):
+            with contextlib.suppress(NotFound):
+                copy(self._storage, item.name, self._storage, self.PLACE + item.name)
+        take_out(self._storage, path, version)
+
+    def walk(self) -> Iterator[tuple[Artifact, Item]]:
+        """All files here; `modified` is when they came."""
+        for item in self._storage.walk(self.PLACE):
+            artifact = stored_artifact(item.name[len(self.PLACE) :])
+            if artifact:
+                yield artifact, item
+
+    def bring_back(self, item: Item) -> None:
+        """Moves a file to where it was, unless one is there: that was fetched and checked since."""
+        name = item.name[len(self.PLACE) :]
+        if self._storage.stamp(name) is None:
+            copy(self._storage, item.name, self._storage, name)
+        self._storage.remove(item.name)
+
+
+class Remark(NamedTuple):
+    """What a re-check has seen of a stored version, or of a whole module (`version` is ""): `what`
+    is absent (once), deleted, retracted, deprecated or changed; restored is a version that was
+    brought back by hand. First and last seen in seconds since the epoch; `words` explain it."""
+
+    path: str
+    version: str
+    what: str
+    since: float
+    seen: float
+    words: str = ""
+
+    @property
+    def module(self) -> str:
+        return f"{self.path}@{self.version}" if self.version else self.path
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.version, self.what
+
+
+class Remarks:
+    """The remarks of re-checks, in a side file of the store that any process may read."""
+
+    _NAME, _BYTES = OWN_MARK + "recheck", 64 << 20
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def read(self) -> list[Remark]:
+        """All of them. Raises StoreDown."""
+        try:
+            raw = json.loads(read_small(self._storage, self._NAME, self._BYTES))
+            return [Remark(*fields) for fields in raw]
+        except (NotFound, BadUpstream, ValueError, TypeError):
+            return []
+
+    def replace(self, path: str, found: Sequence[Remark]) -> None:
+        """Writes those of one module, and forgets what was not seen for as long as the attic
+        keeps things."""
+        until = time.time() - Attic.SECONDS
+        before = self.read()
+        all_now = [*(each for each in before if each.path != path), *found]
+        after = sorted(each for each in all_now if each.seen > until or each.what == "restored")
+        if after != before:
+            self._storage.put(self._NAME, json.dumps(after).encode())
+
+
+class Recheck:
+    """Asks upstream about stored versions again: each once in -recheck seconds, one at a time,
+    the modules in turn by a number made from their paths, so that no restart begins anew.
+
+    A version is deleted when it was absent twice, an interval apart. Compared are Version and Time
+    of the .info and the bytes of the .mod; a .zip is not fetched again."""
+
+    _SLOTS, _LEAST_PAUSE, _NEARLY = 24, 0.25, 0.9
+
+    def __init__(
+        self,
+        source: Source,
+        storage: Storage,
+        is_public: Callable[[str, str], bool],
+        settings: Settings,
+        log: Log,
+    ) -> None:
+        """`is_public` tells which versions may be asked about."""
+        self._source = source
+        self._storage = storage
+        self._is_public = is_public
+        self._interval = settings.recheck
+        self._removes = settings.recheck_removes
+        self._log = log
+        self._remarks = Remarks(storage)
+        self._attic = Attic(storage)
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="recheck", daemon=True).start()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        seconds = self._interval / self._SLOTS
+        turn = int(time.time() / seconds)
+        while not self._ended.wait(max(0.0, turn * seconds - time.time())):
+            try:
+                self._ask_slot(turn % self._SLOTS)
+            except ProxyError as error:
+                self._log.error(f"recheck: {error}")
+                self._ended.wait(seconds)
+            turn = max(turn + 1, int(time.time() / seconds) - self._SLOTS)
+
+    def _ask_slot(self, slot: int) -> None:
+        modules = [
+            (path, [each for each in versions if self._is_public(path, each)])
+            for path, versions in stored_modules(self._storage.walk())
+            if zlib.crc32(path.encode()) % self._SLOTS == slot
+        ]
+        count = sum(len(versions) for _, versions in modules)
+        pause = max(self._LEAST_PAUSE, self._interval / self._SLOTS / max(1, count))
+        for path, versions in modules:
+            if self._ended.wait(pause * len(versions)):
+                return
+            try:
+                if versions:
+                    self.look(path, versions)
+            except ProxyError as error:
+                self._log.error(f"recheck: {path}: {error}")
+                self._ended.wait(error.retry_after or 0)
+
+    def look(self, path: str, versions: Sequence[str]) -> None:
+        """Asks about a module now. What upstream's trouble keeps from being known stays as it was.
+        Raises ProxyError."""
+        known = {each.key: each for each in self._remarks.read() if each.path == path}
+        news = [*self._notices(path, versions), *self._differences(path, versions)]
+        now = time.time()
+        found = {}
+        for version, what, words in news:
+            old = known.get((version, what)) or known.get((version, "absent"))
+            since = old.since if old else now
+            if what == "deleted" and not self._is_sure(known, version, now):
+                what = "absent"
+            found[version, what] = Remark(path, version, what, since, now, words)
+        lasting = [each for each in known.values() if self._lasts(each, versions)]
+        self._remarks.replace(path, [*lasting, *found.values()])
+        for key, remark in found.items():
+            if key not in known and remark.what != "absent":
+                self._log.error(f"recheck: {remark.module}: {remark.what}: {remark.words}")
+            self._act(remark, versions, known)
+
+    def _is_sure(self, known: Mapping[tuple[str, str], Remark], version: str, now: float) -> bool:
+        first = known.get((version, "absent"))
+        waited = first is not None and now - first.since >= self._NEARLY * self._interval
+        return waited or (version, "deleted") in known
+
+    @staticmethod
+    def _lasts(remark: Remark, versions: Sequence[str]) -> bool:
+        """Whether a remark holds without being seen again: what is not here is not asked about."""
+        return remark.what == "restored" or bool(remark.version and remark.version not in versions)
+
+    def _act(
+        self,
+        remark: Remark,
+        versions: Sequence[str],
+        known: Mapping[tuple[str, str], Remark],
+    ) -> None:
+        if remark.what not in self._removes:
+            return
+        for version in [remark.version] if remark.version else versions:
+            if (version, "restored") not in known:
+                self._attic.put_away(remark.path, version)
+                self._log.line(f"recheck: {remark.path}@{version} moved aside")
+
+    def _notices(self, path: str, versions: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+        """What the author says in the go.mod of the newest version."""
+        try:
+            listed = self._source.versions(path)
+            latest = newest(listed) if listed else self._source.resolve(path, LATEST).version
+            raw = self._ask(Artifact(path, latest, "mod"))
+        except NotFound:
+            return
+        notices = read_notices(raw)
+        if notices.deprecated:
+            yield "", "deprecated", notices.deprecated
+        for version in versions:
+            covering = [each for each in notices.retractions if each.covers(version)]
+            if covering:
+                yield version, "retracted", covering[0].reason or "no reason is given"
+
+    def _differences(self, path: str, versions: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+        for version in versions:
+            try:
+                theirs = read_info(self._ask(Artifact(path, version, "info")), version)
+            except NotFound as error:
+                yield version, "deleted", str(error)
+                continue
+            ours = self._stored(Artifact(path, version, "info"))
+            if ours and read_info(ours).time != theirs.time:
+                yield version, "changed", f"its time is {theirs.time} upstream"
+            mod = self._stored(Artifact(path, version, "mod"))
+            if mod is not None and mod != self._ask(Artifact(path, version, "mod")):
+                yield version, "changed", "its go.mod has other bytes upstream"
+
+    def _ask(self, artifact: Artifact) -> bytes:
+        with contextlib.closing(self._source.open(artifact)) as blob:
+            return blob.read_all(KINDS[artifact.kind].limit)
+
+    def _stored(self, artifact: Artifact) -> bytes | None:
+        try:
+            return read_small(self._storage, artifact.name, KINDS[artifact.kind].limit)
+        except NotFound:
+            return None
+
+
 # =============================================================================
 # 11. HTTP: requests, replies, routes, the front loop
 # =============================================================================
@@ -6674,6 +7292,7 @@ class App(NamedTuple):
     storage: WatchedStorage
     log: Log
     saw: Callable[[Sight], None]
+    used: Callable[[str], None]  # told the name of each stored file that a client is given
 
     def watch(self, request: Request, artifact: Sequence[str], here: bool) -> None:
         """Lets read-ahead see what a client asks; `artifact` is path, version and kind."""
@@ -7311,6 +7930,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
             return False
         opening = reply.opening(loop.second)
         blob = reply.blob.again() if reply.blob else None
+        loop.app.used(reply.stored.name)
         loop.access.hit(self.client, target)
         try:
             sent = 0 if blob else self.sock.send(opening)
@@ -7432,6 +8052,8 @@ class Handler(Courier, BaseHTTPRequestHandler):
 
     def _send(self, request: Request | None, reply: Reply, keep: bool) -> None:
         message = compose(request, reply, keep)
+        if reply.stored:
+            self.loop.app.used(reply.stored.name)
         if reply.stored and request and request.is_plain and keep:
             self.loop.remember(request.target, reply.stored, message)
         self._keep = keep
@@ -7783,7 +8405,10 @@ class Server(ThreadingHTTPServer):
         except BlockingIOError:
             return
         client, _, rest = read.partition(b"\n")
-        if not descriptors and not flags & socket.MSG_CTRUNC:  # else there was no room for it
+        if not client:
+            for name in rest.decode().split("\n"):
+                self.app.used(name)
+        elif not descriptors and not flags & socket.MSG_CTRUNC:  # else there was no room for it
             self.app.saw(Sight(*read.decode().split("\n")))
         for descriptor in descriptors:
             self._admit(socket.socket(fileno=descriptor), client.decode()).take_over(rest)
@@ -7954,6 +8579,82 @@ def _watching(
             other.send("\n".join(sight).encode(), socket.MSG_DONTWAIT)
 
     return tell, (lambda: None)
+
+
+class Reporter:
+    """Tells the process that fetches which stored files this one has given out: in batches, and
+    what cannot be sent now is sent with the next ones."""
+
+    _SECONDS, _BATCH = 5.0, 200
+
+    def __init__(self, fetcher: socket.socket) -> None:
+        """Starts a thread."""
+        self.uses = Uses()
+        self._fetcher = fetcher
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="reporter", daemon=True).start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._SECONDS):
+            self.report()
+
+    def report(self) -> None:
+        names = self.uses.take()
+        for start in range(0, len(names), self._BATCH):
+            batch = "\n".join(["", *names[start : start + self._BATCH]])
+            try:
+                self._fetcher.send(batch.encode(), socket.MSG_DONTWAIT)
+            except OSError:
+                for name in names[start:]:
+                    self.uses.note(name)
+                return
+
+    def close(self) -> None:
+        self._ended.set()
+        self.report()
+
+
+def _ignore(name: str) -> None:
+    """Nobody wants to know."""
+
+
+def _evicting(
+    settings: Settings, policy: Policy, cache: Cache, log: Log, fetcher: socket.socket | None
+) -> tuple[Callable[[str], None], Callable[[], None]]:
+    """Whom to tell what is given out of the store, and how to end that: the evictor here, or in
+    the process that fetches, or nobody."""
+    if not settings.max_size:
+        return _ignore, (lambda: None)
+    if fetcher:
+        reporter = Reporter(fetcher)
+        return reporter.uses.note, reporter.close
+
+    def spares(path: str, version: str) -> bool:
+        return not settings.evict_private and not policy.is_public(path, version)
+
+    evictor = Evictor(cache.storage, settings.max_size, spares, log)
+    cache.on_stored = evictor.stored
+    return evictor.uses.note, evictor.close
+
+
+def _rechecking(
+    settings: Settings, policy: Policy, source: Source, storage: Storage, log: Log
+) -> Callable[[], None]:
+    """Begins to ask upstream about what is stored, if that is wanted; and how to end it."""
+    if not settings.recheck:
+        return lambda: None
+    recheck = Recheck(source, storage, policy.is_public, settings, log)
+    recheck.start()
+    return recheck.close
+
+
+def _check_recheck(settings: Settings) -> None:
+    """Raises UsageError for a re-check that may ask nobody."""
+    asks = not settings.offline and any(hop.kind != "off" for hop in settings.upstream)
+    if settings.recheck and not asks:
+        why = "-offline" if settings.offline else "-upstream off"
+        origin = settings.origins["recheck"]
+        raise UsageError(f"{origin}={settings.recheck:g}s: with {why} nobody may be asked")
 
 
 def _obey(line: int, server: Server) -> None:
@@ -8142,6 +8843,7 @@ class Daemon:
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         """Opens what the settings name. Raises UsageError, StartError."""
         self._settings = settings
+        _check_recheck(settings)
         self._credentials, self._remark = read_credentials(environ)
         self._dialer = open_way_out(settings, environ)
         means = Means(settings.max_size, self._dialer, environ)
@@ -8201,9 +8903,14 @@ class Daemon:
         proxies = [hop.url for hop in settings.upstream if hop.url]
         sumdb = SumDb(settings.sumdb, proxies, client, cache, policy)
         saw, end = _watching(settings, policy, storage, fetcher)
-        app = App(settings, policy, sumdb, storage, log, saw)
+        used, end_evicting = _evicting(settings, policy, cache, log, fetcher)
+        endings = [end, end_evicting]
+        app = App(settings, policy, sumdb, storage, log, saw, used)
+        if not fetcher:
+            endings.append(_rechecking(settings, policy, source, storage, log))
         yield Server(self._socket, app, fetcher, handed)
-        end()
+        for each in endings:
+            each()
         sumdb.close()
         cache.close()
         client.close()

@@ -1843,6 +1843,7 @@ BAD_SETTINGS = [
     ("cache", "CACHE_DIR", ""),
     ("cache", "CACHE_DIR", "gopher://x"),
     ("cache", "CACHE_DIR", "memory:x"),
+    ("evict-private", "GOPROXY_EVICT_PRIVATE", "some"),
     ("exclude", "GOPROXY_EXCLUDE", "example.com/["),
     ("host", "GOPROXY_HOST", "no such host"),
     ("log-format", "GOPROXY_LOG_FORMAT", "xml"),
@@ -1854,6 +1855,8 @@ BAD_SETTINGS = [
     ("port", "PORT", "65536"),
     ("port", "PORT", "http"),
     ("quiet", "GOPROXY_QUIET", "2"),
+    ("recheck", "GOPROXY_RECHECK", "daily"),
+    ("recheck-removes", "GOPROXY_RECHECK_REMOVES", "deleted,old"),
     ("sumdb", "GOPROXY_SUMDB", "sum.test ftp://sum.test"),
     ("ttl", "GOPROXY_TTL", "-1s"),
     ("ttl", "GOPROXY_TTL", "soon"),
@@ -1913,6 +1916,24 @@ def test_a_time_is_written_as_in_go(text: str, seconds: float) -> None:
 )
 def test_a_size_is_written_with_its_unit(text: str, size: int | None) -> None:
     assert goproxy.Settings.load([f"-max-size={text}"], {}).max_size == size
+
+
+def test_what_a_recheck_removes_is_a_list_of_words() -> None:
+    load = goproxy.Settings.load
+    assert load([], {}).recheck_removes == ("deleted",)
+    assert load(["-recheck-removes=none"], {}).recheck_removes == ("none",)
+    both = load(["-recheck=24h", "-recheck-removes=deleted, retracted"], {})
+    assert (both.recheck, both.recheck_removes) == (86400, ("deleted", "retracted"))
+
+
+@pytest.mark.parametrize("setting", ["-offline", "-upstream=off"])
+def test_a_recheck_that_may_ask_nobody_is_one_line_and_status_2(
+    tmp_path: Path, setting: str
+) -> None:
+    ended = finish(tmp_path, "-recheck=24h", setting)
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert "-recheck=86400s" in ended.err
+    assert setting.replace("=", " ") in ended.err
 
 
 def test_the_defaults_are_those_of_the_design() -> None:
@@ -2650,6 +2671,61 @@ require retract.example/v9 v9.0.0
 """
     wanted = [("v1.0.0",) * 2, ("v1.1.0", "v1.2.0"), ("v1.3.0",) * 2, ("v1.4.0", "v1.5.0")]
     assert goproxy.read_retractions(raw) == wanted
+
+
+GO_MOD_NOTICES = """
+// Deprecated: not next to the module line
+
+// A module.
+//
+// Deprecated: use example.com/new
+// instead.
+//
+// More.
+module example.com/old // hello
+
+retract v1.0.0 // it leaks
+// all of these
+retract (
+	v1.1.0
+	[v1.2.0, v1.2.9] // published by accident
+)
+retract [ "v1.5.0" , v1.6.0 ]
+require example.com/x v1.0.0 // Deprecated: no
+"""
+
+
+def test_deprecation_and_retractions_are_read_as_the_go_command_does() -> None:
+    notices = goproxy.read_notices(GO_MOD_NOTICES.encode())
+    assert notices.deprecated == "use example.com/new\ninstead."
+    assert [tuple(each) for each in notices.retractions] == [
+        ("v1.0.0", "v1.0.0", "it leaks"),
+        ("v1.1.0", "v1.1.0", "all of these"),
+        ("v1.2.0", "v1.2.9", "published by accident"),
+        ("v1.5.0", "v1.6.0", ""),
+    ]
+    assert [notices.retractions[2].covers(f"v1.2.{patch}") for patch in (0, 9, 10)] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("text", ["", "module x\n", "retract (\n", "retract\n)\n", "\xff\x00(["])
+def test_a_go_mod_without_notices_has_none(text: str) -> None:
+    assert goproxy.read_notices(text.encode("latin-1")) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        (f"{SHOUT}.ziphash", ("github.com/BurntSushi/toml", "v1.0.0", "ziphash")),
+        (LIST, None),
+        (LATEST, None),
+        ("example.com/quote/@v/main.info", None),
+        ("example.com/quote/@v/v1.info", None),
+        ("sumdb/sum.test/lookup/example.com/quote@v1.0.0", None),
+        ("Bad/@v/v1.0.0.zip", None),
+    ],
+)
+def test_a_stored_name_tells_what_it_is_of(name: str, found: object) -> None:
+    assert goproxy.stored_artifact(name) == found
 
 
 # =============================================================================
@@ -5253,6 +5329,13 @@ def test_a_storage_walks_over_what_it_holds(storage: goproxy.Storage) -> None:
     assert list(storage.walk("example.net/")) == []
 
 
+def test_our_own_side_files_are_walked_over_only_if_asked_for(storage: goproxy.Storage) -> None:
+    for name in (".goproxy-one", f".goproxy-two/{INFO}", INFO):
+        storage.put(name, b"")
+    assert [item.name for item in storage.walk()] == [INFO]
+    assert [item.name for item in storage.walk(".goproxy-two/")] == [f".goproxy-two/{INFO}"]
+
+
 def test_an_open_blob_survives_its_removal(storage: goproxy.Storage) -> None:
     storage.adopt(ZIP, grown(storage.draft(), bytes(3_000_000)))
     with contextlib.closing(storage.open(ZIP)) as blob:
@@ -6307,6 +6390,228 @@ def test_no_database_is_asked_about_a_version_of_ours(
     answer = proxy.get(LOOKUP)
     assert (answer.status, "GONOSUMDB" in answer.text) == (404, True)
     assert upstream.asked == []
+
+
+# --- upkeep ------------------------------------------------------------------
+
+QUIET_LOG = goproxy.Log(2, as_json=False)  # never started: it only collects lines
+
+
+def put_version(storage: goproxy.Storage, version: str, path: str = "example.com/quote") -> None:
+    stem = f"{path}/@v/{version}"
+    for kind, data in (("mod", b"m"), ("ziphash", b"h"), ("zip", bytes(1000)), ("info", b"i")):
+        storage.put(f"{stem}.{kind}", data)
+
+
+def zips(storage: goproxy.Storage) -> list[str]:
+    """The versions whose zips are stored."""
+    names = (item.name for item in storage.walk())
+    return sorted(name.rpartition("/")[2][:-4] for name in names if name.endswith(".zip"))
+
+
+@contextlib.contextmanager
+def evictor(
+    storage: goproxy.Storage,
+    limit: int,
+    spares: Callable[[str, str], bool] = lambda path, version: False,
+) -> Iterator[goproxy.Evictor]:
+    made = goproxy.Evictor(storage, limit, spares, QUIET_LOG)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def by_then(condition: Callable[[], bool]) -> bool:
+    """Whether a condition comes true before patience ends."""
+    until, tick = time.monotonic() + PATIENCE, threading.Event()
+    while not condition() and time.monotonic() < until:
+        tick.wait(0.005)
+    return condition()
+
+
+def test_what_was_not_used_for_longest_goes_first_and_whole(storage: goproxy.Storage) -> None:
+    for version in ("v1.0.0", "v1.1.0", "v1.2.0"):
+        put_version(storage, version)
+    storage.put(LIST, b"v1.0.0\nv1.1.0\nv1.2.0\n")
+    storage.put(LATEST, b'{"Version":"v1.1.0"}')
+    with evictor(storage, 1 << 20) as made:
+        made.uses.note(ZIP)  # which is written down at its end, and read by the next one
+    with evictor(storage, 2500):
+        assert by_then(lambda: zips(storage) == ["v1.0.0", "v1.2.0"])
+    assert "v1.1.0" not in "".join(item.name for item in storage.walk())
+    assert read(storage, LIST).split() == [b"v1.0.0", b"v1.2.0"]
+    assert storage.names("example.com/quote/") == ["@v"]
+
+
+def test_what_is_stored_counts_at_once(storage: goproxy.Storage) -> None:
+    put_version(storage, "v1.0.0")
+    with evictor(storage, 2500) as made:
+        put_version(storage, "v1.1.0")
+        made.stored(ZIP.replace("v1.0", "v1.1"), 2000)
+        assert by_then(lambda: zips(storage) == ["v1.1.0"])
+
+
+def test_spared_modules_never_go(storage: goproxy.Storage) -> None:
+    put_version(storage, "v1.0.0", "corp.example/own")
+    put_version(storage, "v1.1.0")
+    with evictor(storage, 10, lambda path, _: path.startswith("corp.example/")):
+        assert by_then(lambda: zips(storage) == ["v1.0.0"])
+
+
+def test_an_evicted_version_stays_readable_for_who_reads_it(storage: goproxy.Storage) -> None:
+    put_version(storage, "v1.0.0")
+    with contextlib.closing(storage.open(ZIP)) as blob, evictor(storage, 1):
+        assert by_then(lambda: zips(storage) == [])
+        assert blob.read_all(2000) == bytes(1000)
+
+
+def test_two_evictors_on_one_store_do_no_harm(storage: goproxy.Storage) -> None:
+    for patch in range(40):
+        put_version(storage, f"v1.0.{patch}")
+    with evictor(storage, 10_100), evictor(storage, 10_100):
+        assert by_then(lambda: len(zips(storage)) <= 10)
+    assert len(zips(storage)) > 0
+
+
+def test_eviction_does_not_walk_for_what_is_stored(tmp_path: Path) -> None:
+    walks: list[str] = []
+
+    class Watched(goproxy.DiskStorage):
+        def walk(self, prefix: str = "") -> Iterator[goproxy.Item]:
+            walks.append(prefix)
+            return super().walk(prefix)
+
+    storage = Watched(str(tmp_path))
+    with evictor(storage, 3500) as made:
+        for patch in range(30):
+            put_version(storage, f"v1.0.{patch}")
+            made.stored(f"example.com/quote/@v/v1.0.{patch}.zip", 1003)
+        assert by_then(lambda: len(list(storage.names("example.com/quote/@v/"))) <= 16)
+    assert walks.count("") == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_proxy_keeps_its_store_below_the_limit(
+    run: Run, upstream: Upstream, workers: int
+) -> None:
+    proxy = run(upstream=upstream.url(), max_size="401KB", workers=workers)
+    for name in (INFO, MOD, ZIP, BIG, f"{SHOUT}.zip"):
+        assert proxy.get(name).body == SITE[name]
+    assert by_then(lambda: sum((run.cache / one).stat().st_size for one in run.stored()) <= 401_000)
+    assert proxy.get(BIG).body == SITE[BIG]
+    assert "-max-size: " in proxy.logged("-max-size: ")
+
+
+def test_what_other_workers_give_out_counts_as_used(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), max_size="1GB", workers=2)
+    for _ in range(20):
+        proxy.get(ZIP)
+    proxy.stop()
+    used = zlib.decompress((run.cache / ".goproxy-used").read_bytes()).decode()
+    assert [line.split()[1] for line in used.splitlines()] == [ZIP[:-4]]
+
+
+QUOTES = ["v1.0.0", "v1.1.0"]
+
+
+class Again(NamedTuple):
+    """A store with two versions, and what is needed to re-check it."""
+
+    storage: goproxy.Storage
+    recheck: goproxy.Recheck
+    upstream: Upstream
+
+    def look(self, path: str = "example.com/quote") -> list[tuple[str, str]]:
+        self.recheck.look(path, [version for version in QUOTES if version in zips(self.storage)])
+        return [(each.version, each.what) for each in goproxy.Remarks(self.storage).read()]
+
+
+@pytest.fixture
+def again(storage: goproxy.Storage, upstream: Upstream, request: Any) -> Iterator[Again]:
+    for version in QUOTES:
+        for kind in ("mod", "zip", "info"):
+            name = f"example.com/quote/@v/{version}.{kind}"
+            storage.put(name, SITE[name])
+    flags_given = ["-recheck=0", f"-upstream={upstream.url()}", *getattr(request, "param", [])]
+    settings = goproxy.Settings.load(flags_given, {})
+    with contextlib.closing(goproxy.Client(dialer(), {})) as client:
+        source = goproxy.open_sources(client, settings.upstream)
+        recheck = goproxy.Recheck(source, storage, lambda path, version: True, settings, QUIET_LOG)
+        yield Again(storage, recheck, upstream)
+
+
+def test_what_is_as_it_was_is_not_remarked(again: Again) -> None:
+    assert again.look() == []
+    assert not [path for path in again.upstream.asked if path.endswith(".zip")]
+
+
+@pytest.mark.parametrize("status", ["404", "410"])
+def test_a_version_absent_twice_is_deleted_and_moved_aside(again: Again, status: str) -> None:
+    again.upstream.fault = status
+    assert again.look() == [("v1.0.0", "absent"), ("v1.1.0", "absent")]
+    assert zips(again.storage) == QUOTES
+    again.upstream.fault = "good"
+    del again.upstream.files[INFO]
+    assert again.look() == [("v1.0.0", "deleted")]
+    assert zips(again.storage) == ["v1.1.0"]
+    assert read(again.storage, goproxy.Attic.PLACE + ZIP) == SITE[ZIP]
+    assert again.look() == [("v1.0.0", "deleted")]
+
+
+@pytest.mark.parametrize("fault", OUTAGES)
+def test_an_outage_is_never_a_deletion(again: Again, fault: str) -> None:
+    again.upstream.fault = fault
+    for _ in range(2):
+        with pytest.raises(goproxy.ProxyError):
+            again.look()
+    assert zips(again.storage) == QUOTES
+    assert goproxy.Remarks(again.storage).read() == []
+
+
+RETRACTING = b"// Deprecated: use quote/v2\nmodule example.com/quote\nretract v1.0.0 // it leaks\n"
+
+
+@pytest.mark.parametrize(
+    ("again", "left"),
+    [
+        ([], QUOTES),
+        (["-recheck-removes=retracted"], ["v1.1.0"]),
+        (["-recheck-removes=deprecated"], []),
+    ],
+    indirect=["again"],
+)
+def test_the_newest_go_mod_tells_what_is_retracted(again: Again, left: list[str]) -> None:
+    later = "example.com/quote/@v/v1.2.0"
+    again.upstream.files.update({f"{later}.mod": RETRACTING, LIST: b"v1.0.0\nv1.1.0\nv1.2.0\n"})
+    assert again.look() == [("", "deprecated"), ("v1.0.0", "retracted")]
+    assert goproxy.Remarks(again.storage).read()[1].words == "it leaks"
+    assert zips(again.storage) == left
+
+
+def test_other_bytes_upstream_are_remarked_and_ours_are_kept(again: Again) -> None:
+    again.upstream.files[MOD] = b"module example.com/quote // new\n"
+    assert again.look() == [("v1.0.0", "changed")]
+    assert read(again.storage, MOD) == SITE[MOD]
+
+
+def test_a_daemon_rechecks_by_itself(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), recheck="1s", exclude="example.com/secret")
+    for name in (INFO, MOD, ZIP):
+        proxy.get(name)
+    del upstream.files[INFO]
+    proxy.logged("recheck: example.com/quote@v1.0.0: deleted: ")
+    proxy.logged("recheck: example.com/quote@v1.0.0 moved aside")
+    assert run.stored() == []
+    assert proxy.get(INFO).status == 404
+
+
+def test_what_is_excluded_is_not_rechecked(run: Run, upstream: Upstream) -> None:
+    run(upstream=upstream.url()).get(INFO)
+    run(upstream=upstream.url()).get(f"{SHOUT}.info")
+    run(upstream=upstream.url(), recheck="1s", exclude="example.com")
+    upstream.wait_asked(f"{SHOUT}.info", 3)
+    assert upstream.asked.count(INFO) == 1
 
 
 # =============================================================================
