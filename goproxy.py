@@ -94,6 +94,7 @@ import re
 import secrets
 import select
 import selectors
+import shutil
 import signal
 import socket
 import socketserver
@@ -101,6 +102,7 @@ import ssl
 import stat
 import struct
 import subprocess
+import tarfile
 import tempfile
 import threading
 import time
@@ -110,7 +112,7 @@ import urllib.parse
 import weakref
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -2111,7 +2113,9 @@ class _Sink(io.RawIOBase):
         return taken
 
 
-def zip_pieces(path: str, version: str, files: Iterable[ZipFile]) -> Iterator[bytes]:
+def zip_pieces(
+    path: str, version: str, files: Iterable[FileContent]
+) -> Generator[bytes, None, None]:
     """A module zip, piece by piece, never held whole: the same files give the same bytes. The
     files are those that choose_files names, in the order given; pieces may be empty.
     Raises BadName for a bad path or version."""
@@ -2130,7 +2134,7 @@ def zip_pieces(path: str, version: str, files: Iterable[ZipFile]) -> Iterator[by
     yield sink.take()
 
 
-ZipFile = tuple[str, Iterable[bytes]]
+FileContent = tuple[str, Iterable[bytes]]  # name and pieces
 
 
 class Writable(Protocol):
@@ -2610,7 +2614,7 @@ class Lane:
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Queues work and promises its result."""
         promise: Future[T] = Future()
-        self.do(lambda: _keep_promise(promise, work))
+        self.do(lambda: keep_promise(promise, work))
         return promise
 
     def _run(self) -> None:
@@ -2630,7 +2634,7 @@ class Lane:
             self._queue.put(None)
 
 
-def _keep_promise(promise: Future[T], work: Callable[[], T]) -> None:
+def keep_promise(promise: Future[T], work: Callable[[], T]) -> None:
     try:
         promise.set_result(work())
     except BaseException as error:
@@ -2640,7 +2644,7 @@ def _keep_promise(promise: Future[T], work: Callable[[], T]) -> None:
 def in_thread(work: Callable[[], T]) -> Future[T]:
     """Does work that nobody can cut short; its thread does not keep the process alive."""
     promise: Future[T] = Future()
-    threading.Thread(target=_keep_promise, args=(promise, work), daemon=True).start()
+    threading.Thread(target=keep_promise, args=(promise, work), daemon=True).start()
     return promise
 
 
@@ -5731,6 +5735,957 @@ def publish(storage: Storage, artifact: Artifact, draft: Draft, sums: Sums) -> b
     for kind, data in beside.items():
         storage.put(artifact._replace(kind=kind).name, data, replace=False)
     return not taken
+
+
+# Git: modules straight from their repositories
+
+
+class Site(NamedTuple):
+    """Where a module's repository is: `root` is the module path of its top folder, `url` is for
+    git and holds no password, `subdir` is the folder that stands for the root (the fourth field of
+    a go-import tag; "" for the top)."""
+
+    root: str
+    url: str
+    subdir: str = ""
+
+
+class _GitFailed(Exception):
+    """git ended with a status that is not 0; the text is the end of what it said."""
+
+    def __init__(self, status: int, said: bytes) -> None:
+        super().__init__(said[-2000:].decode("utf-8", "replace"))
+        self.status = status
+
+
+class _Order(NamedTuple):
+    """What a git is to do: its arguments, variables besides the fixed ones, and seconds at most.
+    `feed` is its input, at most a pipe's fill. `aloud`: complaints are part of its output. `lock`
+    is a descriptor that it inherits: what that locks stays locked while it lives, even without us.
+    """
+
+    arguments: tuple[str, ...]
+    variables: Mapping[str, str]
+    seconds: float
+    feed: bytes = b""
+    aloud: bool = False
+    lock: int | None = None
+
+
+class _Git:
+    """One running git with all that it starts: they end together, at the deadline at the latest."""
+
+    def __init__(self, process: subprocess.Popen[bytes], seconds: float) -> None:
+        assert process.stdout is not None
+        self._process = process
+        self.out = process.stdout
+        self.is_late = False
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _expire(self) -> None:
+        self.is_late = True
+        self.kill()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if self._process.returncode is None:  # else the number may be another's by now
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Its exit status, once it has ended by itself or at its deadline."""
+        status = self._process.wait()
+        if self.is_late:
+            raise UpstreamTimeout("git took too long")
+        return status
+
+    def close(self) -> None:
+        self.kill()
+        self._process.wait()
+        self._timer.cancel()
+        self.out.close()
+
+
+_GIT_VARIABLES = {
+    "GIT_ATTR_NOSYSTEM": "1",
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_LITERAL_PATHSPECS": "1",
+    "GIT_NO_LAZY_FETCH": "1",
+    "GIT_NO_REPLACE_OBJECTS": "1",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GCM_INTERACTIVE": "never",
+    "LC_ALL": "C",
+    "GIT_SSH_COMMAND": "ssh -oBatchMode=yes -oControlMaster=no -oControlPath=none"
+    " -oStrictHostKeyChecking=yes -oConnectTimeout=10 -oServerAliveInterval=15",
+}
+# Options of the command line win over every other configuration. Filters need no line: one is
+# run only if a configuration defines it, and none is read.
+_GIT_OPTIONS = (
+    "core.attributesFile=" + os.devnull,
+    "core.autocrlf=input",
+    "core.eol=lf",
+    "core.fsmonitor=false",
+    "core.hooksPath=" + os.devnull,
+    "fetch.recurseSubmodules=false",
+    "gc.autoDetach=false",
+    "http.lowSpeedLimit=1000",
+    "http.lowSpeedTime=30",
+    "log.showSignature=false",
+    "maintenance.autoDetach=false",
+    "protocol.version=2",
+    "safe.bareRepository=all",
+    "safe.directory=*",
+    "submodule.recurse=false",
+)
+
+
+class GitRunner:
+    """Runs git so that nothing of a repository is executed, nothing of this machine's settings
+    counts, nothing asks questions, and no more than eight run at once."""
+
+    _AT_ONCE = 8
+    _QUEUE_SECONDS = 60.0
+    _LIMIT = 64 << 20  # of bytes that git may say
+
+    def __init__(self, search_path: str) -> None:
+        self._fixed = {**_GIT_VARIABLES, "PATH": search_path}
+        self._slots = threading.BoundedSemaphore(self._AT_ONCE)
+        self._running: set[_Git] = set()
+
+    @contextlib.contextmanager
+    def start(self, order: _Order) -> Iterator[_Git]:
+        """A git in a process group of its own, which ends with the block."""
+        if not self._slots.acquire(timeout=self._QUEUE_SECONDS):
+            raise Overloaded("too many gits at once")
+        try:
+            git = _Git(self._spawn(order), order.seconds)
+            self._running.add(git)
+            try:
+                yield git
+            finally:
+                self._running.discard(git)
+                git.close()
+        finally:
+            self._slots.release()
+
+    def _spawn(self, order: _Order) -> subprocess.Popen[bytes]:
+        options = [word for option in _GIT_OPTIONS for word in ("-c", option)]
+        try:
+            process = subprocess.Popen(
+                ["git", *options, *order.arguments],
+                env={**self._fixed, **order.variables},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if order.aloud else subprocess.DEVNULL,
+                start_new_session=True,
+                pass_fds=() if order.lock is None else (order.lock,),
+            )
+        except OSError as error:
+            raise BadUpstream(f"git cannot be run: {error.strerror}") from None
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+            stdin.write(order.feed)
+        return process
+
+    def run(self, order: _Order) -> bytes:
+        """What git says. Raises _GitFailed, UpstreamTimeout, Overloaded, BadUpstream."""
+        with self.start(order) as git:
+            said = git.out.read(self._LIMIT + 1)
+            if len(said) > self._LIMIT:
+                raise BadUpstream(f"git says more than {self._LIMIT} bytes")
+            status = git.wait()
+            if status:
+                raise _GitFailed(status, said)
+            return said
+
+    def close(self) -> None:
+        """Ends every git."""
+        for git in list(self._running):
+            git.kill()
+
+
+# What git and the usual forges say, and what it means. An absence is told by the one who must know;
+# what is none of these may be better the next time.
+_COMPLAINTS: list[tuple[str, type[ProxyError]]] = [
+    (
+        r"repository '.*' not found|repository not found|does not appear to be a git repository"
+        r"|project you were looking for could not be found|repository not exported",
+        NotFound,
+    ),
+    (
+        r"could not read (username|password)|authentication failed|permission denied"
+        r"|access denied|returned error: 40[13]|transport '.*' not allowed",
+        Forbidden,
+    ),
+    (r"returned error: (429|503)", Overloaded),
+]
+
+
+def _meaning(said: str, url: str) -> ProxyError:
+    """The error that the words of git stand for."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = [line for line in lines if re.match("(fatal|error|remote|ERROR):", line)] or lines
+    words = printable(mask(told[0])[:300]) if told else "git failed"
+    kinds = (kind for pattern, kind in _COMPLAINTS if re.search(pattern, said, re.IGNORECASE))
+    return next(kinds, Unreachable)(f"{mask(url)}: {words}")
+
+
+_LOCAL_SECONDS = 60.0
+_SCHEME = re.compile(r"(file|git|http|https|ssh|git\+ssh|ssh\+git)://[^-\s][\x21-\x7e]*")
+
+
+class Commit(NamedTuple):
+    """A commit: `time` in seconds since the epoch; `ref` the full name that led to it, "" if that
+    was a hash; `name` the tag it was asked for by, else its hash."""
+
+    hash: str
+    time: int
+    ref: str
+    name: str
+
+
+class BareRepository:
+    """A bare repository of ours that is filled from one URL. To read it needs no lock."""
+
+    def __init__(self, git: GitRunner, folder: str, network: Callable[[], Mapping[str, str]]):
+        """`network` gives the variables for the gits that may use the network."""
+        self._git = git
+        self._folder = folder
+        self._network = network
+        self._mutex = threading.Lock()
+        self._unfinished = os.path.join(folder, "unfinished")
+
+    def ask(self, *arguments: str, feed: bytes = b"") -> bytes:
+        """What a git without network says. Raises _GitFailed."""
+        return self._git.run(_Order(arguments, self._local(), _LOCAL_SECONDS, feed))
+
+    def stream(self, *arguments: str) -> contextlib.AbstractContextManager[_Git]:
+        return self._git.start(_Order(arguments, self._local(), TRANSFER.total))
+
+    def _local(self) -> dict[str, str]:
+        # Without a protocol a partial repository cannot ask for what it lacks, which may be a
+        # commit that belongs to no branch or tag.
+        return {"GIT_DIR": self._folder, "GIT_ALLOW_PROTOCOL": "none"}
+
+    def commit(self, revision: str) -> tuple[str, int] | None:
+        """Hash and time of a commit that is here."""
+        if not os.path.isdir(self._folder):
+            return None
+        try:
+            said = self.ask("log", "-n1", "--format=%H %ct", "--end-of-options", revision, "--")
+        except _GitFailed:
+            return None
+        words = said.decode().split()
+        return (words[0], int(words[1])) if len(words) == 2 else None
+
+    @contextlib.contextmanager
+    def filling(self, url: str, hash_length: int) -> Iterator[Callable[..., None]]:
+        """The only right to change the repository, here and in other processes, as a function
+        that runs `git fetch` with what it is given. Makes the repository if there is none."""
+        if not self._mutex.acquire(timeout=TRANSFER.total):
+            raise Overloaded("another fetch of the repository takes too long")
+        try:
+            os.makedirs(os.path.dirname(self._folder), exist_ok=True)
+            with open(self._folder + ".lock", "ab") as lock:
+                self._await(lock.fileno())
+                self._make(url, hash_length)
+                yield functools.partial(self._fetch, lock.fileno())
+        finally:
+            self._mutex.release()
+
+    @staticmethod
+    def _await(lock: int) -> None:
+        until = time.monotonic() + TRANSFER.total
+        while not lock_draft(lock):
+            if time.monotonic() > until:
+                raise Overloaded("another process fetches the repository for too long")
+            time.sleep(0.05)
+
+    def _make(self, url: str, hash_length: int) -> None:
+        if os.path.exists(self._unfinished):
+            self._sweep()
+        if os.path.isdir(self._folder):
+            return
+        new = f"{self._folder}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        kind = "sha256" if hash_length == 64 else "sha1"
+        making = ("init", "-q", "--bare", "--template=", f"--object-format={kind}", new)
+        self._git.run(_Order(making, {}, _LOCAL_SECONDS))
+        naming = ("config", "remote.origin.url", url)
+        self._git.run(_Order(naming, {"GIT_DIR": new}, _LOCAL_SECONDS))
+        os.makedirs(os.path.join(new, "info"), exist_ok=True)
+        with open(os.path.join(new, "info", "attributes"), "w", encoding="ascii") as file:
+            file.write("* -export-subst -export-ignore\n")
+        os.rename(new, self._folder)
+
+    def _sweep(self) -> None:
+        """Removes what a git leaves that was killed: nobody else would, and its locks block."""
+        for folder, _, names in os.walk(self._folder):
+            for name in names:
+                if name.endswith(".lock") or name.startswith("tmp_"):
+                    os.unlink(os.path.join(folder, name))
+        os.unlink(self._unfinished)
+
+    def _fetch(self, lock: int, *arguments: str) -> None:
+        options = ("-q", "-f", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head")
+        variables = {"GIT_DIR": self._folder, **self._network()}
+        words = ("fetch", *options, *arguments)
+        with open(self._unfinished, "wb"):
+            pass
+        try:
+            self._git.run(_Order(words, variables, TRANSFER.total, aloud=True, lock=lock))
+        except _GitFailed:
+            os.unlink(self._unfinished)
+            raise
+        os.unlink(self._unfinished)
+
+    @property
+    def is_shallow(self) -> bool:
+        return os.path.exists(os.path.join(self._folder, "shallow"))
+
+
+_HEX = re.compile("[0-9a-f]{7,64}")
+_REF_LINE = re.compile(
+    rb"^([0-9a-f]{40}|[0-9a-f]{64})\t(HEAD|refs/(?:heads|tags)/[^\x00-\x20\x7f~^:?*\[\\]+)(\^\{\})?$",
+    re.MULTILINE,
+)
+_ALL = ("+refs/heads/*:refs/{}heads/*", "+refs/tags/*:refs/{}tags/*")
+
+
+class Repository:
+    """A repository elsewhere, and as little of it here as the questions about it need.
+
+    What has been asked for lies in two bare repositories: `content` has single commits with all
+    their files, `history` all commits without any files (git cannot do both in one). A tag that
+    has been fetched stays what it was. Only what branches and tags lead to is ever fetched:
+    forges keep the commits of strangers, too (codehost/git.go)."""
+
+    _REFS_SECONDS = 10.0
+
+    def __init__(
+        self, git: GitRunner, folder: str, url: str, environment: Callable[[str], Mapping[str, str]]
+    ) -> None:
+        self.url = url
+        self._git = git
+        self._environment = environment
+        self._content = BareRepository(git, os.path.join(folder, "content"), self._network)
+        self._history = BareRepository(git, os.path.join(folder, "history"), self._network)
+        self._known: tuple[float, Mapping[str, str]] = (-math.inf, {})
+        self._in_history: Mapping[str, str] = {}
+        self._questions: Flights[Future[Mapping[str, str]]] = Flights()
+
+    def _network(self) -> Mapping[str, str]:
+        return {"GIT_ALLOW_PROTOCOL": self.url.partition(":")[0], **self._environment(self.url)}
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except _GitFailed as error:
+            raise _meaning(str(error), self.url) from None
+
+    def refs(self, age: float = _REFS_SECONDS) -> Mapping[str, str]:
+        """Commits by branch, tag (refs/...) and HEAD, as they were at most `age` seconds ago.
+        Raises NotFound if there is no such repository, Forbidden, BadUpstream, Overloaded."""
+        asked_at, refs = self._known
+        if time.monotonic() - asked_at <= age:
+            return refs
+        flight, first = self._questions.join("", Future)
+        if first:
+            keep_promise(flight, self._ask_refs)
+            self._questions.land("")
+        return flight.result()
+
+    def _ask_refs(self) -> Mapping[str, str]:
+        asked_at = time.monotonic()
+        words = ("ls-remote", "-q", "--end-of-options", self.url)
+        variables = {"GIT_DIR": os.devnull, **self._network()}
+        with self._explained():
+            said = self._git.run(_Order(words, variables, METADATA.total, aloud=True))
+        found = _REF_LINE.findall(said)
+        # A line with ^{} comes after that of its tag and tells the commit behind the tag's object.
+        refs = {ref.decode("utf-8", "surrogateescape"): name.decode() for name, ref, _ in found}
+        self._known = (asked_at, refs)
+        return refs
+
+    def find(self, revision: str) -> Commit:
+        """What a tag, branch, HEAD or a hash of seven digits or more stands for, with its files at
+        hand. Raises NotFound."""
+        pin = _pin(revision)
+        here = self._content.commit(pin)
+        if here:
+            return Commit(*here, f"refs/tags/{revision}", revision)
+        here = self._content.commit(revision) if _HEX.fullmatch(revision) else None
+        if here:
+            return Commit(*here, "", here[0])
+        began = time.monotonic()
+        ref = self._named(revision, self.refs())
+        if not ref:
+            ref = self._named(revision, self.refs(time.monotonic() - began))
+        if not ref:
+            return self._find_in_history(revision)
+        is_tag = ref == f"refs/tags/{revision}"
+        wanted = self.refs(math.inf)[ref]
+        found = self._fill(wanted, ref, pin if is_tag else f"refs/pinned/{wanted}")
+        return Commit(*found, ref, revision if is_tag else found[0])
+
+    @staticmethod
+    def _named(revision: str, refs: Mapping[str, str]) -> str:
+        """The ref that a revision means, in the order of codehost/git.go; "" for none."""
+        full = [f"refs/tags/{revision}", f"refs/heads/{revision}"]
+        if revision == "HEAD":
+            full.append("HEAD")
+        named = next((ref for ref in full if ref in refs), "")
+        if named or not _HEX.fullmatch(revision):
+            return named
+        begun = {ref: known for ref, known in refs.items() if known.startswith(revision)}
+        if len(set(begun.values())) > 1:
+            raise NotFound(f"ambiguous revision {revision}")
+        return min(begun, default="")
+
+    def _find_in_history(self, revision: str) -> Commit:
+        if _HEX.fullmatch(revision):
+            found = self._history.commit(revision)
+            if not found:
+                self._update_history()
+                found = self._history.commit(revision)
+            if found:
+                return Commit(
+                    *self._fill(found[0], found[0], f"refs/pinned/{found[0]}"), "", found[0]
+                )
+        raise NotFound(f"unknown revision {revision}")
+
+    def _fill(self, wanted: str, source: str, pin: str) -> tuple[str, int]:
+        """Fetches a commit and its files by a ref or hash, and gives it a name here. What fails
+        for whatever reason is tried again with everything."""
+        content = self._content
+        with self._explained(), content.filling(self.url, len(wanted)) as fetch:
+            if not content.commit(wanted):
+                with contextlib.suppress(_GitFailed):
+                    fetch("--depth=1", "--end-of-options", "origin", f"+{source}:{pin}")
+            if not content.commit(wanted):
+                deepen = ["--unshallow"] if content.is_shallow else []
+                everything = [spec.format("all/") for spec in _ALL]
+                fetch("--prune", *deepen, "--end-of-options", "origin", *everything)
+            content.ask("update-ref", "--end-of-options", pin, wanted)
+        found = content.commit(wanted)
+        if not found:
+            raise NotFound(f"unknown revision {wanted}")
+        return found
+
+    def _update_history(self) -> None:
+        """Makes `history` what the repository is now; without files if the server can."""
+        refs = self.refs()
+        specs = [spec.format("") for spec in _ALL] + ["+HEAD:refs/HEAD"] * ("HEAD" in refs)
+        arguments = ("--prune", "--end-of-options", "origin", *specs)
+        length = len(next(iter(refs.values()), ""))
+        with self._explained(), self._history.filling(self.url, length) as fetch:
+            if self._in_history == refs:
+                return
+            try:
+                fetch("--filter=tree:0", *arguments)
+            except _GitFailed:
+                fetch(*arguments)
+            self._in_history = refs
+
+    def tags(self) -> dict[str, str]:
+        """Commits by the name of their tag."""
+        start = len("refs/tags/")
+        return {
+            ref[start:]: known for ref, known in self.refs().items() if ref.startswith("refs/tags/")
+        }
+
+    def tags_before(self, commit: Commit) -> list[str]:
+        """The tags on a commit and on all that came before it."""
+        known = self.tags()
+        if not known:
+            return []
+        words = ("for-each-ref", "--format=%(refname:strip=2)", f"--merged={commit.hash}")
+        said = self._ask_history(commit, *words, "refs/tags/")
+        return [tag for tag in said.decode("utf-8", "surrogateescape").splitlines() if tag in known]
+
+    def is_before(self, tag: str, commit: Commit) -> bool:
+        """Whether a tag is on a commit or on one that came before it."""
+        words = ("merge-base", "--is-ancestor", "--end-of-options", f"refs/tags/{tag}")
+        try:
+            self._ask_history(commit, *words, commit.hash)
+        except _GitFailed:
+            return False
+        return True
+
+    def _ask_history(self, commit: Commit, *words: str) -> bytes:
+        """Raises _GitFailed for the status 1 alone: an answer, and no trouble."""
+        self._update_history()
+        if not self._history.commit(commit.hash):
+            raise NotFound(f"unknown revision {commit.hash}")  # it was there once
+        try:
+            return self._history.ask(*words)
+        except _GitFailed as error:
+            if error.status == 1:
+                raise
+            raise BadUpstream(f"git cannot read the history of {commit.hash}") from None
+
+    def files(self, commit: Commit, *names: str) -> list[bytes | None]:
+        """The bytes of small files as they were committed, None for one that is not there."""
+        feed = "".join(f"{commit.hash}:{name}\n" for name in names).encode()
+        said = io.BytesIO(self._ask_content(commit, "cat-file", "--batch", feed=feed))
+        return [_next_blob(said) for _ in names]
+
+    def _ask_content(self, commit: Commit, *words: str, feed: bytes = b"") -> bytes:
+        try:
+            return self._content.ask(*words, feed=feed)
+        except _GitFailed:
+            raise BadUpstream(f"git cannot read the files of {commit.hash}") from None
+
+    def sizes(self, commit: Commit, folder: str) -> dict[str, int | None]:
+        """The files below a folder ("" for the top) with their sizes in bytes; None for links."""
+        words = ("ls-tree", "-r", "-l", "-z", "--full-tree", "--end-of-options", commit.hash)
+        said = self._ask_content(commit, *words, *([folder + "/"] if folder else []))
+        rows = [line.partition(b"\t") for line in said.split(b"\0") if line]
+        return {
+            name.decode("utf-8", "surrogateescape")[len(folder) + bool(folder) :]: (
+                int(head.split()[3]) if head.startswith(b"100") else None
+            )
+            for head, _, name in rows
+            if not head.startswith(b"160000")  # a submodule: an empty folder
+        }
+
+    def archive(self, commit: Commit, folder: str) -> Generator[FileContent, None, None]:
+        """The regular files below a folder with their contents, as git would check them out on a
+        machine without settings; each is to be read before the next."""
+        words = ("archive", "--format=tar", "--end-of-options", commit.hash)
+        with self._content.stream(*words, *([folder] if folder else [])) as git:
+            with tarfile.open(fileobj=git.out, mode="r|", encoding="utf-8") as archive:
+                for member in archive:
+                    archive.members = []  # type: ignore[attr-defined]  # else it remembers all
+                    content = archive.extractfile(member) if member.isreg() else None
+                    if content:
+                        name = member.name[len(folder) + bool(folder) :]
+                        yield name, iter(functools.partial(content.read, CHUNK), b"")
+            while git.out.read(CHUNK):
+                pass
+            if git.wait():
+                raise BadUpstream(f"git cannot pack {commit.hash}")
+
+
+def _pin(tag: str) -> str:
+    """The name under which a tag is kept: any two can stand side by side, unlike a and a/b."""
+    return "refs/pinned/" + hashlib.sha256(tag.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _next_blob(said: BinaryIO) -> bytes | None:
+    """The next answer of cat-file --batch: a line of object, kind and size, then the bytes."""
+    line = said.readline()
+    words = line.split()
+    if not line or len(words) != 3 or not words[2].isdigit():
+        return None
+    data = said.read(int(words[2]))
+    said.read(1)
+    return data if words[1] == b"blob" else None
+
+
+class Repositories:
+    """All repositories that have been asked for, kept below a folder."""
+
+    def __init__(
+        self,
+        folder: str,
+        environment: Callable[[str], Mapping[str, str]],
+        search_path: str = os.defpath,
+    ) -> None:
+        """`environment` gives the variables that git needs for a URL, besides those that are
+        fixed here and that it may replace; they are for the network alone and may hold secrets.
+        `search_path` is the PATH to find git by. Starts nothing."""
+        self._folder = folder
+        self._environment = environment
+        self._git = GitRunner(search_path)
+        self._mutex = threading.Lock()
+        self._repositories: dict[str, Repository] = {}
+
+    def at(self, url: str) -> Repository:
+        """The repository at a URL. Raises Forbidden for one that is not meant for git."""
+        if not _SCHEME.fullmatch(url):
+            raise Forbidden(f"not a URL that git may be given: {printable(mask(url))}")
+        with self._mutex:
+            if url not in self._repositories:
+                folder = os.path.join(self._folder, hashlib.sha256(url.encode()).hexdigest())
+                self._repositories[url] = Repository(self._git, folder, url, self._environment)
+            return self._repositories[url]
+
+    def close(self) -> None:
+        """Ends every git."""
+        self._git.close()
+
+
+class ModuleFolder:
+    """Where in its repository a module lies, which each commit may decide anew."""
+
+    def __init__(self, path: str, site: Site, repository: Repository) -> None:
+        prefix, self._major = split_path_version(path)
+        if site.root != path and not (prefix + "/").startswith(site.root + "/"):
+            raise NotFound(f"repository rooted at {site.root} cannot contain module {path}")
+        below_root = "" if site.root == path else prefix[len(site.root) :].strip("/")
+        self._path = path
+        self._repository = repository
+        self._folder = "/".join(filter(None, [below_root, site.subdir]))
+        self._tag_prefix = self._folder + "/" if self._folder else ""
+        self._can_have_major_folder = self._major[:1] == "/" and site.root != path
+
+    def _find_folder(self, commit: Commit) -> tuple[str, bytes | None]:
+        """The folder of the module and its go.mod, None if it has and needs none. Raises NotFound
+        (findDir)."""
+        folders = [self._folder]
+        if self._can_have_major_folder:
+            folders.append(self._tag_prefix + self._major[1:])
+        names = [f"{folder}/go.mod" if folder else "go.mod" for folder in folders]
+        contents = self._repository.files(commit, *names)
+        fitting = [raw is not None and self._declares(raw) for raw in contents]
+        if fitting == [True, True]:
+            raise NotFound(f"{names[0]} and {names[1]} both have ...{self._major} module paths")
+        if fitting[1:] == [False] and contents[1] is not None:
+            raise NotFound(f"{names[1]} has non-...{self._major} module path")
+        if any(fitting):
+            at = fitting.index(True)
+            return folders[at], contents[at]
+        if contents[0] is not None:
+            raise NotFound(f"{names[0]} has no module path that fits {self._path}")
+        if self._folder or self._major[:1] == "/":
+            raise NotFound(f"missing {' and '.join(names)}")
+        return "", None
+
+    def _declares(self, raw: bytes) -> bool:
+        """Whether a go.mod has a path of our major version; the rest of it may be another's, whom
+        this module replaces (isMajor)."""
+        declared = module_path(raw)
+        if not self._major and declared.startswith("gopkg.in/"):
+            return True  # golang.org/issue/34254
+        try:
+            _, major = split_path_version(declared)
+        except BadName:
+            return False
+        return bool(declared) and major[1:] == self._major[1:]
+
+    def _has_go_mod(self, version: str) -> bool:
+        try:
+            commit = self._repository.find(version)
+        except NotFound:
+            return False
+        return self._repository.files(commit, "go.mod")[0] is not None
+
+    def _can_be_incompatible(self, commit: Commit, query: str, version: str) -> bool:
+        """A tag of a major version that the path does not name is good for a module without a
+        go.mod, at the top of its repository (golang.org/issue/51324)."""
+        if self._folder or self._major:
+            return False
+        major = version.partition(".")[0]
+        at_top, in_folder = self._repository.files(commit, "go.mod", f"{major}/go.mod")
+        return at_top is None and (in_folder is None or query.endswith("+incompatible"))
+
+
+class GitModule(ModuleFolder):
+    """A module of a repository, with the rules by which the go command reads versions, go.mod and
+    files out of it (modfetch/coderepo.go)."""
+
+    def versions(self) -> list[str]:
+        """The versions that tags name, sorted."""
+        if self._path.startswith("gopkg.in/") and self._path.endswith("-unstable"):
+            return []  # the tags are those of the module without -unstable
+        start = len(self._tag_prefix)
+        tags = [t[start:] for t in self._repository.tags() if t.startswith(self._tag_prefix)]
+        found = sorted(
+            (t for t in tags if is_canonical(t) and "+" not in t and not is_pseudo(t)),
+            key=semver_key,
+        )
+        fitting = [version for version in found if fits_major(version, self._major)]
+        others = [version for version in found if not fits_major(version, self._major)]
+        if self._folder or self._major or (fitting and self._has_go_mod(fitting[-1])):
+            return fitting
+        return fitting + self._incompatible(others)
+
+    def _incompatible(self, versions: Sequence[str]) -> list[str]:
+        groups = itertools.groupby(versions, lambda version: version.partition(".")[0])
+        majors = [list(group) for _, group in groups]
+        return [
+            version + "+incompatible"
+            for group in majors
+            if not self._has_go_mod(group[-1])
+            for version in group
+        ]
+
+    def resolve(self, query: str) -> Info:
+        """The .info of what a query stands for, as the go command writes it without a proxy."""
+        if query == LATEST:
+            versions = self.versions()
+            query = newest(versions) if versions else ""
+        commit = self._find(query)
+        return self._info(commit, self._convert(commit, query), query)
+
+    def _find(self, query: str) -> Commit:
+        """The commit of a query, "" for the newest of the main branch."""
+        if query:
+            return self._repository.find(self._revision(query))
+        head = self._repository.refs().get("HEAD")
+        if not head:
+            raise NotFound("no commits")
+        return self._repository.find(head)._replace(ref="HEAD")
+
+    def _revision(self, query: str) -> str:
+        if not is_semver(query):
+            return query
+        if is_pseudo(query):
+            return query.partition("+")[0].rpartition("-")[2]
+        return self._tag_prefix + _without_mark(query)
+
+    def _info(self, commit: Commit, version: str, query: str) -> Info:
+        origin = {"VCS": "git", "URL": mask(self._repository.url), "Subdir": self._folder}
+        origin["Hash"] = commit.hash
+        if is_pseudo(version) and (version != query or not version.startswith("v0.0.0-")):
+            origin["TagPrefix"] = self._tag_prefix + (self._major and self._major[1:] + ".")
+            origin["TagSum"] = self._tag_sum(origin["TagPrefix"])
+        origin["Ref"] = commit.ref
+        fields = {
+            "Version": version,
+            "Time": _moment(commit, "%Y-%m-%dT%H:%M:%SZ"),
+            "Origin": {name: value for name, value in origin.items() if value},
+        }
+        return read_info(json.dumps(fields, separators=(",", ":")).encode(), version)
+
+    def _tag_sum(self, prefix: str) -> str:
+        """What tells whether a tag has come or gone that would change a pseudo-version."""
+        start = prefix.rfind("/") + 1
+        total = hashlib.sha256()
+        for tag, commit in sorted(self._repository.tags().items()):
+            rest = tag[start:]
+            version = canonical(rest).partition("+")[0]
+            counts = version and rest.startswith(version) and not is_pseudo(rest)
+            if counts and tag.startswith(prefix):
+                total.update(f'"{tag}" {commit}\n'.encode("utf-8", "surrogateescape"))
+        return "t1:" + base64.b64encode(total.digest()).decode()
+
+    def _convert(self, commit: Commit, query: str) -> str:
+        """The version of a commit that was asked for as `query`. Raises NotFound."""
+        if is_pseudo(query):
+            version = self._checked(commit, query, query)
+            self._check_pseudo(commit, query)
+            return version
+        version, exact = self._tagged(commit.name)
+        if exact:
+            with contextlib.suppress(NotFound):
+                return self._checked(commit, version, query)
+        tags = (tag for tag, known in self._repository.tags().items() if known == commit.hash)
+        best = base = ""
+        for version, exact in map(self._tagged, sorted(tags)):
+            if version and is_semver(query) and _rank(version) == _rank(query):
+                if exact:
+                    return self._checked(commit, version, query)
+                base = version
+            elif exact and (not best or _rank(best) < _rank(version)):
+                best = version if self._is_allowed(commit, query, version) else best
+        if best:
+            return self._checked(commit, best, query)
+        base = base or self._base(commit, query)
+        stamp = _moment(commit, "%Y%m%d%H%M%S")
+        major = self._major[1:].partition("-")[0]
+        return self._checked(commit, make_pseudo(major, base, stamp, commit.hash[:12]), query)
+
+    def _tagged(self, tag: str) -> tuple[str, bool]:
+        """The version that a tag names, "" for none, and whether it is spelt so."""
+        if is_pseudo(tag) or not tag.startswith(self._tag_prefix):
+            return "", False
+        rest = tag[len(self._tag_prefix) :]
+        version = canonical(rest).partition("+")[0]
+        return (version, version == rest) if rest.startswith(version) else ("", False)
+
+    def _is_allowed(self, commit: Commit, query: str, version: str) -> bool:
+        fits = fits_major(version, self._major)
+        if not fits and not self._can_be_incompatible(commit, query, version):
+            return False
+        order = _rank(version)
+        return not any(_rank(low) <= order <= _rank(high) for low, high in self._retracted())
+
+    def _retracted(self) -> list[tuple[str, str]]:
+        """The versions that the newest release takes back."""
+        versions = [version for version in self.versions() if "+" not in version]
+        if not versions:
+            return []
+        highest = next((v for v in reversed(versions) if not is_prerelease(v)), versions[-1])
+        try:
+            return read_retractions(self.go_mod(highest))
+        except NotFound:
+            return []
+
+    def _base(self, commit: Commit, query: str) -> str:
+        """The highest version on a commit before, after which its pseudo-version is counted."""
+        versions = {self._tagged(tag)[0] for tag in self._repository.tags_before(commit)} - {""}
+        for version in sorted(versions, key=_rank, reverse=True):
+            if self._is_allowed(commit, query, version):
+                return version
+        return ""
+
+    def _checked(self, commit: Commit, version: str, query: str) -> str:
+        """The version, marked as incompatible if need be, if the commit can have it. Raises
+        NotFound (checkCanonical)."""
+        self._find_folder(commit)
+        if version == _without_mark(query):
+            version = query
+        base = _without_mark(version)
+        asked = query if is_canonical(query) else ""
+        if asked and _without_mark(asked) != base:
+            raise NotFound(f"resolves to version {version} ({_without_mark(asked)} is not a tag)")
+        if fits_major(base, self._major):
+            if version != base:
+                raise NotFound("+incompatible suffix not allowed: major version is compatible")
+            return version
+        if self._can_be_incompatible(commit, query, base):
+            return base + "+incompatible"
+        if self._major:
+            reason = "module path includes a major version suffix, so major version must match"
+        else:
+            reason = "module contains a go.mod file, so module path must match major version"
+        raise NotFound(reason)
+
+    def _check_pseudo(self, commit: Commit, version: str) -> None:
+        """Raises NotFound unless time, hash and base of a pseudo-version are true: else anybody
+        could give a commit any place in the order of versions (validatePseudoVersion)."""
+        base, stamp, revision = read_pseudo(_without_mark(version))
+        short, told = commit.hash[:12], _moment(commit, "%Y%m%d%H%M%S")
+        if revision != short:
+            raise NotFound(f"does not match short name of revision (expected {short})")
+        if stamp != told:
+            raise NotFound(f"does not match version-control timestamp (expected {told})")
+        if base:
+            self._check_base(commit, base)
+        elif not self._major and version.startswith("v1."):
+            raise NotFound("major version without preceding tag must be v0, not v1")
+
+    def _check_base(self, commit: Commit, base: str) -> None:
+        tags = self._repository.tags()
+        exact = self._tag_prefix + base
+        if tags.get(exact) == commit.hash:
+            raise NotFound(
+                f"tag ({exact}) found on revision {commit.hash[:12]} is already canonical"
+            )
+        start = len(self._tag_prefix)
+        same = [tag for tag in tags if tag.startswith(exact) and _rank(tag[start:]) == _rank(base)]
+        if not same:
+            raise NotFound(f"preceding tag ({base}) not found")
+        if not any(self._repository.is_before(tag, commit) for tag in same):
+            raise NotFound(f"revision is not a descendent of preceding tag ({same[-1]})")
+
+    def at(self, version: str) -> Commit:
+        """The commit of a version. Raises NotFound if it is no version of this module."""
+        commit = self._find(version)
+        converted = self._convert(commit, version)
+        if converted != version:
+            raise NotFound(f"resolves to version {converted}")
+        return commit
+
+    def info(self, version: str) -> Info:
+        """The .info of a version. Raises NotFound if it is no version of this module."""
+        return self._info(self.at(version), version, version)
+
+    def go_mod(self, version: str) -> bytes:
+        """The go.mod of a version; a made one if there is none. Raises NotFound."""
+        _, raw = self._find_folder(self.at(version))
+        return f"module {self._path}\n".encode() if raw is None else raw
+
+    def pack(self, version: str) -> Blob:
+        """The zip of a version, made while it is read. What can be known to be wrong with it is
+        told at once. Raises NotFound, BadUpstream."""
+        commit = self.at(version)
+        folder, go_mod = self._find_folder(commit)
+        sizes = self._repository.sizes(commit, folder)
+        given: dict[str, bytes] = {}  # a module below the top has the LICENSE of the top
+        if folder and "LICENSE" not in sizes:
+            text = self._repository.files(commit, "LICENSE")[0]
+            given = {} if text is None else {"LICENSE": text}
+        sizes.update({name: len(data) for name, data in given.items()})
+        chosen = choose_files(sizes, go_mod or b"")
+        contents = self._contents(commit, folder, set(chosen), given)
+        return _Packing(zip_pieces(self._path, version, contents), contents)
+
+    def _contents(
+        self, commit: Commit, folder: str, missing: set[str], given: Mapping[str, bytes]
+    ) -> Generator[FileContent, None, None]:
+        with contextlib.closing(self._repository.archive(commit, folder)) as archive:
+            for name, pieces in archive:
+                if name in missing:
+                    missing.discard(name)
+                    yield name, pieces
+        for name, data in given.items():
+            yield name, [data]
+        if missing - given.keys():
+            raise BadUpstream(f"git left out {quoted(missing.pop())}")
+
+
+class _Packing(Blob):
+    """The pieces of a zip that is made while it is read."""
+
+    def __init__(
+        self, pieces: Generator[bytes, None, None], contents: Generator[FileContent, None, None]
+    ) -> None:
+        self._pieces = pieces
+        self._contents = contents
+        self._ready = b""
+
+    def read(self, count: int) -> bytes:
+        while not self._ready:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return b""
+            self._ready = piece
+        data, self._ready = self._ready[:count], self._ready[count:]
+        return data
+
+    def close(self) -> None:
+        self._pieces.close()
+        self._contents.close()
+
+
+class GitSource(Source):
+    """Modules made from their git repositories, as the go command does it without a proxy."""
+
+    def __init__(self, find: Callable[[str], Site], repositories: Repositories) -> None:
+        """`find` tells where the repository of a module path is; what it raises is handed on."""
+        self._find = find
+        self._repositories = repositories
+
+    def _module(self, path: str) -> GitModule:
+        site = self._find(path)
+        return GitModule(path, site, self._repositories.at(site.url))
+
+    def versions(self, path: str) -> list[str]:
+        return self._module(path).versions()
+
+    def resolve(self, path: str, query: str) -> Info:
+        return self._module(path).resolve(query)
+
+    def open(self, artifact: Artifact) -> Blob:
+        module = self._module(artifact.path)
+        if artifact.kind == "zip":
+            return module.pack(artifact.version)
+        if artifact.kind == "mod":
+            return BytesBlob(module.go_mod(artifact.version))
+        return BytesBlob(module.info(artifact.version).raw)
+
+
+def _moment(commit: Commit, form: str) -> str:
+    try:
+        return time.strftime(form, time.gmtime(commit.time))
+    except (OSError, OverflowError, ValueError):
+        raise BadUpstream(f"commit {commit.hash} has an impossible time") from None
+
+
+def _without_mark(version: str) -> str:
+    mark = "+incompatible"
+    return version[: -len(mark)] if version.endswith(mark) else version
+
+
+def _rank(version: str) -> tuple[Any, ...]:
+    """Sort key by which versions that differ in build metadata alone are equal."""
+    return semver_key(version)[:-1]
 
 
 _SOURCES: dict[str, Callable[[Client, Hop], Source]] = {

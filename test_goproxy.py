@@ -1101,6 +1101,87 @@ def make_ask_go(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     return ask
 
 
+# --- git ---------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """A commit: files are added or replaced (None: removed); a name that ends in @ is a link to its
+    content, one that ends in * a submodule. `tags` may begin with ! for one with a message."""
+
+    files: Mapping[str, str | bytes | None]
+    tags: str = ""
+    branch: str = "main"
+    start: str = ""  # "1 2": the numbers of its parents; "": what the branch has
+
+
+def told(files: Mapping[str, str | bytes | None]) -> Iterator[bytes]:
+    for name, content in files.items():
+        plain = name.rstrip("@*")
+        data = content.encode() if isinstance(content, str) else content
+        if data is None:
+            yield b"D %b\n" % plain.encode()
+        elif name.endswith("*"):
+            yield b"M 160000 %b %b\n" % (data, plain.encode())
+        else:
+            mode = b"120000" if name.endswith("@") else b"100644"
+            yield b"M %b inline %b\ndata %d\n%b\n" % (mode, plain.encode(), len(data), data)
+
+
+def fast_import(steps: Sequence[Step]) -> bytes:
+    """The history as `git fast-import` reads it; commits are an hour apart."""
+    out = []
+    for number, step in enumerate(steps, 1):
+        moment = f"A <a@example.com> {1_704_164_645 + 3600 * number} +0130"
+        out.append(
+            f"commit refs/heads/{step.branch}\nmark :{number}\ncommitter {moment}\ndata 1\n.\n"
+        )
+        verbs = itertools.chain(["from"], itertools.repeat("merge"))
+        out += [f"{verb} :{parent}\n" for verb, parent in zip(verbs, step.start.split())]
+        out.append(b"".join(told(step.files)).decode("latin-1"))
+        for tag in step.tags.split():
+            start = f"from :{number}\n"
+            if tag.startswith("!"):
+                out.append(f"tag {tag[1:]}\n{start}tagger {moment}\ndata 1\n.\n")
+            else:
+                out.append(f"reset refs/tags/{tag}\n{start}\n")
+    return "".join(out).encode("latin-1")
+
+
+def git(*words: str, feed: bytes = b"") -> str:
+    """What git says, with no settings but ours."""
+    env = {"PATH": os.environ["PATH"], "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}
+    return subprocess.run(
+        ["git", *words], env=env, input=feed, capture_output=True, check=True
+    ).stdout.decode()
+
+
+class Origin:
+    """A repository to fetch from. `names` has its commits: c1 is the hash of the first, s1 the
+    beginning of that, t1 its time as in a pseudo-version."""
+
+    def __init__(self, folder: Path, steps: Sequence[Step], kind: str = "sha1") -> None:
+        self.folder = folder
+        self.url = folder.as_uri()
+        self.names: dict[str, str] = {}
+        self.steps = [*steps]
+        git("init", "-q", "--bare", "-b", "main", f"--object-format={kind}", str(folder))
+        self.add()
+
+    def __call__(self, *words: str) -> str:
+        return git(f"--git-dir={self.folder}", *words)
+
+    def add(self, *steps: Step) -> None:
+        self.steps += steps
+        marks = self.folder / "marks"
+        words = (f"--git-dir={self.folder}", "fast-import", "--quiet", "--force")
+        git(*words, f"--export-marks={marks}", feed=fast_import(self.steps))
+        for line in marks.read_text().splitlines() if marks.exists() else []:
+            mark, name = line[1:].split()
+            moment = time.gmtime(1_704_164_645 + 3600 * int(mark))
+            stamp = time.strftime("%Y%m%d%H%M%S", moment)
+            self.names |= {f"c{mark}": name, f"s{mark}": name[:12], f"t{mark}": stamp}
+
+
 # =============================================================================
 # 1. Errors
 # =============================================================================
@@ -5728,6 +5809,57 @@ def test_off_alone_asks_nobody(run: Run, upstream: Upstream) -> None:
     assert upstream.asked == []
 
 
+# --- git ---------------------------------------------------------------------
+
+GIT_MOD = "module github.com/acme/quote\n"
+ACME = [
+    Step({"go.mod": GIT_MOD, "quote.go": "package quote\n"}, "v1.0.0"),
+    Step({"more.go": "package quote\n"}, branch="dev", start="1"),
+]
+
+
+@pytest.fixture
+def quote(tmp_path: Path) -> Origin:
+    return Origin(tmp_path / "acme" / "quote", ACME)
+
+
+def git_source(origin: Origin, **variables: str) -> goproxy.GitSource:
+    """The modules of one repository, kept beside it."""
+    kept = goproxy.Repositories(
+        str(origin.folder.parent / "kept"), lambda url: variables, os.environ["PATH"]
+    )
+    return goproxy.GitSource(lambda path: goproxy.Site("github.com/acme/quote", origin.url), kept)
+
+
+def zip_hash(source: goproxy.GitSource, path: str, version: str) -> str:
+    with contextlib.closing(source.open(goproxy.Artifact(path, version, "zip"))) as blob:
+        return goproxy.check_zip(io.BytesIO(blob.read_all(1 << 30)), path, version)
+
+
+def test_a_repository_is_a_source_of_modules(quote: Origin) -> None:
+    source, path = git_source(quote), "github.com/acme/quote"
+    assert source.versions(path) == ["v1.0.0"]
+    assert source.resolve(path, "latest").version == "v1.0.0"
+    info = source.open(goproxy.Artifact(path, "v1.0.0", "info")).read_all(1000)
+    assert goproxy.read_info(info).time == "2024-01-02T04:04:05Z"
+    pseudo = "v1.0.1-0.{t2}-{s2}".format_map(quote.names)
+    assert source.resolve(path, "dev").version == pseudo
+    assert source.open(goproxy.Artifact(path, pseudo, "mod")).read_all(1000) == GIT_MOD.encode()
+    assert zip_hash(source, path, "v1.0.0") != zip_hash(source, path, pseudo)
+
+
+@pytest.mark.parametrize("query", ["abcdef1", "nope", "v1.0.1", "v2.0.0+incompatible"])
+def test_what_a_repository_lacks_is_absent(quote: Origin, query: str) -> None:
+    with pytest.raises(goproxy.NotFound):
+        git_source(quote).resolve("github.com/acme/quote", query)
+
+
+def test_a_repository_that_is_not_there_is_absent(quote: Origin) -> None:
+    quote.folder.rename(quote.folder.with_name("away"))
+    with pytest.raises(goproxy.NotFound, match="does not appear to be a git repository"):
+        git_source(quote).versions("github.com/acme/quote")
+
+
 # =============================================================================
 # 9. Mirror
 # =============================================================================
@@ -7872,7 +8004,7 @@ DOORS = {
     "fcntl": {0, 5},
     "os.environ": {12},
     "resource": {0, 11},
-    "signal": {12},
+    "signal": {8, 12},
     "socket": {6, 11, 12},
     "socketserver": {11},
     "sqlite3": {7},
