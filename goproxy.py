@@ -1082,8 +1082,9 @@ def _option(
 
 
 class Argument(NamedTuple):
-    """What one command alone takes: a flag, or in capitals a word at a place. `default` is None
-    where it must be given; that of a switch is False."""
+    """What one command alone takes: a flag, or in capitals a word at a place; "..." at its end
+    stands for any number of words. `default` is None where it must be given; that of a switch is
+    False."""
 
     name: str
     text: str
@@ -1210,7 +1211,7 @@ class Settings:
         parser = _parser(usage, text)
         for argument in arguments:
             _add_argument(parser, argument)
-        flags = vars(parser.parse_args(argv))
+        flags = vars(parser.parse_intermixed_args(argv))
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for row in _rows():
@@ -1224,7 +1225,9 @@ class Settings:
 
 def _add_argument(parser: argparse.ArgumentParser, argument: Argument) -> None:
     name, help_text, default = argument
-    if not name.startswith("-"):
+    if name.endswith("..."):
+        parser.add_argument(name, nargs="*", metavar=name[:-3], help=help_text)
+    elif not name.startswith("-"):
         parser.add_argument(
             name, nargs=None if default is None else "?", default=default, help=help_text
         )
@@ -2223,6 +2226,38 @@ def read_notices(raw: bytes) -> Notices:
     return Notices(deprecated, retractions)
 
 
+_REPLACE = re.compile(
+    r"^[ \t]*(?:replace[ \t]+)?([^\s(]+)(?:[ \t]+(v\S+))?"
+    r"[ \t]+=>[ \t]+(\S+)(?:[ \t]+(v\S+))?[ \t]*$",
+    re.MULTILINE,
+)
+
+
+def read_replacements(raw: bytes) -> dict[tuple[str, str], tuple[str, str]]:
+    """The replace lines of a go.mod: by path and version ("" for all) the path and version to take
+    instead, whose version is "" for a folder."""
+    text = re.sub("//.*", "", raw.decode("utf-8", "replace")).replace('"', "")
+    return {(old, at or ""): (new, to or "") for old, at, new, to in _REPLACE.findall(text)}
+
+
+def read_sums(raw: bytes) -> dict[tuple[str, str], set[str]]:
+    """The hashes of a go.sum, by path and version; those of go.mod files stand under
+    `VERSION/go.mod`. Raises BadUpstream naming a line that is none of a go.sum."""
+    sums: dict[tuple[str, str], set[str]] = {}
+    for number, line in enumerate(raw.decode("utf-8", "replace").splitlines(), 1):
+        fields = line.split()
+        if len(fields) == 3 and ":" in fields[2]:
+            sums.setdefault((fields[0], fields[1]), set()).add(fields[2])
+        elif fields:
+            raise BadUpstream(f"line {number} is none of a go.sum")
+    return sums
+
+
+def go_mod_hash(raw: bytes) -> str:
+    """The h1: hash of a go.mod, as in go.sum."""
+    return _hash1([(b"go.mod", hashlib.sha256(raw).digest())])
+
+
 class Kind(NamedTuple):
     """What an artifact of a kind may be: its type on the wire, its size limit in bytes, and what
     its bytes must pass (zips are checked by check_zip, as files)."""
@@ -2410,6 +2445,11 @@ class FileBlob(Blob):
         """At most `count` of the next bytes; the offset stays."""
         assert self._file is not None
         return self._file.read_at(count, self.offset)
+
+    def reading(self) -> BinaryIO:
+        """A file object of its own for the bytes."""
+        assert self._file is not None
+        return self._file.reading()
 
     def again(self) -> FileBlob:
         """Another blob of the same bytes, from the start."""
@@ -2795,6 +2835,90 @@ class Log:
             self._written.clear()
             self._wake.set()
             self._written.wait(seconds)
+
+
+def shown_size(size: float) -> str:
+    """Bytes as a person reads them."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+class Progress:
+    """What a long command tells. Results go to stdout, a line each (a JSON object if asked for).
+    How far it is goes to stderr: a bar on a terminal, elsewhere a line every ten seconds; as JSON,
+    an object every second to stdout. May be called from any thread."""
+
+    _BAR = 20  # characters
+
+    def __init__(self, verb: str, as_json: bool) -> None:
+        self._verb = verb
+        self._as_json = as_json
+        self._on_terminal = sys.stderr.isatty() and not as_json
+        self._pause = 1.0 if as_json else 0.1 if self._on_terminal else 10.0
+        self._mutex = threading.Lock()  # held while a line is written, so that lines do not mix
+        self._started = time.monotonic()
+        self._shown = self._started if self._pause > 1 else -math.inf
+        self._done, self._count = 0, 0
+        self._bytes_done, self._bytes = 0, 0
+
+    def expect(self, count: int, size: int = 0) -> None:
+        """So many things and bytes more are to be done."""
+        with self._mutex:
+            self._count += count
+            self._bytes += size
+
+    def advance(self, count: int = 1, size: int = 0) -> None:
+        """So many more are done."""
+        with self._mutex:
+            self._done += count
+            self._bytes_done += size
+            if time.monotonic() - self._shown >= self._pause:
+                self._shown = time.monotonic()
+                self._show()
+
+    def tell(self, event: str, text: str, **fields: Any) -> None:
+        """A result: `text` for people, `event` and the fields for machines."""
+        with self._mutex:
+            if self._as_json:
+                print(json.dumps({"event": event, "text": text, **fields}), flush=True)
+                return
+            if self._on_terminal:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print(printable(text), flush=True)
+
+    def end(self, text: str, **fields: Any) -> None:
+        """The last line: how much was done in which time, and the text."""
+        seconds = time.monotonic() - self._started
+        size = f", {shown_size(self._bytes_done)}" if self._bytes_done else ""
+        told = f"{self._verb}: {self._done} done{size} in {seconds:.1f} s; {text}"
+        self.tell("end", told, done=self._done, bytes=self._bytes_done, **fields)
+
+    def _show(self) -> None:
+        seconds = time.monotonic() - self._started
+        share = self._share()
+        if self._as_json:
+            row = {"event": "progress", "done": self._done, "count": self._count}
+            print(json.dumps({**row, "bytes": self._bytes_done}), flush=True)
+            return
+        left = int(seconds / share - seconds) if share else 0
+        clock = f"  {left // 60}:{left % 60:02} left" if share else ""
+        rate = shown_size(self._bytes_done / max(seconds, 0.001))
+        line = f"{self._done}/{self._count}  {shown_size(self._bytes_done)}  {rate}/s{clock}"
+        if self._on_terminal:
+            bar = "#" * int(share * self._BAR)
+            columns = os.get_terminal_size(2).columns or 80
+            line = f"{self._verb} [{bar:<{self._BAR}}] {line}"[: columns - 1]
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            print(f"{self._verb}: {line}", file=sys.stderr, flush=True)
+
+    def _share(self) -> float:
+        """How much of the whole is done, from 0 to 1."""
+        done, whole = (self._bytes_done, self._bytes) if self._bytes else (self._done, self._count)
+        return min(1.0, done / whole) if whole else 0.0
 
 
 # =============================================================================
@@ -7546,6 +7670,15 @@ class SumDb:
 
         return self._cache.small(f"sumdb/{database}/{what}", reach, fetch)
 
+    def gather(self, module: str, version: str, reach: Reach) -> None:
+        """Brings the records of a module version and what proves them into the store, from each
+        database that has one."""
+        for database, ledger in self._ledgers.items():
+            with contextlib.suppress(NotFound):
+                answer = self.lookup(database, module, version, reach)
+                if reach is Reach.FETCH:
+                    ledger.enter(read_record(answer.data))
+
     def _enter(self, database: str, data: bytes) -> None:
         with contextlib.suppress(ProxyError):  # whoever needs the tiles will be told
             self._ledgers[database].enter(read_record(data))
@@ -8117,6 +8250,202 @@ class Recheck:
             return read_small(self._storage, artifact.name, KINDS[artifact.kind].limit)
         except NotFound:
             return None
+
+
+class Node(NamedTuple):
+    """A module version whose go.mod is read; if `deep`, so is that of all that it requires."""
+
+    path: str
+    version: str
+    deep: bool
+
+
+class Selection:
+    """The module versions that a main module builds with (Go reference, "Minimal version
+    selection", "Module graph pruning")."""
+
+    def __init__(self, go_mod: bytes) -> None:
+        self._root = read_go_mod(go_mod)
+        self._instead = read_replacements(go_mod)
+        self._best: dict[str, str] = {}
+        self._seen: set[Node] = set()
+
+    def start(self) -> list[Node]:
+        """The versions whose go.mod is to be read first."""
+        return self._note(self._root, not self._root.prunes)
+
+    def follow(self, node: Node, content: GoMod) -> list[Node]:
+        """Those to be read after that of a node."""
+        deep = node.deep or not content.prunes
+        found = self._note(content, deep)
+        return found if deep else []
+
+    def _note(self, content: GoMod, deep: bool) -> list[Node]:
+        for path, version, _ in content.requirements:
+            self._best[path] = max(self._best.get(path, ""), version, key=semver_key)
+        pairs = [self._target(path, version) for path, version, _ in content.requirements]
+        nodes = {Node(path, version, deep) for path, version in pairs if version}
+        fresh = nodes - self._seen
+        self._seen |= fresh
+        return sorted(fresh)
+
+    def _target(self, path: str, version: str) -> tuple[str, str]:
+        """What a replace line says, with an empty version for a folder."""
+        instead = self._instead
+        return instead.get((path, version)) or instead.get((path, "")) or (path, version)
+
+    def selected(self) -> list[tuple[str, str]]:
+        """Path and version of all that is built with, when everything has been read."""
+        listed = {path for path, _, _ in self._root.requirements}
+        paths = listed if self._root.prunes else set(self._best)
+        pairs = [self._target(path, self._best[path]) for path in sorted(paths)]
+        return [pair for pair in pairs if pair[1]]
+
+
+class Gatherer:
+    """Brings all that builds ask for into the store, with the checksum records and what proves
+    them: what go.sum files name, and what is selected for a go.mod."""
+
+    _THREADS = 12
+
+    def __init__(self, policy: Policy, sumdb: SumDb, reach: Reach, progress: Progress) -> None:
+        self._policy = policy
+        self._sumdb = sumdb
+        self._reach = reach
+        self._progress = progress
+        self._lane = Lane("gather", self._THREADS)
+        self._sums: dict[tuple[str, str], set[str]] = {}
+        self._wanted: dict[Artifact, None] = {}
+        self.failures = 0
+
+    def want_sums(self, sums: Mapping[tuple[str, str], set[str]]) -> None:
+        """All that go.sum lines name; their hashes count for whatever is gathered."""
+        for (path, version), hashes in sums.items():
+            self._sums.setdefault((path, version), set()).update(hashes)
+            bare, slash, _ = version.partition("/")
+            self._want(path, bare, ("mod", "record") if slash else _ALL_KINDS)
+
+    def want_module(self, path: str, query: str) -> None:
+        """A module version, or what latest, a branch or a commit stands for, and what it builds
+        with."""
+        found: list[bytes] = []
+
+        def note(_: tuple[str, str], go_mod: bytes) -> Iterable[tuple[str, str]]:
+            found.append(go_mod)
+            return ()
+
+        self._all([(path, query)], self._find, note)
+        for go_mod in found:
+            self.want_mod(go_mod)
+
+    def _find(self, module: tuple[str, str]) -> bytes:
+        path, version = module
+        if not is_canonical(version):
+            version = self._resolved(path, version)
+        go_mod = self._small(Artifact(path, version, "mod"))
+        self._want(path, version, _ALL_KINDS)
+        return go_mod
+
+    def _resolved(self, path: str, query: str) -> str:
+        """As the go command does it: latest is the newest in the list, if there are any."""
+        check_path(path)
+        modules = self._policy.admit(path)
+        if query == LATEST:
+            with contextlib.suppress(NotFound):
+                return newest(modules.versions(path, self._reach).data.decode().split())
+        return read_info(modules.resolve(path, query, self._reach).data).version
+
+    def want_mod(self, go_mod: bytes) -> None:
+        """What the module with this go.mod builds with."""
+        selection = Selection(go_mod)
+        self._all(selection.start(), self._read, selection.follow)
+        for path, version in selection.selected():
+            self._want(path, version, _ALL_KINDS)
+
+    def _read(self, node: Node) -> GoMod:
+        go_mod = self._small(Artifact(node.path, node.version, "mod"))
+        self._want(node.path, node.version, ("mod", "record"))
+        return read_go_mod(go_mod)
+
+    def _want(self, path: str, version: str, kinds: Iterable[str]) -> None:
+        self._wanted.update((Artifact(path, version, kind), None) for kind in kinds)
+
+    def gather(self) -> None:
+        """Brings what is wanted, and tells what cannot be had."""
+        self._progress.expect(len(self._wanted))
+        self._all(list(self._wanted), self._bring, lambda _, __: ())
+
+    def _bring(self, artifact: Artifact) -> None:
+        size = 0
+        if artifact.kind == "zip":
+            size = self._bring_zip(artifact)
+        elif artifact.kind == "record":
+            self._sumdb.gather(artifact.path, artifact.version, self._reach)
+        else:
+            size = len(self._small(artifact))
+        self._progress.advance(1, size)
+
+    def _small(self, artifact: Artifact) -> bytes:
+        check_module(artifact.path, artifact.version)
+        data = self._policy.admit(artifact.path).small(artifact, self._reach).data
+        if artifact.kind == "mod":
+            self._compare(artifact.path, f"{artifact.version}/go.mod", go_mod_hash(data))
+        return data
+
+    def _bring_zip(self, artifact: Artifact) -> int:
+        path, version, _ = artifact
+        check_module(path, version)
+        body = self._policy.admit(path).large(artifact, self._reach).body
+        assert isinstance(body, FileBlob)
+        with contextlib.closing(body):
+            body.wait_for_end()
+            if (path, version) in self._sums:
+                self._compare(path, version, check_zip(body.reading(), path, version))
+            return body.size or 0
+
+    def _compare(self, path: str, version: str, h1: str) -> None:
+        if h1 not in self._sums.get((path, version), {h1}):
+            raise BadUpstream(f"checksum mismatch: it is {h1}, go.sum has another one")
+
+    def _all(
+        self, start: Sequence[K], work: Callable[[K], T], then: Callable[[K, T], Iterable[K]]
+    ) -> None:
+        """Does work on each in parallel, and on what `then` makes of the results."""
+        results: queue.SimpleQueue[tuple[K, T | None]] = queue.SimpleQueue()
+        waiting, pending = list(start), 0
+        while waiting or pending:
+            pending += len(waiting)
+            for item in waiting:
+                self._lane.do(functools.partial(self._do, item, work, results))
+            item, result = results.get()
+            pending -= 1
+            waiting = [] if result is None else list(then(item, result))
+
+    def _do(
+        self, item: K, work: Callable[[K], T], results: queue.SimpleQueue[tuple[K, T | None]]
+    ) -> None:
+        result = None
+        try:
+            result = work(item)
+        except ProxyError as error:
+            self._fail(item, error)
+        finally:
+            results.put((item, result))
+
+    def _fail(self, item: Sequence[Any], error: ProxyError) -> None:
+        """Tells of an item that begins with path and version."""
+        path, version, *rest = map(str, item)
+        what = f" {rest[0]}" if isinstance(item, Artifact) else ""
+        self.failures += 1
+        fields = {"module": path, "version": version, "error": str(error)}
+        self._progress.tell("failed", f"{path}@{version}{what}: {error}", **fields)
+
+    def close(self) -> None:
+        self._lane.close()
+
+
+K = TypeVar("K", bound=Sequence[Any])
+_ALL_KINDS = ("info", "mod", "zip", "record")
 
 
 # =============================================================================
@@ -9792,6 +10121,32 @@ def _as_shared(settings: Settings, storage: Storage) -> Settings:
     return dataclasses.replace(settings, workers=1)
 
 
+class Answering(NamedTuple):
+    """Who answers for modules and for checksum databases, and what they work with."""
+
+    policy: Policy
+    sumdb: SumDb
+    cache: Cache
+    source: Source
+
+
+@contextlib.contextmanager
+def answering(
+    settings: Settings, client: Client, storage: Storage, log: Log
+) -> Iterator[Answering]:
+    """All that answers; closes the storage, too."""
+    cache = Cache(storage, settings.ttl, log)
+    source = open_sources(client, settings.upstream)
+    policy = Policy(Mirror(source, cache), storage, settings.exclude)
+    if settings.modules:
+        policy = OwnFirst(OwnModules(settings.modules), policy)
+    proxies = [hop.url for hop in settings.upstream if hop.url]
+    sumdb = SumDb(settings.sumdb, proxies, client, cache, policy)
+    yield Answering(policy, sumdb, cache, source)
+    sumdb.close()
+    cache.close()
+
+
 class Daemon:
     """The one place that knows all rooms."""
 
@@ -9850,24 +10205,16 @@ class Daemon:
         log.start()
         client = Client(self._dialer, self._credentials)
         storage = WatchedStorage(self._storage, log)
-        cache = Cache(storage, settings.ttl, log)
-        source = open_sources(client, settings.upstream)
-        policy = Policy(Mirror(source, cache), self._storage, settings.exclude)
-        if settings.modules:
-            policy = OwnFirst(OwnModules(settings.modules), policy)
-        proxies = [hop.url for hop in settings.upstream if hop.url]
-        sumdb = SumDb(settings.sumdb, proxies, client, cache, policy)
-        saw, end = _watching(settings, policy, storage, fetcher)
-        used, end_evicting = _evicting(settings, policy, cache, log, fetcher)
-        endings = [end, end_evicting]
-        app = App(settings, policy, sumdb, storage, log, saw, used)
-        if not fetcher:
-            endings.append(_rechecking(settings, policy, source, storage, log))
-        yield Server(self._socket, app, fetcher, handed)
-        for each in endings:
-            each()
-        sumdb.close()
-        cache.close()
+        with answering(settings, client, storage, log) as found:
+            saw, end = _watching(settings, found.policy, storage, fetcher)
+            used, end_evicting = _evicting(settings, found.policy, found.cache, log, fetcher)
+            endings = [end, end_evicting]
+            app = App(settings, found.policy, found.sumdb, storage, log, saw, used)
+            if not fetcher:
+                endings.append(_rechecking(settings, found.policy, found.source, storage, log))
+            yield Server(self._socket, app, fetcher, handed)
+            for each in endings:
+                each()
         client.close()
         self._dialer.resolver.close()
         log.flush(1.0)
@@ -9962,6 +10309,76 @@ def _upstream_findings(settings: Settings, dialer: Dialer, client: Client) -> It
 _SOME_NAME = "sum.golang.org"
 
 
+class QuietLog(Log):
+    """That of a command, which tells itself what failed."""
+
+    def __init__(self) -> None:
+        super().__init__(2, False)
+
+    def line(self, text: str, level: str = "info", **fields: Any) -> None:
+        pass
+
+
+def run_fetch(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Fills the store with what the words on the command line build with; 1 if anything is
+    missing. Raises UsageError, StartError."""
+    wishes = [_wish(word) for word in settings.given[_WISHES.name]]
+    if not wishes:
+        raise UsageError(f"fetch: want {_WISHES.text}")
+    progress = Progress("fetch", settings.given[_AS_JSON.name])
+    reach = Reach.STORED if settings.offline else Reach.FETCH
+    with _at_work(settings, environ) as found:
+        gatherer = Gatherer(found.policy, found.sumdb, reach, progress)
+        for wish in wishes:
+            wish(gatherer)
+        gatherer.gather()
+    progress.end(f"{gatherer.failures} missing", missing=gatherer.failures)
+    return 1 if gatherer.failures else 0
+
+
+@contextlib.contextmanager
+def _at_work(settings: Settings, environ: Mapping[str, str]) -> Iterator[Answering]:
+    """What a command needs of the daemon."""
+    dialer = open_way_out(settings, environ)
+    client = Client(dialer, read_credentials(environ)[0])
+    storage = open_storage(settings.cache, Means(settings.max_size, dialer, environ))
+    answers = answering(settings, client, storage, QuietLog())
+    with contextlib.closing(dialer.resolver), contextlib.closing(client), answers as found:
+        yield found
+
+
+_AS_JSON = Argument("-json", "prints a JSON object per line", False)
+_WISHES = Argument("WANTED...", "go.mod or go.sum files, MODULE@VERSION, or - for stdin")
+
+
+def _wish(word: str) -> Callable[[Gatherer], None]:
+    """What a word stands for: the path of a go.mod or go.sum, MODULE@VERSION, or - for stdin,
+    which is one of these files or a list of MODULE@VERSION. Raises UsageError."""
+    path, _, version = word.rpartition("@")
+    if path and not os.path.exists(word):
+        return lambda gatherer: gatherer.want_module(path, version)
+    try:
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin.buffer if word == "-" else stack.enter_context(open(word, "rb"))
+            raw = file.read()
+        if module_path(raw):
+            return lambda gatherer: gatherer.want_mod(raw)
+        modules = [line.rpartition("@") for line in raw.decode().split("\n") if line.strip()]
+        if all(name and " " not in name for name, _, _ in modules):
+            return lambda gatherer: _want_all(gatherer, modules)
+        sums = read_sums(raw)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"fetch: {word}: neither MODULE@VERSION nor a file: {error}") from None
+    except BadUpstream as error:
+        raise UsageError(f"fetch: {word}: neither a go.mod nor a go.sum: {error}") from None
+    return lambda gatherer: gatherer.want_sums(sums)
+
+
+def _want_all(gatherer: Gatherer, modules: Iterable[Sequence[str]]) -> None:
+    for name, _, version in modules:
+        gatherer.want_module(name, version.strip())
+
+
 def run_pack(settings: Settings, environ: Mapping[str, str]) -> int:
     """Makes a module version of a folder, prints its lines for go.sum and stores it if told where.
     Raises UsageError, StartError."""
@@ -10021,6 +10438,11 @@ COMMANDS = {
     "check": Command(
         run_check, "Connects to every server that the settings name, and says what is wrong."
     ),
+    "fetch": Command(
+        run_fetch,
+        "Fills the store with all that go.mod and go.sum files, or module versions, build with.",
+        (_AS_JSON, _WISHES),
+    ),
     "pack": Command(run_pack, "Makes a module version of a folder.", _PACK_ARGUMENTS),
     "serve": Command(run_serve, "A Go module proxy."),
 }
@@ -10037,6 +10459,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.load(words, os.environ, usage, command.text, command.arguments)
         return command.run(settings, os.environ)
+    except KeyboardInterrupt:
+        print("goproxy.py: interrupted; what is done is kept", file=sys.stderr)
+        return 130
     except UsageError as error:
         print(f"goproxy.py: {printable(str(error))}", file=sys.stderr)
         return 2

@@ -142,6 +142,12 @@ def hash1(data: bytes) -> str:
     return "h1:" + base64.b64encode(hashlib.sha256(lines.encode()).digest()).decode()
 
 
+def hash_of_mod(data: bytes) -> str:
+    """The h1 of a go.mod, likewise."""
+    line = f"{hashlib.sha256(data).hexdigest()}  go.mod\n".encode()
+    return "h1:" + base64.b64encode(hashlib.sha256(line).digest()).decode()
+
+
 def info_of(version: str) -> bytes:
     """An .info with fields and blanks that only a byte for byte copy keeps."""
     return b'{"Version":"%s",  "Time":"2024-01-02T03:04:05Z",%s}' % (
@@ -7655,6 +7661,151 @@ def test_pack_says_what_is_wrong_in_one_line(
     ended = finish(tmp_path, "pack", *arguments)
     assert (ended.status, ended.out, ended.err.count("\n")) == (status, "", 1)
     assert word in ended.err
+
+
+# --- fetch -------------------------------------------------------------------
+
+BUILDS = {
+    "example.com/app@v1.0.0": {
+        "go.mod": "module example.com/app\n\ngo 1.21\n\nrequire example.com/quote v1.0.0\n"
+        "require (\n\texample.com/deep v1.0.0\n\texample.com/gone v1.0.0 // indirect\n)\n"
+        "replace example.com/gone => ../gone\nreplace example.com/deep v1.0.0 => "
+        "example.com/deeper v1.0.0 // why\n"
+    },
+    "example.com/deeper@v1.0.0": {
+        "go.mod": "module example.com/deeper\n\ngo 1.16\n\nrequire example.com/quote v1.1.0\n"
+    },
+}
+APP = BUILDS["example.com/app@v1.0.0"]["go.mod"]
+
+
+class Fetched(NamedTuple):
+    """What `goproxy.py fetch` did with an upstream that has SITE and BUILDS."""
+
+    ended: Ended
+    stored: list[str]
+
+    def kinds(self, stem: str) -> set[str]:
+        """Kinds of what is stored of a module version."""
+        return {name[len(stem) + 1 :] for name in self.stored if name.startswith(f"{stem}.")}
+
+
+Fetch = Callable[..., Fetched]
+
+
+@pytest.fixture
+def fetch(run: Run, upstream: Upstream) -> Fetch:
+    upstream.files.update(site(BUILDS))
+
+    def work(*words: str, text: str = "", **settings: object) -> Fetched:
+        here = {"cache": run.cache, "upstream": upstream.url(), **settings}
+        here = {"sumdb": f"sum.test {upstream.url()}", **here}
+        done = subprocess.run(
+            command("fetch", *words, *flags(here)), env=clean_environment(run.folder),
+            input=text, capture_output=True, timeout=PATIENCE, check=False, text=True,
+            cwd=run.folder,
+        )  # fmt: skip
+        return Fetched(Ended(done.returncode, done.stdout, done.stderr), run.stored())
+
+    return work
+
+
+def test_fetch_brings_what_a_go_sum_names(fetch: Fetch, run: Run) -> None:
+    mod = hash_of_mod(SITE[MOD])
+    (run.folder / "go.sum").write_text(
+        f"example.com/quote v1.0.0 {hash1(SITE[ZIP])}\nexample.com/quote v1.1.0/go.mod {mod}\n"
+    )
+    fetched = fetch("go.sum")
+    assert fetched.ended.status == 0, fetched.ended
+    assert fetched.kinds("example.com/quote/@v/v1.0.0") == {"info", "mod", "zip", "ziphash"}
+    assert fetched.kinds("example.com/quote/@v/v1.1.0") == {"mod"}
+    assert {LOOKUP, *PROOF} <= set(fetched.stored)
+
+
+def test_fetch_tells_what_has_another_hash(fetch: Fetch) -> None:
+    text = "example.com/quote v1.0.0 h1:other=\nexample.com/quote v1.1.0/go.mod h1:other=\n"
+    fetched = fetch("-", text=text)
+    assert fetched.ended.status == 1
+    assert fetched.ended.out.count("checksum mismatch") == 2
+
+
+def test_fetch_selects_as_go_does(fetch: Fetch, run: Run) -> None:
+    """The highest version required anywhere; what is replaced by a folder is not asked for."""
+    (run.folder / "go.mod").write_text(APP)
+    fetched = fetch("go.mod")
+    assert fetched.ended.status == 0, fetched.ended
+    assert fetched.kinds("example.com/quote/@v/v1.0.0") == {"mod"}
+    assert "zip" in fetched.kinds("example.com/quote/@v/v1.1.0")
+    assert "zip" in fetched.kinds("example.com/deeper/@v/v1.0.0")
+    assert not any("gone" in name or "deep/" in name for name in fetched.stored)
+
+
+@pytest.mark.parametrize(
+    ("word", "stem"),
+    [
+        ("example.com/quote@latest", "example.com/quote/@v/v1.1.0"),
+        ("example.com/quote@main", f"example.com/quote/@v/{BRANCH}"),
+        ("example.com/quote@v1.0.0", "example.com/quote/@v/v1.0.0"),
+        ("github.com/BurntSushi/toml@v1.0.0", SHOUT),
+    ],
+)
+def test_fetch_takes_module_versions(fetch: Fetch, word: str, stem: str) -> None:
+    for fetched in (fetch(word), fetch("-", text=f"{word}\n\n")):
+        assert fetched.ended.status == 0, fetched.ended
+        assert fetched.kinds(stem) == {"info", "mod", "zip", "ziphash"}
+
+
+def test_fetch_names_each_thing_that_is_missing(fetch: Fetch) -> None:
+    fetched = fetch("example.com/none@v1.0.0", "example.com/quote@v1.0.0")
+    assert fetched.ended.status == 1
+    assert "example.com/none@v1.0.0: no such file\n" in fetched.ended.out
+    assert fetched.kinds("example.com/quote/@v/v1.0.0") == {"info", "mod", "zip", "ziphash"}
+
+
+def test_fetch_asks_nothing_again(fetch: Fetch, upstream: Upstream) -> None:
+    fetch("example.com/quote@v1.0.0")
+    upstream.fault = "500"
+    assert fetch("example.com/quote@v1.0.0").ended.status == 0
+
+
+def test_fetch_without_a_network_tells_what_is_missing(fetch: Fetch, upstream: Upstream) -> None:
+    fetched = fetch("example.com/quote@v1.0.0", "-offline")
+    assert (fetched.ended.status, upstream.asked) == (1, [])
+
+
+@pytest.mark.parametrize("word", [[], ["no-such-file"], ["-nonsense"]])
+def test_fetch_tells_what_it_cannot_understand(fetch: Fetch, word: list[str]) -> None:
+    ended = fetch(*word).ended
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+
+
+def test_fetch_speaks_json(fetch: Fetch) -> None:
+    lines = fetch("-json", "example.com/quote@v1.0.0", "example.com/none@v1.0.0").ended.out
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert rows[0]["event"] == "failed" and rows[0]["module"] == "example.com/none"
+    assert rows[-1]["event"] == "end" and rows[-1]["done"] == 4
+    assert {row["event"] for row in rows} == {"failed", "progress", "end"}
+
+
+def test_fetch_draws_a_bar_on_a_terminal(run: Run, upstream: Upstream) -> None:
+    screen, terminal = os.openpty()
+    words = [*flags({"upstream": upstream.url(), "sumdb": "off"}), "example.com/quote@v1.0.0"]
+    done = subprocess.run(
+        command("fetch", *words), stderr=terminal, stdout=subprocess.PIPE, timeout=PATIENCE,
+        env=clean_environment(run.folder), cwd=run.folder, check=True,
+    )  # fmt: skip
+    os.close(terminal)
+    drawn = os.read(screen, 10_000).decode()
+    os.close(screen)
+    assert re.search(r"\r\x1b\[Kfetch \[[# ]{20}\] [1-4]/4 .* [kM]?B/s  0:00 left", drawn), drawn
+    assert re.fullmatch(rb"fetch: 4 done, .* in .* s; 0 missing\n", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2 * 10**15, "2000.0 TB")]
+)
+def test_a_size_is_shown_with_its_unit(size: int, text: str) -> None:
+    assert goproxy.shown_size(size) == text
 
 
 # =============================================================================
