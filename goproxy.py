@@ -153,6 +153,13 @@ class BadRequest(ProxyError):
     status = 400
 
 
+class Unauthorized(ProxyError):
+    status = 401
+
+    def headers(self) -> list[tuple[str, str]]:
+        return [("WWW-Authenticate", 'Basic realm="goproxy"')]
+
+
 class Forbidden(ProxyError):
     status = 403
 
@@ -211,6 +218,11 @@ class BadRange(ProxyError):
 
 class ExpectationFailed(ProxyError):
     status = 417
+
+
+class TooManyRequests(ProxyError):
+    status = 429
+    retry_after = 60
 
 
 class HeadTooLarge(ProxyError):
@@ -1095,6 +1107,13 @@ class Argument(NamedTuple):
 class Settings:
     """Everything an operator may set. Flags, variables, -help and the README come from here."""
 
+    auth: str = _option(
+        "GOPROXY_AUTH",
+        "",
+        str,
+        "FILE",
+        "users, written by goproxy.py passwd; nobody else is let in",
+    )
     cache: Place = _option(  # noqa: RUF009 (it is a dataclasses.field)
         "CACHE_DIR", "./cache", _place, "STORE", "where modules are kept: a folder, or memory:"
     )
@@ -2650,6 +2669,11 @@ class Lane:
     def do(self, work: Callable[[], None]) -> None:
         """Queues work, which must not raise."""
         self._queue.put(work)
+
+    @property
+    def waiting(self) -> int:
+        """How much work no thread has taken yet."""
+        return self._queue.qsize()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Queues work and promises its result."""
@@ -8567,6 +8591,211 @@ class Reply(NamedTuple):
         return f'"{hashlib.sha256(self.body).hexdigest()[:32]}"'
 
 
+ROLES = ("reader", "publisher", "admin")  # each may what those before it may
+_USER_NAME = re.compile(r"[A-Za-z0-9._@+-]{1,64}")
+_SCRYPT = re.compile(
+    r"scrypt:(1[0-7]):([1-9]|1[0-6]):([1-4]):([A-Za-z0-9+/]{22,86}={0,2}):([A-Za-z0-9+/]{43}=)"
+)
+_TOKEN_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_COST, _BLOCK, _LANES = 14, 8, 1  # of scrypt: 16 MiB, 50 ms
+
+
+class User(NamedTuple):
+    """A line of the file of -auth: `globs` are the modules that this user may have."""
+
+    name: str
+    role: str
+    globs: tuple[str, ...]
+    secret: str
+
+    def check(self, role: str, path: str | None) -> None:
+        """Raises Forbidden for what takes more than this user's role, and for a module that is
+        none of theirs: a 404 would send the go command on to others, path and all."""
+        if ROLES.index(self.role) < ROLES.index(role):
+            raise Forbidden(f"{self.name} is {self.role}, and this takes a {role}")
+        if path is not None and not matches(self.globs, path):
+            raise Forbidden(f"{self.name} may not have {path}")
+
+
+def has_scrypt() -> bool:
+    """Whether this Python can hash passwords: OpenSSL has to know scrypt."""
+    return hasattr(hashlib, "scrypt")
+
+
+def _scrypt(password: str, cost: int, block: int, lanes: int, salt: bytes) -> bytes:
+    memory = (128 << cost) * block
+    raw = password.encode("utf-8", "surrogateescape")
+    return hashlib.scrypt(
+        raw, salt=salt, n=1 << cost, r=block, p=lanes, maxmem=2 * memory, dklen=32
+    )
+
+
+def hash_password(password: str) -> str:
+    """A slow hash, with all that it takes to check it."""
+    salt = secrets.token_bytes(16)
+    told, made = map(base64.b64encode, (salt, _scrypt(password, _COST, _BLOCK, _LANES, salt)))
+    return f"scrypt:{_COST}:{_BLOCK}:{_LANES}:{told.decode()}:{made.decode()}"
+
+
+def hash_token(token: str) -> str:
+    """A quick hash, which is enough for what nobody can guess."""
+    return "sha256:" + hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _is_secret(secret: str, password: str) -> bool:
+    match = _SCRYPT.fullmatch(secret)
+    if not match:
+        return hmac.compare_digest(secret, hash_token(password))
+    cost, block, lanes = map(int, match.groups()[:3])
+    made = _scrypt(password, cost, block, lanes, base64.b64decode(match[4]))
+    return hmac.compare_digest(made, base64.b64decode(match[5]))
+
+
+def read_users(text: str) -> dict[str, User]:
+    """Lines NAME ROLE GLOBS HASH; empty ones and those that begin with # are comments. Raises
+    ValueError with the number of the line."""
+    users: dict[str, User] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.split() and not line.startswith("#"):
+            try:
+                user = _read_user(line.split())
+                if user.name in users:
+                    raise ValueError(f"a second line for {user.name}")
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            users[user.name] = user
+    return users
+
+
+def _read_user(fields: Sequence[str]) -> User:
+    if len(fields) != 4:
+        raise ValueError("want NAME ROLE GLOBS HASH")
+    name, role, globs, secret = fields
+    if not _USER_NAME.fullmatch(name):
+        raise ValueError("a name has letters, digits and ._@+- only")
+    if role not in ROLES:
+        raise ValueError(f"a role is one of {', '.join(ROLES)}")
+    if not _SCRYPT.fullmatch(secret) and not _TOKEN_DIGEST.fullmatch(secret):
+        raise ValueError("the hash is malformed: make the line with goproxy.py passwd")
+    if secret.startswith("scrypt:") and not has_scrypt():
+        raise ValueError("this Python has no hashlib.scrypt: a token needs none (passwd -token)")
+    return User(name, role, parse_globs(globs), secret)
+
+
+def load_users(file: str) -> dict[str, User]:
+    """Raises ValueError in words that name the file."""
+    try:
+        with open(file, encoding="utf-8") as opened:
+            if os.name == "posix" and os.fstat(opened.fileno()).st_mode & 0o007:
+                raise ValueError(f"{file}: others may use it: chmod o= {file}")
+            return read_users(opened.read())
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except ValueError as error:  # a bad line, or not UTF-8
+        raise ValueError(f"{file}: {error}") from None
+
+
+class _Ring(NamedTuple):
+    """The users of one reading of the file, and those of them that have shown themselves."""
+
+    users: Mapping[str, User]
+    known: TtlCache[User]
+
+
+class Gate:
+    """Lets in who is in the file of -auth, which is read anew when it changes.
+
+    Slow hashes are for strangers: who has shown a password is known by it for a while. An address
+    that fails often waits, unless it shows what is known."""
+
+    _KNOWN, _KNOWN_SECONDS = 10_000, 300.0
+    _FAILURES, _FAILURE_SECONDS = 10, 60.0
+
+    def __init__(self, file: str, log: Log) -> None:
+        """Raises ValueError in words that name the file."""
+        self._file = file
+        self._log = log
+        self._key = secrets.token_bytes(32)
+        self._nobody = f"scrypt:{_COST}:{_BLOCK}:{_LANES}:{'A' * 22}==:{'A' * 43}="
+        self._failures: TtlCache[int] = TtlCache(self._KNOWN)
+        self._stamp = self._look()
+        self._ring = self._load()
+
+    def _look(self) -> object:
+        try:
+            status = os.stat(self._file)
+        except OSError:
+            return None
+        return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_mode)
+
+    def _load(self) -> _Ring:
+        return _Ring(load_users(self._file), TtlCache(self._KNOWN))
+
+    def _refresh(self) -> _Ring:
+        stamp = self._look()
+        if stamp != self._stamp:
+            self._stamp = stamp
+            try:
+                self._ring = self._load()
+                self._log.line(f"{self._file}: read anew")
+            except ValueError as error:
+                self._log.error(f"{error}; the users stay those of before")
+        return self._ring
+
+    def _mark(self, authorization: str) -> str:
+        return hmac.new(self._key, authorization.encode("latin-1"), "sha256").hexdigest()
+
+    def is_stranger(self, request: Request) -> bool:
+        """Whether telling who it is may take a slow hash."""
+        shown = request.fields.get("authorization")
+        return bool(shown) and not self._ring.known.get(self._mark(shown or ""))
+
+    def user(self, request: Request) -> User:
+        """Who asks. Raises Unauthorized, TooManyRequests."""
+        ring = self._refresh()
+        shown = request.fields.get("authorization", "")
+        known = ring.known.get(self._mark(shown))
+        if known:
+            return known
+        if not shown:
+            raise Unauthorized("who is it? Put the user and password of this proxy into netrc")
+        address = _subnet(request.client)
+        failures = self._failures.get(address) or 0
+        if failures >= self._FAILURES:
+            raise TooManyRequests("too many wrong passwords from this address: wait a minute")
+        user = self._identify(ring.users, shown)
+        if not user:
+            self._failures.put(address, failures + 1, self._FAILURE_SECONDS)
+            raise Unauthorized("unknown user or wrong password")
+        ring.known.put(self._mark(shown), user, self._KNOWN_SECONDS)
+        return user
+
+    def _identify(self, users: Mapping[str, User], shown: str) -> User | None:
+        """RFC 7617 and RFC 6750; an unknown name takes as long as a wrong password."""
+        scheme, _, value = shown.partition(" ")
+        if scheme.lower() == "bearer":
+            digest = hash_token(value.strip())
+            return next((user for user in users.values() if user.secret == digest), None)
+        try:
+            pair = base64.b64decode(value.strip(), validate=True).decode()
+        except ValueError:
+            return None
+        name, _, password = pair.partition(":")
+        user = users.get(name)
+        good = _is_secret(user.secret if user else self._nobody, password)
+        return user if scheme.lower() == "basic" and good else None
+
+
+def _subnet(client: str) -> str:
+    """An IPv4 address, or the 64 bits of an IPv6 address that one customer has."""
+    if ":" not in client:
+        return client
+    try:
+        return ipaddress.IPv6Address(client.partition("%")[0]).exploded[:19]
+    except ValueError:
+        return client
+
+
 class App(NamedTuple):
     """What endpoints and the front loop need."""
 
@@ -8577,6 +8806,7 @@ class App(NamedTuple):
     log: Log
     saw: Callable[[Sight], None]
     used: Callable[[str], None]  # told the name of each stored file that a client is given
+    gate: Gate | None = None
 
     def watch(self, request: Request, artifact: Sequence[str], here: bool) -> None:
         """Lets read-ahead see what a client asks; `artifact` is path, version and kind."""
@@ -8704,6 +8934,7 @@ class Route(NamedTuple):
 
     pattern: str
     endpoint: Callable[..., Reply]
+    is_open: bool = False  # to those as well who are none of the users
 
 
 # Most asked first.
@@ -8717,8 +8948,8 @@ ROUTES = [
     Route(r"sumdb/(?P<database>[^/]+)/(?P<what>tile/.+)", serve_sum_tile),
     Route(r"sumdb/(?P<database>[^/]+)/supported", serve_sum_supported),
     Route(r"sumdb/(?P<database>[^/]+)/latest", serve_sum_latest),
-    Route(r"health", serve_health),
-    Route(r"readyz", serve_ready),
+    Route(r"health", serve_health, is_open=True),
+    Route(r"readyz", serve_ready, is_open=True),
 ]
 _CACHED_ONLY = "cached-only/"
 
@@ -8747,18 +8978,24 @@ def dispatch(app: App, request: Request) -> Reply:
     if path.startswith(_CACHED_ONLY):
         path = path[len(_CACHED_ONLY) :]
         request = request._replace(reach=Reach.STORED)
-    endpoint, groups = _route(path)
+    route, groups = _route(path)
+    if app.gate and not (route and route.is_open):
+        module = groups.get("module")
+        user = app.gate.user(request)
+        user.check("reader", None if module is None else unescape_path(module))
+    if not route:
+        raise BadName("no such page")
     if request.method not in ("GET", "HEAD"):
         raise MethodNotAllowed("only GET and HEAD are allowed here")
-    return _explained(lambda: endpoint(app, request, **groups), path)
+    return _explained(lambda: route.endpoint(app, request, **groups), path)
 
 
-def _route(path: str) -> tuple[Callable[..., Reply], dict[str, str]]:
+def _route(path: str) -> tuple[Route | None, dict[str, str]]:
     for route in ROUTES:
         match = re.fullmatch(route.pattern, path)
         if match:
-            return route.endpoint, match.groupdict()
-    raise BadName("no such page")
+            return route, match.groupdict()
+    return None, {}
 
 
 def _explained(work: Callable[[], Reply], path: str) -> Reply:
@@ -8778,6 +9015,15 @@ def _explained(work: Callable[[], Reply], path: str) -> Reply:
 
 def respond(app: App, request: Request) -> Reply:
     """The reply to a request, whatever happens; only MustWait passes through."""
+    reply = _respond(app, request)
+    if not app.gate:
+        return reply
+    # "public" would let a shared cache give it to anybody (RFC 9111, section 3.5).
+    headers = ((name, re.sub(r"^public\b", "private", value)) for name, value in reply.headers)
+    return reply._replace(headers=tuple(headers))
+
+
+def _respond(app: App, request: Request) -> Reply:
     try:
         return dispatch(app, request)
     except MustWait:
@@ -9248,13 +9494,17 @@ class Handler(Courier, BaseHTTPRequestHandler):
                 return
             self._head = head
             self._skip = self._asked.body
-            if not self._buffer and len(received) <= _KNOWN_LIMIT and self._asked.is_plain:
+            if not self._buffer and len(received) <= _KNOWN_LIMIT and self._is_alike():
                 self.loop.know(received, self._asked.target)
         taken = min(self._skip, len(self._buffer))
         self._skip -= taken
         self._buffer = self._buffer[taken:]
         if self._skip == 0:
             self._begin(self._asked)
+
+    def _is_alike(self) -> bool:
+        """Whether whoever sends these very bytes again gets the same, if it is still there."""
+        return bool(self._asked and self._asked.is_plain and not self.loop.app.gate)
 
     def _next_head(self) -> bytes | None:
         """A complete head without its empty line, taken from the buffer."""
@@ -9277,10 +9527,15 @@ class Handler(Courier, BaseHTTPRequestHandler):
         if not self._announced:
             self.loop.access.begins(self.client, request)
         self._announced = False
+        gate = self.loop.app.gate
         if request.target == _HEALTH:
             self.work()
-        else:
+        elif not gate or not gate.is_stranger(request):
             self.loop.request_lane.do(self.work)
+        elif self.loop.password_lane.waiting < _STRANGERS:
+            self.loop.password_lane.do(self.work)
+        else:
+            self._start(refuse(Overloaded("too many passwords to check")))
 
     def work(self) -> None:
         """Answers with what is at hand; what must be waited for goes where misses are fetched."""
@@ -9338,7 +9593,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
         message = compose(request, reply, keep)
         if reply.stored:
             self.loop.app.used(reply.stored.name)
-        if reply.stored and request and request.is_plain and keep:
+        if reply.stored and request and keep and self._is_alike():
             self.loop.remember(request.target, reply.stored, message)
         self._keep = keep
         opening = message.head + head_end(int(time.time())) + message.body
@@ -9396,6 +9651,7 @@ READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _HEALTH = "/health"
 _HEAD_SECONDS, _IDLE_SECONDS, _STALL_SECONDS, _LINGER_SECONDS = 10.0, 75.0, 60.0, 1.0
 _REQUESTS_PER_CONNECTION = 100_000
+_STRANGERS = 64  # whose passwords wait to be checked
 _HAND_OVER_SECONDS = 0.5
 _KNOWN_LIMIT = 1024  # bytes of a head that is remembered
 
@@ -9540,7 +9796,7 @@ class Server(ThreadingHTTPServer):
     deadlines. Complete requests go to threads made at the start; nothing is spawned per client."""
 
     request_queue_size = 4096
-    _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS = 4, 24, 12, 4
+    _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS, _PASSWORDS = 4, 24, 12, 4, 2
     _KNOWN = 4096
 
     def __init__(
@@ -9564,6 +9820,7 @@ class Server(ThreadingHTTPServer):
         self.known: dict[bytes, str] = {}  # targets of plain requests, by all their bytes
         self.hot = HotMemory(app.policy, _descriptor_limit() // 8)
         self.request_lane = Lane("request", self._REQUESTS)
+        self.password_lane = Lane("password", self._PASSWORDS if app.gate else 0)
         self.patient_lane = Lane("patient", self._WAITERS)
         # Who waits for the first bytes of a zip is not in the way of who waits for a list.
         self.zip_lane = Lane("zip", self._ZIP_WAITERS)
@@ -9740,7 +9997,8 @@ class Server(ThreadingHTTPServer):
     def _close_all(self) -> None:
         for handler in list(self._handlers):
             handler.close()
-        for lane in (self.request_lane, self.patient_lane, self.zip_lane, self.transfer_lane):
+        lanes = (self.request_lane, self.patient_lane, self.zip_lane, self.transfer_lane)
+        for lane in (*lanes, self.password_lane):
             lane.close()
         self._poller.close()
         self._wake_receiver.close()
@@ -10147,6 +10405,13 @@ def answering(
     cache.close()
 
 
+def _open_gate(settings: Settings, log: Log) -> Gate | None:
+    try:
+        return Gate(settings.auth, log) if settings.auth else None
+    except ValueError as error:
+        raise UsageError(f"{settings.origins['auth']}={settings.auth}: {error}") from None
+
+
 class Daemon:
     """The one place that knows all rooms."""
 
@@ -10154,13 +10419,14 @@ class Daemon:
         """Opens what the settings name. Raises UsageError, StartError."""
         self._settings = settings
         _check_recheck(settings)
+        self._log = Log(2, settings.log_format == "json")
+        self._gate = _open_gate(settings, self._log)
         self._credentials, self._remark = read_credentials(environ)
         self._dialer = open_way_out(settings, environ)
         means = Means(settings.max_size, self._dialer, environ)
         self._storage = open_storage(settings.cache, means)
         self._settings = _as_shared(settings, self._storage)
         self._socket = open_socket(settings)
-        self._log = Log(2, settings.log_format == "json")
 
     def run(self) -> None:
         """Serves until SIGINT or SIGTERM; a second signal ends it at once."""
@@ -10209,7 +10475,7 @@ class Daemon:
             saw, end = _watching(settings, found.policy, storage, fetcher)
             used, end_evicting = _evicting(settings, found.policy, found.cache, log, fetcher)
             endings = [end, end_evicting]
-            app = App(settings, found.policy, found.sumdb, storage, log, saw, used)
+            app = App(settings, found.policy, found.sumdb, storage, log, saw, used, self._gate)
             if not fetcher:
                 endings.append(_rechecking(settings, found.policy, found.source, storage, log))
             yield Server(self._socket, app, fetcher, handed)
@@ -10426,6 +10692,85 @@ _PACK_ARGUMENTS = (
 )
 
 
+def run_passwd(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Writes one user into the file of users. Raises UsageError, StartError."""
+    given = settings.given
+    file = given["FILE"] or settings.auth
+    if not file:
+        raise UsageError("which file? Name it before the user, or set GOPROXY_AUTH")
+    if not given["-token"] and not has_scrypt():
+        raise StartError("this Python has no hashlib.scrypt: use -token")
+    token = secrets.token_urlsafe(32)
+    secret = hash_token(token) if given["-token"] else hash_password(_asked_password())
+    globs = "".join(given["-allow"].split())
+    line = f"{given['USER']} {given['-role']} {globs} {secret}"
+    try:
+        read_users(line)
+    except ValueError as error:
+        raise UsageError(str(error).replace("line 1: ", "")) from None
+    try:
+        _replace_line(file, given["USER"], line)
+    except (OSError, ValueError) as error:
+        raise StartError(f"{file}: {error}") from None
+    if given["-token"]:
+        print(token)
+    return 0
+
+
+def _asked_password() -> str:
+    """From the terminal, without echo and twice, or the first line of stdin. Raises UsageError."""
+    if sys.stdin.isatty():
+        import getpass  # loads terminal modules, which a proxy never needs
+
+        password = getpass.getpass("Password: ")
+        again = getpass.getpass("Again: ")
+    else:
+        password = again = sys.stdin.readline().rstrip("\r\n")
+    if not password or password != again:
+        raise UsageError("no password" if not password else "these were two passwords")
+    return password
+
+
+def _replace_line(file: str, name: str, line: str) -> None:
+    """Puts a user's line in the place of the old one, or at the end; the file appears whole."""
+    lines: list[str] = []
+    with contextlib.suppress(FileNotFoundError), open(file, encoding="utf-8") as old:
+        lines = old.read().splitlines()
+    read_users("\n".join(lines))  # who would trust what is written into a broken file?
+    at = next((n for n, each in enumerate(lines) if each.split()[:1] == [name]), len(lines))
+    lines[at : at + 1] = [line]
+    folder = os.path.dirname(os.path.abspath(file))
+    descriptor, draft = tempfile.mkstemp(prefix=".goproxy-users-", dir=folder)  # for us alone
+    try:
+        with open(descriptor, "w", encoding="utf-8") as new:
+            new.write("\n".join([*lines, ""]))
+            new.flush()
+            os.fsync(descriptor)
+        with contextlib.suppress(FileNotFoundError):
+            _inherit(file, draft)
+        os.replace(draft, file)
+    except BaseException:
+        os.unlink(draft)
+        raise
+
+
+def _inherit(file: str, draft: str) -> None:
+    """A service may read a file by its group, while root writes it."""
+    status = os.stat(file)
+    if hasattr(os, "chown"):
+        os.chown(draft, status.st_uid, status.st_gid)
+    os.chmod(draft, stat.S_IMODE(status.st_mode) & ~0o007)
+
+
+_PASSWD_ARGUMENTS = (
+    Argument("FILE", "the users (default: that of -auth)", ""),
+    Argument("USER", "the name of the user"),
+    Argument("-role", "reader, publisher (may PUT versions) or admin (may DELETE them)", "reader"),
+    Argument("-allow", "globs of the modules that the user may have", "*"),
+    Argument("-token", "make a token and print it, instead of asking for a password", False),
+)
+
+
 class Command(NamedTuple):
     """What a first word on the command line does; `run` returns the exit status."""
 
@@ -10444,6 +10789,9 @@ COMMANDS = {
         (_AS_JSON, _WISHES),
     ),
     "pack": Command(run_pack, "Makes a module version of a folder.", _PACK_ARGUMENTS),
+    "passwd": Command(
+        run_passwd, "Adds a user to the file of -auth, or changes one.", _PASSWD_ARGUMENTS
+    ),
     "serve": Command(run_serve, "A Go module proxy."),
 }
 

@@ -1927,6 +1927,7 @@ SETTINGS = {
     if field.metadata
 }
 BAD_SETTINGS = [
+    ("auth", "GOPROXY_AUTH", "/no/such/file"),
     ("cache", "CACHE_DIR", ""),
     ("cache", "CACHE_DIR", "gopher://x"),
     ("cache", "CACHE_DIR", "memory:x"),
@@ -7324,6 +7325,244 @@ def test_a_zip_that_is_not_stored_has_no_head_offline(run: Run, upstream: Upstre
     assert [proxy.get(ZIP, method=method).status for method in ("HEAD", "GET")] == [404, 404]
 
 
+# --- users -------------------------------------------------------------------
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def enrol(folder: Path, user: str, *arguments: str, password: str = "sesame") -> str:
+    """What passwd prints when it puts a user into the file "users"."""
+    done = subprocess.run(
+        command("passwd", "users", user, *arguments),
+        cwd=folder, env=clean_environment(folder), input=password + "\n", text=True,
+        capture_output=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.strip()
+
+
+ALICE = basic("alice", "sesame")
+QUICK_USERS = f"""\
+# Tokens only, which are quick to check.
+
+alice reader * {goproxy.hash_token("sesame")}
+bob reader example.com/quote/...,github.com {goproxy.hash_token("bob")}
+"""
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Path:
+    file = tmp_path / "users"
+    file.write_text(QUICK_USERS.replace("/...", "/v2"))
+    file.chmod(0o600)
+    return file
+
+
+@pytest.fixture
+def guarded(run: Run, upstream: Upstream, users: Path) -> Proxy:
+    return run(upstream=upstream.url(), sumdb=f"sum.test {upstream.url()}", auth=users)
+
+
+def test_passwd_and_the_proxy_agree(run: Run, upstream: Upstream, tmp_path: Path) -> None:
+    assert enrol(tmp_path, "alice") == ""
+    token = enrol(tmp_path, "ci", "-token")
+    enrol(tmp_path, "alice", "-role=admin", password="new")
+    proxy = run({"GOPROXY_AUTH": "users"}, upstream=upstream.url())
+    good = [basic("alice", "new"), basic("ci", token), f"Bearer {token}", f"bearer {token}"]
+    assert [proxy.get(MOD, Authorization=shown).status for shown in good] == [200] * 4
+    bad = [basic("alice", "sesame"), basic("eve", "new"), "Bearer x", "Basic *", f"Token {token}"]
+    assert [proxy.get(MOD, Authorization=shown).status for shown in bad] == [401] * 5
+    assert (tmp_path / "users").stat().st_mode & 0o777 == 0o600
+    kept = (tmp_path / "users").read_text() + proxy.log
+    assert [word for word in ("sesame", "new", token) if word in kept] == []
+
+
+@pytest.mark.parametrize("path", [MOD, LIST, LATEST, LOOKUP, TILE, "nothing", "", "readyz/x"])
+def test_who_shows_nothing_is_401_and_told_how(guarded: Proxy, path: str) -> None:
+    answer = guarded.get(path)
+    assert (answer.status, answer.headers["www-authenticate"]) == (401, 'Basic realm="goproxy"')
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize("path", ["health", "readyz"])
+def test_health_is_open_to_all(guarded: Proxy, path: str) -> None:
+    assert guarded.get(path).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("example.com/quote/v2/@v/v2.0.0.mod", 200),
+        (f"{SHOUT}.mod", 200),
+        (MOD, 403),
+        (f"cached-only/{MOD}", 403),
+        (LOOKUP, 403),
+        (TILE, 200),
+    ],
+)
+def test_a_user_has_the_modules_of_the_globs_only(
+    guarded: Proxy, upstream: Upstream, path: str, status: int
+) -> None:
+    answer = guarded.get(path, Authorization=basic("bob", "bob"))
+    assert (answer.status, status == 200 or upstream.asked == []) == (status, True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_warm_is_for_users_alone(
+    run: Run, upstream: Upstream, users: Path, workers: int
+) -> None:
+    proxy = run(upstream=upstream.url(), auth=users, workers=workers)
+    for path in (MOD, ZIP):
+        for _ in range(5):
+            answer = proxy.get(path, Authorization=ALICE)
+            assert (answer.body, answer.headers["cache-control"][:8]) == (SITE[path], "private,")
+        assert [proxy.get(path).status for _ in range(4)] == [401] * 4
+        assert proxy.get(path, Authorization=basic("bob", "bob")).status == 403
+
+
+def test_a_change_of_the_users_counts_at_once(guarded: Proxy, users: Path) -> None:
+    assert guarded.get(MOD, Authorization=ALICE).status == 200
+    users.write_text(QUICK_USERS.replace("alice", "carol").replace("/...", ""))
+    assert guarded.get(MOD, Authorization=ALICE).status == 401
+    assert guarded.get(MOD, Authorization=basic("carol", "sesame")).status == 200
+    users.write_text("nonsense\n")
+    assert guarded.get(MOD, Authorization=basic("carol", "sesame")).status == 200
+    guarded.logged("line 1: want NAME ROLE GLOBS HASH; the users stay those of before")
+    users.unlink()
+    assert guarded.get(MOD, Authorization=basic("carol", "sesame")).status == 200
+
+
+def test_an_address_that_fails_often_waits_but_not_who_is_known(guarded: Proxy) -> None:
+    assert guarded.get(MOD, Authorization=ALICE).status == 200
+    wrong = [guarded.get(MOD, Authorization=basic("alice", str(n))).status for n in range(12)]
+    assert wrong == [401] * 10 + [429] * 2
+    refused = guarded.get(MOD, Authorization=basic("bob", "bob"))
+    assert (refused.status, refused.headers["retry-after"]) == (429, "60")
+    assert guarded.get(MOD, Authorization=ALICE).status == 200
+
+
+def test_many_strangers_keep_nobody_waiting_who_is_known(
+    run: Run, upstream: Upstream, tmp_path: Path
+) -> None:
+    enrol(tmp_path, "alice")
+    proxy = run({"GOPROXY_AUTH": "users"}, upstream=upstream.url())
+    assert proxy.get(MOD, Authorization=ALICE).status == 200
+    head = f"GET /{MOD} HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('alice', 'x')}\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(dial(proxy.port)) for _ in range(80)]
+        for stranger in strangers:
+            stranger.sendall(head.encode())
+        assert proxy.get(MOD, Authorization=ALICE).status == 200
+        statuses = {stranger.recv(65536).split()[1] for stranger in strangers}
+    assert statuses <= {b"401", b"429", b"503"}
+    assert b"429" in statuses
+
+
+def asking_as(shown: str, client: str = "192.0.2.1") -> goproxy.Request:
+    head = f"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: {shown}"
+    return goproxy.parse_request(head.encode())._replace(client=client)
+
+
+def test_an_unknown_name_costs_as_much_as_a_wrong_password(tmp_path: Path) -> None:
+    enrol(tmp_path, "alice")
+    gate = goproxy.Gate(str(tmp_path / "users"), goproxy.Log(2, False))
+    gate_lines(gate, "alice")  # what runs at the first call alone
+    known, unknown = (gate_lines(gate, user) for user in ("alice", "nobody"))
+    assert known == unknown
+
+
+def gate_lines(gate: goproxy.Gate, user: str) -> int:
+    def fail() -> None:
+        with pytest.raises(goproxy.Unauthorized):
+            gate.user(asking_as(basic(user, "wrong")))
+
+    return lines_run(fail)
+
+
+def test_neighbours_in_an_ipv6_net_share_their_failures(users: Path) -> None:
+    gate = goproxy.Gate(str(users), goproxy.Log(2, False))
+    for number in range(10):
+        with pytest.raises(goproxy.Unauthorized):
+            gate.user(asking_as("Bearer x", f"2001:db8::{number}"))
+    with pytest.raises(goproxy.TooManyRequests):
+        gate.user(asking_as("Bearer y", "2001:db8::ffff"))
+    with pytest.raises(goproxy.Unauthorized):
+        gate.user(asking_as("Bearer y", "2001:db8:0:1::1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("alice reader *", "line 1: want NAME"),
+        ("\n# x\nalice king * sha256:0", "line 3: a role is one of reader, publisher, admin"),
+        ("alice reader * plain", "line 1: the hash is malformed"),
+        ("a:b reader * plain", "line 1: a name has"),
+        (f"alice reader [ {goproxy.hash_token('x')}", "line 1: malformed glob"),
+        (2 * f"alice reader * {goproxy.hash_token('x')}\n", "line 2: a second line for alice"),
+    ],
+)
+def test_a_bad_file_of_users_is_one_line_and_status_2(
+    tmp_path: Path, users: Path, text: str, told: str
+) -> None:
+    users.write_text(text)
+    ended = finish(tmp_path, "-auth=users")
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert f"-auth=users: users: {told}" in ended.err
+
+
+def test_a_file_of_users_that_others_may_read_is_refused(tmp_path: Path, users: Path) -> None:
+    users.chmod(0o644)
+    ended = finish(tmp_path, "-auth=users")
+    assert (ended.status, "chmod o= users" in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "password", "told"),
+    [
+        (["users", "alice", "-role=king"], "x", "a role is one of"),
+        (["users", "a b"], "x", "want NAME"),
+        (["users", "alice"], "", "no password"),
+        (["alice"], "x", "GOPROXY_AUTH"),
+        (["users"] * 3, "x", "unrecognized"),
+    ],
+)
+def test_passwd_says_what_is_wrong_in_one_line(
+    tmp_path: Path, arguments: list[str], password: str, told: str
+) -> None:
+    done = subprocess.run(
+        command("passwd", *arguments), cwd=tmp_path, env=clean_environment(tmp_path),
+        input=password, text=True, capture_output=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert told in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_passwd_leaves_other_lines_and_rights_alone(tmp_path: Path, users: Path) -> None:
+    users.chmod(0o640)
+    before = users.read_text().splitlines()
+    enrol(tmp_path, "alice", "-token")
+    after = users.read_text().splitlines()
+    assert [old == new for old, new in zip(before, after)] == [True, True, False, True]
+    assert users.stat().st_mode & 0o777 == 0o640
+    assert sorted(tmp_path.iterdir()) == [users]
+
+
+def test_a_python_without_scrypt_is_told_in_a_line(tmp_path: Path) -> None:
+    enrol(tmp_path, "alice")
+    lacking = "import hashlib, sys; del hashlib.scrypt; import goproxy; sys.exit(goproxy.main())"
+    for arguments in (["passwd", "users", "bob"], ["-auth=users"]):
+        done = subprocess.run(
+            [sys.executable, "-c", lacking, *arguments], cwd=tmp_path, text=True,
+            env={**clean_environment(tmp_path), "PYTHONPATH": str(HERE)}, input="x\n",
+            capture_output=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.count("\n")) in ((1, 1), (2, 1))
+        assert "hashlib.scrypt" in done.stderr
+
+
 # =============================================================================
 # 12. Daemon
 # =============================================================================
@@ -7828,7 +8067,7 @@ class Go:
         self.work = folder / "work"
         self.work.mkdir(parents=True)
         (self.work / "go.mod").write_text("module example.com/work\n\ngo 1.21\n")
-        self._environ = clean_environment(folder, {
+        self.environ = clean_environment(folder, {
             "GOCACHE": str(build_cache), "GOENV": "off", "GOFLAGS": "-modcacherw -trimpath",
             "GOPATH": str(folder / "gopath"), "GOPROXY": proxies, "GOTELEMETRY": "off",
             "GOTOOLCHAIN": "local", "HTTPS_PROXY": DEAD_END, "HTTP_PROXY": DEAD_END, **extra,
@@ -7837,7 +8076,7 @@ class Go:
     def run(self, *arguments: str) -> Ended:
         """Runs `go ARGUMENTS`, whatever comes of it."""
         done = subprocess.run(
-            [GO, *arguments], cwd=self.work, env=self._environ, capture_output=True, timeout=600,
+            [GO, *arguments], cwd=self.work, env=self.environ, capture_output=True, timeout=600,
             check=False,
         )  # fmt: skip
         return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
@@ -7881,7 +8120,60 @@ def make_go(tmp_path_factory: pytest.TempPathFactory, build_cache: Path) -> Iter
         shutil.rmtree(folder)
 
 
+def pour(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        for data in iter(lambda: source.recv(65536), b""):
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_RDWR)
+
+
+def relay(port: int) -> Callable[[socket.socket], None]:
+    """Hands a connection on to a port of this machine: with TLS before it, a TLS terminator."""
+
+    def talk(sock: socket.socket) -> None:
+        with dial(port) as inner:
+            back = threading.Thread(target=pour, args=(inner, sock))
+            back.start()
+            pour(sock, inner)
+            back.join()
+
+    return talk
+
+
 # --- with the fake upstream --------------------------------------------------
+
+
+@needs_go
+@pytest.mark.parametrize("way", ["goauth", "netrc", "url"])
+def test_go_shows_who_it_is(guarded: Proxy, make_go: GoMaker, trust: Trust, way: str) -> None:
+    with Peer(relay(guarded.port), trust.server) as front:
+        host = f"localhost:{front.port}"
+        login = "alice:sesame@" if way == "url" else ""
+        go = make_go(f"https://{login}{host}", SSL_CERT_FILE=trust.cert)
+        if way == "netrc":
+            (go.folder / ".netrc").write_text(f"machine {host} login alice password sesame\n")
+        elif way == "goauth":
+            helper = go.folder / "helper"
+            said = f"https://{host}\\n\\nAuthorization: Bearer sesame\\n\\n"
+            helper.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+            helper.chmod(0o755)
+            go.environ["GOAUTH"] = str(helper)
+        (got,) = go.download("example.com/quote@v1.0.0")
+        assert got["Sum"] == hash1(SITE[ZIP])
+
+
+@needs_go
+def test_go_is_stopped_by_401_and_403_and_goes_nowhere_else(
+    guarded: Proxy, make_go: GoMaker, upstream: Upstream, trust: Trust
+) -> None:
+    with Peer(relay(guarded.port), trust.server) as front:
+        for login, status in (("", "401"), ("bob:bob@", "403")):
+            url = f"https://{login}localhost:{front.port},{upstream.url()}"
+            go = make_go(url, SSL_CERT_FILE=trust.cert)
+            ended = go.run("mod", "download", "example.com/quote@v1.0.0")
+            assert (ended.status != 0, status in ended.err) == (True, True)
+    assert upstream.asked == []
 
 
 @needs_go
