@@ -759,6 +759,7 @@ def _never(_item: str) -> bool:
 
 def mask(text: str) -> str:
     """Hides the password of every URL in text, also one that is not escaped as it should be."""
+    text = re.sub(r"([?&](?:ssl)?password=)[^&\s]*", r"\1***", text)
     return re.sub(r"((?:^|://)[^/@\s:]*):(?!//)(?:(?!://).)*@", r"\1:***@", text, flags=re.DOTALL)
 
 
@@ -1030,8 +1031,23 @@ def _memory_place(text: str) -> Place:
     return Place("memory", text)
 
 
+def _postgres_place(text: str) -> Place:
+    if not re.fullmatch(r"postgres(ql)?://[^\s/?#]*/[^\s/?#]+(\?[^\s#]*)?", text):
+        raise ValueError("want postgres://[user[:password]@]host[:port]/database[?option=value]")
+    return Place("postgres", text)
+
+
+def _sqlite_place(text: str) -> Place:
+    if text.endswith((":", "/")):
+        raise ValueError("want sqlite:FILE")
+    return Place("sqlite", text)
+
+
 _PLACES: dict[str, Callable[[str], Place]] = {
     "memory": _memory_place,
+    "postgres": _postgres_place,
+    "postgresql": _postgres_place,
+    "sqlite": _sqlite_place,
 }
 _SIZES = {
     "": 1,
@@ -1115,7 +1131,7 @@ class Settings:
         "users, written by goproxy.py passwd; nobody else is let in",
     )
     cache: Place = _option(  # noqa: RUF009 (it is a dataclasses.field)
-        "CACHE_DIR", "./cache", _place, "STORE", "where modules are kept: a folder, or memory:"
+        "CACHE_DIR", "./cache", _place, "STORE", "a folder, memory:, postgres://... or sqlite:FILE"
     )
     dns: tuple[Url, ...] = _option(
         "DNS_SERVER",
@@ -5200,6 +5216,473 @@ class RemoteStorage(Storage):
             self._pour_lane.close()
 
 
+class SqlLine(Protocol):
+    """A connection to a database, for one thread at a time. Each statement, with `?` for its
+    values, is committed by itself, unless it stands between BEGIN and COMMIT.
+
+    Its verbs raise StoreDown; StoreAway when the connection is of no use any more."""
+
+    begin: str  # how a transaction that writes begins
+
+    def rows(self, statement: str, *values: Any) -> list[Any]:
+        """What a SELECT finds."""
+
+    def change(self, statement: str, *values: Any) -> int:
+        """How many rows a statement has changed."""
+
+    def is_current(self) -> bool:
+        """Whether it still leads to the database; nobody is asked for that."""
+
+    def close(self) -> None:
+        """Never raises."""
+
+
+@contextlib.contextmanager
+def _transaction(line: SqlLine) -> Iterator[None]:
+    line.change(line.begin)
+    try:
+        yield
+        line.change("COMMIT")
+    except BaseException:
+        with contextlib.suppress(StoreDown):
+            line.change("ROLLBACK")
+        raise
+
+
+class SqlDialect(Protocol):
+    """What databases differ in."""
+
+    blob: str  # its type for bytes
+    text: str  # its type for names, ordered by their bytes
+
+    def connect(self) -> SqlLine:
+        """Raises StoreDown, StoreAway."""
+
+    def refuse(self, error: StoreDown) -> None:
+        """Raises StartError for an error at the start that will not go away by itself."""
+
+
+class _Chunks(Blob):
+    """A long body, piece by piece; piece is called with 0, 1, ... for them."""
+
+    def __init__(self, size: int, modified: float, piece: Callable[[int], bytes]) -> None:
+        self.size = size
+        self.modified = modified
+        self._pieces = map(piece, itertools.count())
+        self._rest = b""
+        self._left = size
+
+    def read(self, count: int) -> bytes:
+        if not self._rest and self._left:
+            self._rest = next(self._pieces)
+        data, self._rest = self._rest[:count], self._rest[count:]
+        self._left -= len(data)
+        return data
+
+
+class SqlStorage(RemoteStorage):
+    """Three tables in a database: names with small bodies, chunks of big ones, and waste: bodies
+    without a name, because they are not complete yet or because it was taken away. These stay for
+    a while, so that who reads one can finish. A name appears in one transaction."""
+
+    _WASTE_SECONDS, _TIDY_SECONDS, _TIDY_BODIES = 900.0, 60.0, 100
+    _LINES, _IDLE_LINES, _LINE_SECONDS = 16, 8, 10.0
+    _PAGE = 1000
+
+    def __init__(self, dialect: SqlDialect) -> None:
+        """Asks the database, but keeps no connection. Raises StartError."""
+        super().__init__()
+        self._dialect = dialect
+        self._idle: collections.deque[SqlLine] = collections.deque()
+        self._permits = threading.BoundedSemaphore(self._LINES)
+        self._tidy_at = 0.0
+        try:
+            with contextlib.closing(self._connect()) as line:
+                self._tidy(line)
+        except StoreDown as error:
+            dialect.refuse(error)
+            self.remark = f"The store cannot be used yet: {error}"
+
+    def _tables(self) -> tuple[str, ...]:
+        blob, text = self._dialect.blob, self._dialect.text
+        return (
+            "CREATE TABLE IF NOT EXISTS goproxy_names (name "
+            f"{text} PRIMARY KEY, folder {text} NOT NULL, size BIGINT NOT NULL, "
+            f"modified DOUBLE PRECISION NOT NULL, body BIGINT, data {blob})",
+            "CREATE INDEX IF NOT EXISTS goproxy_folders ON goproxy_names (folder)",
+            "CREATE TABLE IF NOT EXISTS goproxy_chunks (body BIGINT NOT NULL, "
+            f"number INTEGER NOT NULL, data {blob} NOT NULL, UNIQUE (body, number))",
+            "CREATE TABLE IF NOT EXISTS goproxy_waste (body BIGINT PRIMARY KEY, "
+            "since DOUBLE PRECISION NOT NULL)",
+        )
+
+    def _connect(self) -> SqlLine:
+        line = self._dialect.connect()
+        try:
+            with contextlib.suppress(StoreDown):
+                line.rows("SELECT 1 FROM goproxy_waste LIMIT 1")
+                return line
+            with contextlib.suppress(StoreDown):  # another replica may be at it
+                self._create(line)
+            self._create(line)
+        except BaseException:
+            line.close()
+            raise
+        return line
+
+    def _create(self, line: SqlLine) -> None:
+        for statement in self._tables():
+            line.change(statement)
+
+    def _with(self, work: Callable[[SqlLine], T]) -> T:
+        """Does work on a connection. One that was idle may have died meanwhile: then once more."""
+        if not self._permits.acquire(timeout=self._LINE_SECONDS):
+            raise StoreDown("the store is too busy")
+        try:
+            while True:
+                idle = self._take_idle()
+                line = idle or self._connect()
+                try:
+                    result = work(line)
+                except StoreAway:
+                    line.close()
+                    if not idle:
+                        raise
+                    continue
+                except BaseException:
+                    line.close()
+                    raise
+                self._give_back(line)
+                return result
+        finally:
+            self._permits.release()
+
+    def _rows(self, statement: str, *values: Any) -> list[Any]:
+        return self._with(lambda line: line.rows(statement, *values))
+
+    def _change(self, statement: str, *values: Any) -> int:
+        return self._with(lambda line: line.change(statement, *values))
+
+    def _take_idle(self) -> SqlLine | None:
+        with contextlib.suppress(IndexError):
+            while True:
+                line = self._idle.pop()
+                if line.is_current():
+                    return line
+                line.close()
+        return None
+
+    def _give_back(self, line: SqlLine) -> None:
+        if len(self._idle) < self._IDLE_LINES:
+            self._idle.append(line)
+        else:
+            line.close()
+
+    def _fetch(self, name: str) -> Blob:
+        select = "SELECT size, modified, body, data FROM goproxy_names WHERE name = ?"
+        rows = self._rows(select, name)
+        if not rows:
+            raise NotFound("not in the store")
+        size, modified, body, data = rows[0]
+        if data is not None:
+            return BytesBlob(data, modified)
+        return _Chunks(size, modified, functools.partial(self._chunk, body))
+
+    def _chunk(self, body: int, number: int) -> bytes:
+        select = "SELECT data FROM goproxy_chunks WHERE body = ? AND number = ?"
+        rows = self._rows(select, body, number)
+        if not rows:
+            raise StoreDown("the store has lost a part of what it has")
+        return bytes(rows[0][0])
+
+    def put(self, name: str, data: bytes, replace: bool = True) -> bool:
+        return self._store(name, len(data), time.time(), io.BytesIO(data), replace)
+
+    def adopt(self, name: str, draft: Draft) -> bool:
+        with draft.file.reading() as file:
+            return self._store(name, draft.written, draft.modified, file, replace=False)
+
+    def _store(self, name: str, size: int, modified: float, file: BinaryIO, replace: bool) -> bool:
+        if size <= self._SMALL:
+            body, data = None, file.read()
+        else:
+            body, data = self._upload(file), None
+        row = (name, name.rpartition("/")[0], size, modified, body, data)
+        try:
+            return self._with(lambda line: self._publish(line, row, replace))
+        finally:
+            self._forget(name)
+
+    def _upload(self, file: BinaryIO) -> int:
+        """The number of a new body that has no name yet."""
+        body = secrets.randbits(62)
+        waste = "INSERT INTO goproxy_waste (body, since) VALUES (?, ?)"
+        self._change(waste, body, time.time())
+        insert = "INSERT INTO goproxy_chunks (body, number, data) VALUES (?, ?, ?)"
+        for number in itertools.count():
+            data = file.read(self._SMALL)
+            if not data:
+                return body
+            self._change(insert, body, number, data)
+        raise AssertionError
+
+    def _publish(self, line: SqlLine, row: Sequence[Any], replace: bool) -> bool:
+        name, body = row[0], row[4]
+        action = "NOTHING"
+        if replace:
+            columns = ("size", "modified", "body", "data")
+            action = f"UPDATE SET {', '.join(f'{key} = excluded.{key}' for key in columns)}"
+        with _transaction(line):
+            if replace:
+                self._waste(line, name)
+            stored = line.change(
+                "INSERT INTO goproxy_names (name, folder, size, modified, body, data) "
+                f"VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO {action}",
+                *row,
+            )
+            kept = "DELETE FROM goproxy_waste WHERE body = ?"
+            if stored and body is not None and not line.change(kept, body):
+                raise StoreDown("storing took so long that the parts were swept away")
+        self._tidy(line)
+        return bool(stored)
+
+    @staticmethod
+    def _waste(line: SqlLine, name: str) -> None:
+        line.change(
+            "INSERT INTO goproxy_waste (body, since) SELECT body, ? FROM goproxy_names "
+            "WHERE name = ? AND body IS NOT NULL ON CONFLICT (body) DO NOTHING",
+            time.time(),
+            name,
+        )
+
+    def _tidy(self, line: SqlLine) -> None:
+        """Removes some of the oldest waste, once in a while."""
+        if time.monotonic() < self._tidy_at:
+            return
+        self._tidy_at = time.monotonic() + self._TIDY_SECONDS
+        select = "SELECT body FROM goproxy_waste WHERE since < ? ORDER BY since LIMIT ?"
+        for row in line.rows(select, time.time() - self._WASTE_SECONDS, self._TIDY_BODIES):
+            with _transaction(line):
+                line.change("DELETE FROM goproxy_waste WHERE body = ?", row[0])
+                line.change("DELETE FROM goproxy_chunks WHERE body = ?", row[0])
+
+    def remove(self, name: str) -> None:
+        def work(line: SqlLine) -> int:
+            with _transaction(line):
+                self._waste(line, name)
+                removed = line.change("DELETE FROM goproxy_names WHERE name = ?", name)
+            self._tidy(line)
+            return removed
+
+        removed = self._with(work)
+        self._forget(name)
+        if not removed:
+            raise NotFound("not in the store")
+
+    def names(self, prefix: str) -> list[str]:
+        select = "SELECT name FROM goproxy_names WHERE folder = ?"
+        return [row[0][len(prefix) :] for row in self._rows(select, prefix[:-1])]
+
+    def walk(self, prefix: str = "") -> Iterator[Item]:
+        select = (
+            "SELECT name, size, modified FROM goproxy_names WHERE name > ? AND name < ? "
+            "ORDER BY name LIMIT ?"
+        )
+        last, end = prefix, f"{prefix[:-1]}0" if prefix else "\U0010ffff"  # 0 comes after a slash
+        while True:
+            rows = self._rows(select, last, end, self._PAGE)
+            for name, size, modified in rows:
+                if prefix or not name.startswith(OWN_MARK):
+                    yield Item(name, size, modified)
+            if not rows:
+                return
+            last = rows[-1][0]
+
+    def close(self) -> None:
+        super().close()
+        while self._idle:
+            self._idle.pop().close()
+
+
+class _SqliteLine(SqlLine):
+    begin = "BEGIN IMMEDIATE"
+
+    def __init__(self, driver: Any, path: str) -> None:
+        self._driver = driver
+        self._path = path
+        with self._errors():
+            self._connection = driver.connect(
+                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._file = self._identity()
+
+    def _identity(self) -> tuple[int, int]:
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return (0, 0)
+        return (status.st_dev, status.st_ino)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self._driver.Error as error:
+            raise StoreDown(f"the store fails: {error}") from None
+
+    def rows(self, statement: str, *values: Any) -> list[Any]:
+        with self._errors():
+            return list(self._connection.execute(statement, values))
+
+    def change(self, statement: str, *values: Any) -> int:
+        with self._errors():
+            return int(self._connection.execute(statement, values).rowcount)
+
+    def is_current(self) -> bool:
+        return self._identity() == self._file
+
+    def close(self) -> None:
+        with contextlib.suppress(self._driver.Error):
+            self._connection.close()
+
+
+_BUSY_SECONDS = 10.0
+
+
+class Sqlite(SqlDialect):
+    """One file, in write-ahead mode. What is committed is on the disk."""
+
+    blob, text = "BLOB", "TEXT"
+    _SETUP = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL")
+    _QUICK = 256 << 20  # bytes of a file that is looked through at the start
+
+    def __init__(self, path: str) -> None:
+        """Raises ValueError where Python has no SQLite, StartError."""
+        try:
+            self._driver = importlib.import_module("sqlite3")
+        except ImportError:
+            raise ValueError("this Python was built without SQLite") from None
+        self._path = os.path.abspath(path)
+        try:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        except OSError as error:
+            self.refuse(StoreDown(str(error.strerror)))
+        self._is_checked = False
+
+    def connect(self) -> SqlLine:
+        line = _SqliteLine(self._driver, self._path)
+        try:
+            for statement in self._SETUP:
+                line.rows(statement)
+            self._check(line)
+        except BaseException:
+            line.close()
+            raise
+        return line
+
+    def _check(self, line: SqlLine) -> None:
+        """At the start alone: a big file would take long."""
+        is_checked, self._is_checked = self._is_checked, True
+        if not is_checked and os.path.getsize(self._path) < self._QUICK:
+            found = line.rows("PRAGMA quick_check(1)")[0][0]
+            if found != "ok":
+                raise StoreDown(f"the store fails: {found}")
+
+    def refuse(self, error: StoreDown) -> None:
+        raise StartError(
+            f"cannot use {self._path} as a store: {error}; make it and its folder writable, or "
+            "put a good copy in its place (or none: it fills again), or choose another -cache"
+        )
+
+
+class PostgresLine(SqlLine):
+    begin = "BEGIN"
+    _SECONDS = 15.0  # for one statement
+    _CONNECT_SECONDS = 3
+
+    def __init__(self, driver: Any, url: str) -> None:
+        self._driver = driver
+        options: dict[str, Any] = {"application_name": "goproxy", "autocommit": True}
+        if "connect_timeout=" not in url:
+            options["connect_timeout"] = self._CONNECT_SECONDS
+        try:
+            # Poolers that give each transaction another session know no prepared statements.
+            self._connection = driver.connect(url, prepare_threshold=None, **options)
+        except driver.Error as error:
+            raise StoreAway(f"the database cannot be reached: {_first_line(error)}") from None
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Within a deadline, and with our errors."""
+        timer = threading.Timer(self._SECONDS, self._cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except self._driver.Error as error:
+            kind = StoreAway if self._connection.broken else StoreDown
+            raise kind(f"the database fails: {_first_line(error)}") from None
+        finally:
+            timer.cancel()
+
+    def _cut(self) -> None:
+        """Who waits for an answer learns that none will come."""
+        with contextlib.suppress(OSError, self._driver.Error):
+            sock = socket.socket(fileno=os.dup(self._connection.fileno()))
+            with contextlib.closing(sock):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _execute(self, statement: str, values: Sequence[Any]) -> Any:
+        return self._connection.execute(statement.replace("?", "%s"), values, binary=True)
+
+    def rows(self, statement: str, *values: Any) -> list[Any]:
+        with self._guarded():
+            return list(self._execute(statement, values).fetchall())
+
+    def change(self, statement: str, *values: Any) -> int:
+        with self._guarded():
+            return int(self._execute(statement, values).rowcount)
+
+    def is_current(self) -> bool:
+        return not self._connection.closed
+
+    def close(self) -> None:
+        with contextlib.suppress(self._driver.Error):
+            self._connection.close()
+
+
+def _first_line(error: Exception) -> str:
+    return mask(str(error).strip().partition("\n")[0])
+
+
+class Postgres(SqlDialect):
+    """A PostgreSQL server, which many replicas may share, by the package psycopg."""
+
+    blob, text = "BYTEA", 'TEXT COLLATE "C"'
+
+    def __init__(self, url: str) -> None:
+        """Raises ValueError if the package is missing."""
+        self._url = url
+        try:
+            self._driver = importlib.import_module("psycopg")
+        except ImportError:
+            raise ValueError(
+                "postgres:// needs a package: pip install 'psycopg[binary]', or "
+                "'goproxy.py[postgres]'"
+            ) from None
+
+    def connect(self) -> SqlLine:
+        return PostgresLine(self._driver, self._url)
+
+    def refuse(self, error: StoreDown) -> None:
+        """What cannot be reached may be there later; what the server itself refuses stays so."""
+        if "FATAL" in str(error) or not isinstance(error, StoreAway):
+            raise StartError(
+                f"cannot use {mask(self._url)} as a store: {error}; check user, password and "
+                "database, and that the user may create tables in it"
+            )
+
+
 class WatchedStorage(Storage):
     """A storage that tells when it begins to fail and when it works again. One that is away is
     tried by one caller at a time, with a pause between; the others are refused at once."""
@@ -5350,11 +5833,13 @@ class Means(NamedTuple):
 STORAGES: dict[str, Callable[[str, Means], Storage]] = {
     "folder": lambda where, means: DiskStorage(where),
     "memory": lambda where, means: MemoryStorage(means.limit),
+    "postgres": lambda where, means: SqlStorage(Postgres(where)),
+    "sqlite": lambda where, means: SqlStorage(Sqlite(where[len("sqlite:") :])),
 }
 
 
 def open_storage(place: Place, means: Means) -> Storage:
-    """The store that -cache names. Raises UsageError, StartError."""
+    """The store that -cache names. Raises StartError, and ValueError for want of a package."""
     return STORAGES[place.kind](place.text, means)
 
 
@@ -7014,11 +7499,23 @@ class Cache:
 
     def _ours(self, name: str, error: BaseException) -> ProxyError:
         """An error that readers in other threads can be given; a bug is told in the log."""
+        if isinstance(error, NotFound):
+            return self._outage(name) or error
         if isinstance(error, ProxyError):
             return error
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         self._log.error(f"{name}: {''.join(lines)}")
         return ProxyError("internal error")
+
+    def _outage(self, name: str) -> StoreDown | None:
+        """Why upstream's absence says nothing: the store may have it, but cannot be asked."""
+        try:
+            self.storage.open(name).close()
+        except StoreDown as error:
+            return error
+        except NotFound:
+            pass
+        return None
 
     def _remember(self, name: str, error: ProxyError) -> None:
         if isinstance(error, NotFound):
@@ -7206,8 +7703,10 @@ class Mirror(Modules):
         try:
             verdict = Verdict.HIT if isinstance(error, NotFound) else Verdict.STALE
             return Answer(stored(), verdict)
-        except (NotFound, StoreDown):
+        except NotFound:
             raise error from None
+        except StoreDown as trouble:
+            raise (trouble if isinstance(error, NotFound) else error) from None
 
     def small(self, artifact: Artifact, reach: Reach) -> Answer:
         """A .info or .mod."""
@@ -10367,6 +10866,15 @@ def read_credentials(environ: Mapping[str, str]) -> tuple[dict[str, str], str]:
         return {}, f"no credentials are read: {error}"
 
 
+def open_store(settings: Settings, means: Means) -> Storage:
+    """What -cache names. Raises UsageError, StartError."""
+    try:
+        return open_storage(settings.cache, means)
+    except ValueError as error:
+        origin = settings.origins.get("cache", "-cache")
+        raise UsageError(f"{origin}={settings.cache}: {error}") from None
+
+
 def _as_shared(settings: Settings, storage: Storage) -> Settings:
     """Settings for one process if the store is that of one process. Raises UsageError."""
     if storage.is_shared or settings.workers == 1:
@@ -10423,8 +10931,7 @@ class Daemon:
         self._gate = _open_gate(settings, self._log)
         self._credentials, self._remark = read_credentials(environ)
         self._dialer = open_way_out(settings, environ)
-        means = Means(settings.max_size, self._dialer, environ)
-        self._storage = open_storage(settings.cache, means)
+        self._storage = open_store(settings, Means(settings.max_size, self._dialer, environ))
         self._settings = _as_shared(settings, self._storage)
         self._socket = open_socket(settings)
 

@@ -9,6 +9,7 @@ lines. Nothing is mocked and nothing sleeps: a test that must wait, waits for an
 from __future__ import annotations
 
 import ast
+import atexit
 import base64
 import contextlib
 import dataclasses
@@ -23,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import pwd
 import queue
 import random
 import re
@@ -1931,6 +1933,8 @@ BAD_SETTINGS = [
     ("cache", "CACHE_DIR", ""),
     ("cache", "CACHE_DIR", "gopher://x"),
     ("cache", "CACHE_DIR", "memory:x"),
+    ("cache", "CACHE_DIR", "postgres://host"),
+    ("cache", "CACHE_DIR", "sqlite:"),
     ("evict-private", "GOPROXY_EVICT_PRIVATE", "some"),
     ("exclude", "GOPROXY_EXCLUDE", "example.com/["),
     ("host", "GOPROXY_HOST", "no such host"),
@@ -1984,6 +1988,7 @@ def test_the_running_program_obeys_the_environment(run: Run, upstream: Upstream)
         ("http://:pass@host", "http://:***@host"),
         ("https://a:b@c,https://d:e@f|off", "https://a:***@c,https://d:***@f|off"),
         ("https://host/a@b", "https://host/a@b"),
+        ("postgres:///d?password=p&host=h", "postgres:///d?password=***&host=h"),
     ],
 )
 def test_a_password_in_a_url_is_masked(text: str, masked: str) -> None:
@@ -3149,8 +3154,10 @@ def missing(what: str) -> None:
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {what}")
 
 
-def installed(name: str) -> str:
+def installed(name: str, more: str = "") -> str:
+    """The path of a program; `more` is a glob of folders below / that it may be in."""
     folders = [os.environ["PATH"], "/usr/local/sbin", "/usr/sbin", "/sbin"]
+    folders += map(str, Path("/").glob(more) if more else [])
     found = shutil.which(name, path=os.pathsep.join(folders))
     if not found:
         missing(name)
@@ -5348,6 +5355,80 @@ def test_git_obeys_proxy_and_dns(
 # =============================================================================
 
 
+POSTGRES_BIN = "usr/lib/postgresql/*/bin"  # where Debian has them
+
+
+class Database:
+    """A real PostgreSQL that the test may stop and start; each test has its own database. For root
+    it runs as nobody, because it refuses to run as root."""
+
+    _PASSWORD = "s3cr:t"
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="goproxy-postgres-"))
+        self.port = free_port()
+        self._numbers = itertools.count()
+        (self.folder / "password").write_text(self._PASSWORD)
+        self._prefix: list[str] = []
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            for path in (self.folder, self.folder / "password"):
+                os.chown(path, nobody.pw_uid, nobody.pw_gid)
+            ids = (f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}")
+            self._prefix = [installed("setpriv"), *ids, "--clear-groups"]
+        self._run("initdb", "-A", "scram-sha-256", "-U", "tester", "--no-sync",
+                  f"--pwfile={self.folder}/password")  # fmt: skip
+        self.start()
+
+    def _run(self, name: str, *arguments: str) -> None:
+        data = f"--pgdata={self.folder}/data"
+        done = subprocess.run(
+            [*self._prefix, installed(name, POSTGRES_BIN), data, *arguments],
+            cwd=self.folder, capture_output=True, timeout=PATIENCE, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, (done.stdout + done.stderr).decode()
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        self._run("pg_ctl", "start", "-w", "-l", f"{self.folder}/log", "-o", options)
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "stop", "-w", "-m", "immediate")
+
+    def url(self, name: str) -> str:
+        password = urllib.parse.quote(self._PASSWORD)
+        return f"postgres://tester:{password}@127.0.0.1:{self.port}/{name}"
+
+    def ask(self, name: str, statement: str) -> list[Any]:
+        """What a statement finds in a database."""
+        psycopg = pytest.importorskip("psycopg")
+        with psycopg.connect(self.url(name), autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return list(cursor.fetchall()) if cursor.description else []
+
+    def make(self) -> str:
+        """The name of a new database."""
+        name = f"test{next(self._numbers)}"
+        self.ask("postgres", f"CREATE DATABASE {name}")
+        return name
+
+
+@functools.cache
+def database() -> Database:
+    """The one of this run of tests."""
+    if importlib.util.find_spec("psycopg") is None:
+        missing("psycopg")
+    made = Database()
+
+    def end() -> None:
+        made.stop()
+        shutil.rmtree(made.folder)
+
+    atexit.register(end)
+    return made
+
+
 def means(limit: int | None = None, **environ: str) -> goproxy.Means:
     return goproxy.Means(limit, dialer(), environ)
 
@@ -5357,6 +5438,8 @@ Lent = contextlib.AbstractContextManager[str]
 PLACES: dict[str, Callable[[Path], Lent]] = {
     "folder": lambda folder: contextlib.nullcontext(str(folder / "store")),
     "memory": lambda folder: contextlib.nullcontext("memory:"),
+    "postgres": lambda folder: contextlib.nullcontext(database().url(database().make())),
+    "sqlite": lambda folder: contextlib.nullcontext(f"sqlite:{folder}/store.db"),
 }
 
 
@@ -5664,6 +5747,245 @@ def test_other_bytes_than_those_stored_never_go_out(run: Run, upstream: Upstream
         upstream.gate.set()
         assert len(read_all(client)) < len(SITE[BIG])
     assert proxy.get(BIG).body == SITE[ZIP]
+
+
+# --- SQL ---------------------------------------------------------------------
+
+SQL = ["postgres", "sqlite"]
+
+
+@contextlib.contextmanager
+def opened(place: str) -> Iterator[goproxy.Storage]:
+    cache = goproxy.Settings.load([f"-cache={place}"], {}).cache
+    with contextlib.closing(goproxy.open_storage(cache, means())) as made:
+        yield made
+
+
+@pytest.fixture(params=SQL)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A place of its own in each kind of database."""
+    with PLACES[request.param](tmp_path) as lent:
+        yield lent
+
+
+def test_of_many_writers_the_first_wins_for_all(place: str) -> None:
+    with opened(place) as one, opened(place) as other:
+
+        def write(number: int) -> bool:
+            store, data = (one, other)[number % 2], bytes([number]) * 1_500_000
+            return store.adopt(ZIP, grown(store.draft(), data))
+
+        won = together(8, write)
+        data = bytes([won.index(True)]) * 1_500_000
+        assert (sum(won), read(one, ZIP), read(other, ZIP)) == (1, data, data)
+
+
+def test_a_replaced_body_is_readable_to_its_end(place: str) -> None:
+    with opened(place) as storage:
+        storage.put(LIST, b"1" * 3_000_000)
+        with contextlib.closing(storage.open(LIST)) as blob:
+            storage.put(LIST, b"2" * 2_000_000)
+            assert (blob.read_all(1 << 22), read(storage, LIST)) == (
+                b"1" * 3_000_000,
+                b"2" * 2_000_000,
+            )
+
+
+def test_a_database_walks_page_by_page(place: str) -> None:
+    names = sorted(f"example.com/many/@v/v1.{number}.0.info" for number in range(25))
+    with opened(place) as storage:
+        assert isinstance(storage, goproxy.SqlStorage)
+        storage._PAGE = 10
+        for name in names:
+            storage.put(name, b"")
+        storage.put("example.com/many0/@v/list", b"")
+        assert [item.name for item in storage.walk("example.com/many/")] == names
+        assert len(list(storage.walk())) == 26
+
+
+def test_what_was_never_finished_is_swept_away(place: str) -> None:
+    with opened(place) as storage:
+        assert isinstance(storage, goproxy.SqlStorage)
+        storage._upload(io.BytesIO(bytes(2_000_000)))  # and then the process dies
+        count = "SELECT count(*) FROM goproxy_chunks"
+        assert storage._rows(count)[0][0] == 2
+        storage._WASTE_SECONDS, storage._tidy_at = -1.0, 0.0
+        storage.put(INFO, b"")
+        assert storage._rows(count)[0][0] == 0
+
+
+def test_parts_swept_away_meanwhile_are_not_published(place: str) -> None:
+    with opened(place) as storage:
+        assert isinstance(storage, goproxy.SqlStorage)
+        row = (ZIP, "", 2_000_000, 1.0, storage._upload(io.BytesIO(bytes(2_000_000))), None)
+        storage._change("DELETE FROM goproxy_waste")
+        with pytest.raises(goproxy.StoreDown, match="swept"):
+            storage._with(lambda line: storage._publish(line, row, replace=False))
+        with pytest.raises(goproxy.NotFound):
+            storage.open(ZIP)
+
+
+def test_several_processes_share_a_database(run: Run, upstream: Upstream, place: str) -> None:
+    proxy = run(cache=place, upstream=upstream.url(), workers=3)
+    paths = [INFO, MOD, ZIP, BIG]
+    for _ in range(3):
+        bodies = together(12, lambda number: proxy.get(paths[number % 4]).body)
+        assert bodies == [SITE[path] for path in paths] * 3
+    assert sorted(upstream.asked) == sorted(paths)
+
+
+def test_a_process_killed_while_it_stores_leaves_nothing_half(
+    run: Run, upstream: Upstream, place: str
+) -> None:
+    first = run(cache=place, upstream=upstream.url("hold"))
+    first.begin(BIG).close()
+    first.kill()
+    upstream.gate.set()
+    second = run(cache=place, upstream=upstream.url(), offline="true")
+    assert second.get(BIG).status == 404
+    third = run(cache=place, upstream=upstream.url())
+    assert (third.get(BIG).body, second.get(BIG).body) == (SITE[BIG], SITE[BIG])
+
+
+def test_a_range_of_what_a_database_holds(run: Run, upstream: Upstream, place: str) -> None:
+    proxy = run(cache=place, upstream=upstream.url())
+    whole = proxy.get(BIG)
+    again = proxy.get(BIG)
+    part = proxy.get(BIG, Range="bytes=300000-300009", **{"If-Range": again.headers["etag"]})
+    assert (part.status, part.body) == (206, SITE[BIG][300_000:300_010])
+    assert whole.body == again.body == SITE[BIG]
+
+
+STORE_LARGE = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import goproxy
+cache = goproxy.Settings.load(["-cache=" + sys.argv[2]], {}).cache
+storage = goproxy.open_storage(cache, None)
+storage.put("small", b"")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+draft = storage.draft()
+for _ in range(100):
+    draft.write(bytes(1 << 20))
+storage.adopt("large", draft)
+blob = storage.open("large")
+while blob.read(1 << 18):
+    pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_large_zip_never_sits_in_memory(tmp_path: Path, place: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STORE_LARGE, str(HERE), place], capture_output=True, check=True
+    )
+    assert int(done.stdout) < 30_000  # of 102_400 KiB
+
+
+def test_a_broken_file_is_one_line_and_status_1(tmp_path: Path) -> None:
+    (tmp_path / "store.db").write_bytes(b"no database" * 1000)
+    ended = finish(tmp_path, "-port=0", "-cache=sqlite:store.db")
+    assert (ended.status, ended.out, ended.err.count("\n")) == (1, "", 1)
+    assert "store.db" in ended.err
+    assert "good copy" in ended.err
+
+
+def test_a_file_that_is_broken_inside_is_refused_at_the_start(tmp_path: Path) -> None:
+    with opened(f"sqlite:{tmp_path}/store.db") as storage:
+        for number in range(50):
+            storage.put(f"example.com/quote/@v/v1.{number}.0.info", bytes(3000))
+    with open(tmp_path / "store.db", "r+b") as file:
+        file.seek(20_000)
+        file.write(b"\xff" * 40_000)
+    ended = finish(tmp_path, "-port=0", "-cache=sqlite:store.db")
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+
+
+def test_a_file_that_breaks_while_it_serves_costs_no_answer(run: Run, upstream: Upstream) -> None:
+    proxy = run(cache="sqlite:store.db", upstream=upstream.url())
+    assert proxy.get(BIG).body == SITE[BIG]
+    for path in run.folder.glob("store.db-*"):
+        path.unlink()
+    (run.folder / "broken").write_bytes(b"no database" * 1000)
+    (run.folder / "broken").replace(run.folder / "store.db")
+    assert [proxy.get(path).body for path in (BIG, INFO)] == [SITE[BIG], SITE[INFO]]
+    proxy.logged("degraded: ")
+    assert json.loads(proxy.get("readyz").body)["status"] == "degraded"
+    (run.folder / "store.db").unlink()
+    assert proxy.get("readyz").body == b'{"status": "ok"}\n'
+    before = len(upstream.asked)
+    assert [proxy.get(MOD).body for _ in range(2)] == [SITE[MOD]] * 2
+    assert upstream.asked[before:] == [MOD]
+
+
+def test_a_database_that_goes_and_comes_costs_no_answer(run: Run, upstream: Upstream) -> None:
+    server = database()
+    url = server.url(server.make())
+    proxy = run(cache=url, upstream=upstream.url())
+    alone = run(cache=url, upstream="off")
+    assert proxy.get(BIG).body == alone.get(BIG).body == SITE[BIG]
+    server.stop()
+    try:
+        assert [proxy.get(path).body for path in (BIG, INFO, LIST)] == [
+            SITE[path] for path in (BIG, INFO, LIST)
+        ]
+        assert json.loads(proxy.get("readyz").body)["status"] == "degraded"
+        assert (alone.get("readyz").status, alone.get(INFO).status) == (503, 503)
+    finally:
+        server.start()
+    proxy.logged("degraded: ")
+    assert all(until_ready(each) for each in (proxy, alone))
+    assert {each.get(BIG).headers["x-cache"] for each in (proxy, alone)} == {"HIT"}
+    assert server._PASSWORD not in proxy.log
+
+
+def until_ready(proxy: Proxy) -> bool:
+    """Whether the store works again before long."""
+    end = soon()
+    while time.monotonic() < end:
+        if json.loads(proxy.get("readyz").body)["status"] == "ok":
+            return True
+    return False
+
+
+def test_a_database_may_be_down_at_the_start(run: Run, upstream: Upstream) -> None:
+    server = database()
+    url = server.url(server.make())
+    server.stop()
+    try:
+        proxy = run(cache=url, upstream=upstream.url())
+        assert proxy.get(INFO).body == SITE[INFO]
+        assert "cannot be used yet" in proxy.log
+    finally:
+        server.start()
+    assert until_ready(proxy)
+    assert [proxy.get(MOD).headers["x-cache"] for _ in range(2)] == ["MISS", "HIT"]
+
+
+@pytest.mark.parametrize("part", [":s3cr", "/test"])
+def test_what_a_database_refuses_is_one_line_and_status_1(tmp_path: Path, part: str) -> None:
+    url = database().url(database().make())
+    ended = finish(tmp_path, "-port=0", f"-cache={url.replace(part, part + 'x')}")
+    assert (ended.status, ended.out, ended.err.count("\n")) == (1, "", 1)
+    assert "s3cr" not in ended.err
+    assert "check user, password and database" in ended.err
+
+
+def test_an_answer_that_never_comes_is_not_waited_for() -> None:
+    psycopg = pytest.importorskip("psycopg")
+    line = goproxy.PostgresLine(psycopg, database().url(database().make()))
+    line._SECONDS = 0.1
+    with contextlib.closing(line), pytest.raises(goproxy.StoreAway):
+        line.rows("SELECT pg_sleep(?)", PATIENCE)
+
+
+def test_a_driver_that_is_missing_is_one_line_and_status_2(tmp_path: Path) -> None:
+    (tmp_path / "psycopg.py").write_text("raise ImportError")
+    environ = {"PYTHONPATH": str(tmp_path), "CACHE_DIR": "postgres://u:secret@127.0.0.1/x"}
+    ended = finish(tmp_path, "-port=0", environ=environ)
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert "CACHE_DIR=postgres://u:***@127.0.0.1/x" in ended.err
+    assert "pip install 'psycopg[binary]'" in ended.err
 
 
 # --- a folder ----------------------------------------------------------------
@@ -8448,7 +8770,7 @@ DOORS = {
     "os.environ": {12},
     "resource": {0, 11},
     "signal": {8, 12},
-    "socket": {6, 11, 12},
+    "socket": {6, 7, 11, 12},
     "socketserver": {11},
     "sqlite3": {7},
     "ssl": {6, 11, 12},
