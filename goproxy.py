@@ -4874,6 +4874,11 @@ def _draft_in(folder: str, named: bool) -> Draft:
         raise StoreDown(f"no file can be made in {folder}: {error.strerror}") from None
 
 
+def _user() -> str:
+    """Which one, for whoever runs in a container."""
+    return f" (uid {os.getuid()})" if hasattr(os, "getuid") else ""
+
+
 class DiskStorage(Folder, Storage):
     """A folder in the layout that file:// and nginx read as well.
 
@@ -4895,7 +4900,7 @@ class DiskStorage(Folder, Storage):
         except OSError as error:
             raise StartError(
                 f"cannot write to the cache folder {folder}: {error.strerror}; "
-                "make it writable for this user or choose another one with -cache"
+                f"make it writable for this user{_user()} or choose another one with -cache"
             ) from None
 
     def sweep(self) -> None:
@@ -11050,6 +11055,26 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     return status
 
 
+def run_health(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Asks the server that these settings start for its /health; 1 if it does not answer so."""
+    host = settings.host if settings.host not in ("", "0.0.0.0", "::") else "localhost"
+    address: Any = (host, settings.port)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if host.startswith("unix:"):
+        address, family = host[len("unix:") :], socket.AF_UNIX
+    status = "no answer"
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.settimeout(_HEALTH_SECONDS)
+        sock.connect(address)
+        sock.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        status = sock.recv(1 << 12).decode("latin-1").partition("\r\n")[0]
+    print(status)
+    return 0 if status.endswith(" 200 OK") else 1
+
+
+_HEALTH_SECONDS = 4.0
+
+
 def _way_findings(settings: Settings, dialer: Dialer, ca_file: str | None) -> Iterator[Finding]:
     """The proxy, and each DNS server by a name that it is there for."""
     if settings.proxy:
@@ -11295,6 +11320,7 @@ COMMANDS = {
         "Fills the store with all that go.mod and go.sum files, or module versions, build with.",
         (_AS_JSON, _WISHES),
     ),
+    "health": Command(run_health, "Asks a running server whether it is well, for containers."),
     "pack": Command(run_pack, "Makes a module version of a folder.", _PACK_ARGUMENTS),
     "passwd": Command(
         run_passwd, "Adds a user to the file of -auth, or changes one.", _PASSWD_ARGUMENTS

@@ -5205,6 +5205,27 @@ def test_check_tries_a_checksum_database_and_a_folder(tmp_path: Path, upstream: 
     assert finish(tmp_path, "check", arguments[0], "-upstream=file:///no/such").status == 1
 
 
+@pytest.mark.parametrize("address", ["tcp", "unix"])
+def test_health_asks_the_server_of_the_same_settings(run: Run, address: str) -> None:
+    host = f"unix:{run.folder}/socket" if address == "unix" else "127.0.0.1"
+    proxy = run(ready="  Settings: ", host=host)
+    settings = [f"-host={host}", *([f"-port={proxy.port}"] if address == "tcp" else [])]
+    assert finish(run.folder, "health", *settings) == Ended(0, "HTTP/1.1 200 OK\n", "")
+    proxy.stop()
+    assert finish(run.folder, "health", *settings) == Ended(1, "no answer\n", "")
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "docker-compose.yml"])
+def test_what_a_container_file_names_exists(name: str) -> None:
+    text = (HERE / name).read_text()
+    known = {
+        variable for row in goproxy._rows() for variable in row.metadata["variable"].split(",")
+    }
+    named = set(re.findall(r"^ +(?:# )?([A-Z_]{4,}): ", text, re.MULTILINE))
+    assert named <= known and (named or name == "Dockerfile")
+    assert set(re.findall(r'goproxy.py", "([a-z]+)"', text)) == {"health"}
+
+
 @pytest.mark.parametrize("name", sorted(goproxy.COMMANDS))
 def test_a_command_has_its_own_help_and_the_same_flags(tmp_path: Path, name: str) -> None:
     ended = finish(tmp_path, name, "-help")
