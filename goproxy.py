@@ -1089,6 +1089,12 @@ def _removes(text: str) -> tuple[str, ...]:
     return words
 
 
+def _file(text: str) -> str:
+    if text and not os.path.isfile(text):
+        raise ValueError("no such file")
+    return text
+
+
 def _log_format(text: str) -> str:
     if text not in ("json", "text"):
         raise ValueError("want text or json")
@@ -1201,6 +1207,12 @@ class Settings:
         _sumdbs,
         "NAMES",
         "checksum databases to proxy: NAME or 'NAME URL', by commas; off for none",
+    )
+    tls_cert: str = _option(
+        "GOPROXY_TLS_CERT", "", _file, "FILE", "serve HTTPS with this certificate chain (PEM)"
+    )
+    tls_key: str = _option(
+        "GOPROXY_TLS_KEY", "", _file, "FILE", "its private key, without a password (default: there)"
     )
     ttl: float = _option(
         "GOPROXY_TTL",
@@ -2674,7 +2686,7 @@ class Lane:
     """Threads made at the start, taking work in the order it came."""
 
     def __init__(self, name: str, threads: int) -> None:
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
             for number in range(threads)
@@ -2682,7 +2694,7 @@ class Lane:
         for thread in self._threads:
             thread.start()
 
-    def do(self, work: Callable[[], None]) -> None:
+    def do(self, work: Callable[[], object]) -> None:
         """Queues work, which must not raise."""
         self._queue.put(work)
 
@@ -9311,6 +9323,7 @@ class App(NamedTuple):
     saw: Callable[[Sight], None]
     used: Callable[[str], None]  # told the name of each stored file that a client is given
     gate: Gate | None = None
+    tls: Tls | None = None
 
     def watch(self, request: Request, artifact: Sequence[str], here: bool) -> None:
         """Lets read-ahead see what a client asks; `artifact` is path, version and kind."""
@@ -9665,6 +9678,76 @@ def _compose(request: Request | None, reply: Reply, keep: bool) -> Message:
     return Message(status, head, b"", body, None if end is None else end - start)
 
 
+class TlsSocket(ssl.SSLSocket):
+    """A TLS connection that looks like a socket which does not block: whatever TLS waits for is a
+    BlockingIOError, and what has been decrypted is never left where no poller sees it."""
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        try:
+            data = super().recv(buflen)
+            while self.pending():
+                data += super().recv(self.pending())
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+        return data
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """As much as the socket takes, though OpenSSL takes a record at a time. After a
+        BlockingIOError the next call must bring the same bytes, or more."""
+        sent = 0
+        with memoryview(data) as view:
+            try:
+                while sent < len(view):
+                    sent += super().send(view[sent : sent + _TLS_RECORD])
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                if not sent:
+                    raise BlockingIOError from None
+        return sent
+
+    def shutdown(self, how: int) -> None:
+        """Says that no more comes, in TLS and below it; nobody waits for the client's word."""
+        with contextlib.suppress(OSError, ValueError):
+            self.unwrap()
+        super().shutdown(how)
+
+
+_TLS_RECORD = 16384  # bytes, the most in one record (RFC 8446, section 5.1)
+
+
+class Tls:
+    """A certificate and its key. `context` is replaced as a whole, and only by a good one."""
+
+    def __init__(self, cert: str, key: str) -> None:
+        """Files in PEM form; no key: it stands in the file of the certificate. Raises
+        ValueError saying what is wrong."""
+        self._cert, self._key = cert, key
+        self.context = self._load()
+
+    def reload(self) -> None:
+        """Reads the files again; raises ValueError and keeps what it has if they are bad."""
+        self.context = self._load()
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = TlsSocket
+        context.set_alpn_protocols(["http/1.1"])
+        # The empty password is given so that nobody is asked for one on the terminal.
+        try:
+            context.load_cert_chain(self._cert, self._key or None, password="")
+        except OSError as error:
+            reason = str(error.strerror).partition(" (_ssl")[0]
+            words = f"no certificate with its key, as PEM without a password: {reason}"
+            raise ValueError(words) from None
+        return context
+
+    def wrap(self, sock: socket.socket) -> TlsSocket:
+        """A connection on which nothing has been said yet."""
+        wrapped = self.context.wrap_socket(sock, True, do_handshake_on_connect=False)
+        assert isinstance(wrapped, TlsSocket)
+        return wrapped
+
+
 class Step(enum.Enum):
     """What a transfer needs to go on."""
 
@@ -9713,8 +9796,10 @@ class Transfer:
         return Step.TURN
 
     def is_at_hand(self) -> bool:
-        """Whether the next step cannot wait for a disk."""
-        return self._blob is None or self._blob.is_at_hand(
+        """Whether the next step cannot wait for a disk, and has no big part to encrypt."""
+        if self._blob is None:
+            return True
+        return not isinstance(self._sock, TlsSocket) and self._blob.is_at_hand(
             self.TURN if self._left is None else min(self.TURN, self._left)
         )
 
@@ -9745,7 +9830,8 @@ class Transfer:
         return b"%x\r\n%b\r\n" % (len(data), data)
 
     def _send_file(self, blob: FileBlob, count: int) -> int:
-        if hasattr(os, "sendfile") and blob.descriptor != OpenBytes.NO_DESCRIPTOR:
+        in_memory = blob.descriptor == OpenBytes.NO_DESCRIPTOR
+        if hasattr(os, "sendfile") and not in_memory and not isinstance(self._sock, TlsSocket):
             return os.sendfile(self._sock.fileno(), blob.descriptor, blob.offset, count)
         return self._sock.send(blob.peek(min(count, CHUNK)))
 
@@ -9903,6 +9989,168 @@ class Courier:
             self._transfer.close()
             self._transfer = None
         self.sock.close()
+
+
+class Handshake(Courier):
+    """A client of a TLS port until TLS is spoken with it. The loop waits for its bytes; what they
+    cost to work on, a signature most of all, is paid in a lane, step by step."""
+
+    def __init__(self, server: Server, tls: Tls, sock: socket.socket, client: str) -> None:
+        super().__init__(server, sock)
+        self._tls = tls
+        self._client = client
+        self._until = server.now + _HEAD_SECONDS
+
+    def on_event(self) -> None:
+        first = _HELLO if isinstance(self.sock, TlsSocket) else self._first_byte()
+        if first == _HELLO:
+            self.loop.poll(self, 0)
+            self.loop.handshake_lane.do(self._advance)
+        elif first:
+            self._pass_on().reject(BadRequest("this port speaks TLS: ask https:// for it"))
+        else:
+            self.close()
+
+    def _first_byte(self) -> bytes:
+        try:
+            return self.sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return b""
+
+    def _advance(self) -> None:
+        try:
+            if not isinstance(self.sock, TlsSocket):
+                self.sock = self._tls.wrap(self.sock)
+            self.sock.do_handshake()
+        except ssl.SSLWantReadError:
+            self.loop.soon(lambda: self._wait(READABLE))
+        except ssl.SSLWantWriteError:
+            self.loop.soon(lambda: self._wait(WRITABLE))
+        except OSError:
+            self.loop.soon(self.close)
+        else:
+            self.loop.soon(self.finish)
+
+    def _wait(self, interest: int) -> None:
+        self.loop.poll(self, interest)
+        self.loop.allow(self, self._until - self.loop.now)
+
+    def finish(self) -> None:
+        if self.loop.draining:
+            self.close()
+        else:
+            self._pass_on()
+
+    def _pass_on(self) -> Handler:
+        self.loop.forget(self)
+        return self.loop.admit(self.sock, self._client)
+
+    def expire(self) -> None:
+        self.close()
+
+    def is_idle(self) -> bool:
+        return self.interest != 0  # nothing has been asked yet
+
+
+_HELLO = b"\x16"  # the first byte of what a TLS client says (RFC 8446, section 5.1)
+
+
+class RelayEnd(Courier):
+    """One end of a relay: what arrives here leaves at the other end. A TLS connection cannot move
+    to the process that fetches, so one end of a socket pair does, and this process relays."""
+
+    _RECEIVE = 65536
+
+    def __init__(self, server: Server, sock: socket.socket, patience: float) -> None:
+        """`patience`: how many seconds the peer may go on after we have ended."""
+        super().__init__(server, sock)
+        self.other = self
+        self._patience = patience
+        self._rest = b""
+        self._ends = False
+
+    def on_event(self) -> None:
+        if self._rest:
+            self._give(b"")
+            return
+        try:
+            data = self.sock.recv(self._RECEIVE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self.other._give(data)
+        else:
+            self.loop.poll(self, 0)
+            self.other._end()
+
+    def _give(self, data: bytes) -> None:
+        """Sends data; while some is left, the other end reads no more."""
+        self._rest += data
+        try:
+            self._rest = self._rest[self.sock.send(self._rest) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close()
+            return
+        if self._rest:
+            self.loop.poll(self, WRITABLE)
+            self.loop.poll(self.other, 0)
+            self.loop.allow(self, _STALL_SECONDS)
+        elif self._ends:
+            self._end()
+        else:
+            self.loop.poll(self, READABLE)
+            self.loop.poll(self.other, READABLE)
+
+    def _end(self) -> None:
+        """No more comes from the other end: says so once all is sent."""
+        self._ends = True
+        if self._rest:
+            return
+        if self.other._ends:
+            self.close()
+            return
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+        self.loop.poll(self, READABLE)
+        self.loop.allow(self, self._patience)
+
+    def close(self) -> None:
+        for end in (self, self.other):
+            Courier.close(end)
+
+    def expire(self) -> None:
+        if self._rest or self._ends:
+            self.close()
+
+    def is_idle(self) -> bool:
+        return False  # the process that fetches knows, and closes its end
+
+
+def relay(courier: Courier, fetcher: socket.socket, read: bytes) -> None:
+    """Hands over a socket in the place of a connection's own, with what has been read from it, and
+    puts a relay between the two. Raises OSError."""
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    with far:
+        try:
+            socket.send_fds(fetcher, [read], [far.fileno()])
+        except OSError:
+            near.close()
+            raise
+    loop = courier.loop
+    ends = RelayEnd(loop, courier.sock, _LINGER_SECONDS), RelayEnd(loop, near, _FETCH_SECONDS)
+    ends[0].other, ends[1].other = ends[1], ends[0]
+
+    def begin() -> None:
+        loop.forget(courier)
+        for end in ends:
+            loop.enter(end, _IDLE_SECONDS)
+
+    loop.post(begin)
 
 
 class Handler(Courier, BaseHTTPRequestHandler):
@@ -10064,6 +10312,9 @@ class Handler(Courier, BaseHTTPRequestHandler):
         try:
             if not is_writable(self.loop.fetcher, _HAND_OVER_SECONDS):
                 return False  # it has enough to do: then this process fetches, too
+            if isinstance(self.sock, TlsSocket):
+                relay(self, self.loop.fetcher, read)
+                return True
             socket.send_fds(self.loop.fetcher, [read], [self.sock.fileno()])
         except OSError:
             return False
@@ -10156,7 +10407,7 @@ _HEALTH = "/health"
 _HEAD_SECONDS, _IDLE_SECONDS, _STALL_SECONDS, _LINGER_SECONDS = 10.0, 75.0, 60.0, 1.0
 _REQUESTS_PER_CONNECTION = 100_000
 _STRANGERS = 64  # whose passwords wait to be checked
-_HAND_OVER_SECONDS = 0.5
+_HAND_OVER_SECONDS, _FETCH_SECONDS = 0.5, 3600.0
 _KNOWN_LIMIT = 1024  # bytes of a head that is remembered
 
 
@@ -10300,7 +10551,7 @@ class Server(ThreadingHTTPServer):
     deadlines. Complete requests go to threads made at the start; nothing is spawned per client."""
 
     request_queue_size = 4096
-    _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS, _PASSWORDS = 4, 24, 12, 4, 2
+    _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS, _PASSWORDS, _HANDSHAKES = 4, 24, 12, 4, 2, 2
     _KNOWN = 4096
 
     def __init__(
@@ -10329,6 +10580,7 @@ class Server(ThreadingHTTPServer):
         # Who waits for the first bytes of a zip is not in the way of who waits for a list.
         self.zip_lane = Lane("zip", self._ZIP_WAITERS)
         self.transfer_lane = Lane("transfer", self._TRANSFERS)
+        self.handshake_lane = Lane("handshake", self._HANDSHAKES if app.tls else 0)
         self._handed = handed
         self._thread = 0
         self._poller = EpollPoller() if hasattr(select, "epoll") else SelectPoller()
@@ -10425,7 +10677,7 @@ class Server(ThreadingHTTPServer):
                 self._shed()
                 return
             client = address[0] if isinstance(address, tuple) else "unix"
-            self._admit(sock, client[len(_MAPPED) :] if client.startswith(_MAPPED) else client)
+            self._greet(sock, client[len(_MAPPED) :] if client.startswith(_MAPPED) else client)
 
     def _shed(self) -> None:
         """Closes idle connections, the oldest first: a new request matters more than they do."""
@@ -10433,14 +10685,25 @@ class Server(ThreadingHTTPServer):
         for handler in heapq.nsmallest(_SHED, idle, key=lambda each: each.deadline):
             handler.close()
 
-    def _admit(self, sock: socket.socket, client: str) -> Handler:
+    def _greet(self, sock: socket.socket, client: str) -> None:
         sock.setblocking(False)
+        if self.app.tls:
+            self.enter(Handshake(self, self.app.tls, sock, client), _HEAD_SECONDS)
+        else:
+            self.admit(sock, client)
+
+    def enter(self, courier: Courier, seconds: float) -> None:
+        """Waits for what a connection sends first."""
+        self._handlers.add(courier)
+        self.poll(courier, READABLE)
+        self.allow(courier, seconds)
+
+    def admit(self, sock: socket.socket, client: str) -> Handler:
+        """Waits for the requests of a connection that does not block."""
         if sock.family != getattr(socket, "AF_UNIX", None):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         handler = Handler(self, sock, client)
-        self._handlers.add(handler)
-        self.poll(handler, READABLE)
-        self.allow(handler, _IDLE_SECONDS)
+        self.enter(handler, _IDLE_SECONDS)
         return handler
 
     def _take_over(self) -> None:
@@ -10456,7 +10719,9 @@ class Server(ThreadingHTTPServer):
         elif not descriptors and not flags & socket.MSG_CTRUNC:  # else there was no room for it
             self.app.saw(Sight(*read.decode().split("\n")))
         for descriptor in descriptors:
-            self._admit(socket.socket(fileno=descriptor), client.decode()).take_over(rest)
+            sock = socket.socket(fileno=descriptor)
+            sock.setblocking(False)
+            self.admit(sock, client.decode()).take_over(rest)
 
     def forget(self, handler: Courier) -> None:
         """A connection is about to close."""
@@ -10502,7 +10767,7 @@ class Server(ThreadingHTTPServer):
         for handler in list(self._handlers):
             handler.close()
         lanes = (self.request_lane, self.patient_lane, self.zip_lane, self.transfer_lane)
-        for lane in (*lanes, self.password_lane):
+        for lane in (*lanes, self.password_lane, self.handshake_lane):
             lane.close()
         self._poller.close()
         self._wake_receiver.close()
@@ -10577,11 +10842,13 @@ def _bound(family: int, address: Any) -> socket.socket:
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_RELOAD: int | None = getattr(signal, "SIGHUP", None)
+_SEEN = {*_SIGNALS, *([_RELOAD] if _RELOAD else [])}
 
 
 def _block_signals() -> None:
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*_SEEN, signal.SIGCHLD})
 
 
 def _unblock_signals() -> None:
@@ -10703,10 +10970,16 @@ def _check_recheck(settings: Settings) -> None:
         raise UsageError(f"{origin}={settings.recheck:g}s: with {why} nobody may be asked")
 
 
-def _obey(line: int, server: Server) -> None:
-    """Each byte from the parent is a stop; so is its end."""
+_STOP_WORD, _RELOAD_WORD = b"s", b"r"
+
+
+def _obey(line: int, server: Server, reload: Callable[[], object]) -> None:
+    """Each byte from the parent is a word; its end is a stop, too."""
     while True:
         said = os.read(line, 1)
+        if said == _RELOAD_WORD:
+            reload()
+            continue
         server.stop(_DRAIN_SECONDS)
         if not said:
             return
@@ -10741,11 +11014,11 @@ class Workers:
         self._stopping = False
         self._fetcher, self._handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 
-    def run(self, announce: Callable[[], None]) -> None:
+    def run(self, announce: Callable[[], None], reload: Callable[[], bool]) -> None:
         """Announces that all workers are there, and returns when they have ended after a signal.
-        Signals are blocked and waited for, so that none comes at a bad moment, and all of them
-        work for process 1 as well."""
-        watched = {*_SIGNALS, signal.SIGCHLD}
+        `reload` tells whether the workers should reload, too. Signals are blocked and waited for,
+        so that none comes at a bad moment, and all of them work for process 1 as well."""
+        watched = {*_SEEN, signal.SIGCHLD}
         for place in range(self._count):
             self._fork(place)
         announce()
@@ -10757,6 +11030,8 @@ class Workers:
             if received and received.si_signo in _SIGNALS:
                 self._stop(received.si_signo)
                 deadline = min(deadline, time.monotonic() + self._PATIENCE)
+            elif received and received.si_signo == _RELOAD and reload():
+                self._tell(_RELOAD_WORD)
             if time.monotonic() >= deadline:
                 self._kill_all()
             self._reap()
@@ -10786,7 +11061,7 @@ class Workers:
         try:
             for line in (writer, *self._lines.values()):
                 os.close(line)
-            for number in _SIGNALS:
+            for number in _SEEN:
                 signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all processes
             _unblock_signals()
             fetches = place == 0
@@ -10802,9 +11077,12 @@ class Workers:
         self._log.line(_farewell(number))
         self._stopping = True
         self._listener.close()
+        self._tell(_STOP_WORD)
+
+    def _tell(self, word: bytes) -> None:
         for line in self._lines.values():
             with contextlib.suppress(OSError):
-                os.write(line, b"s")
+                os.write(line, word)
 
     def _kill_all(self) -> None:
         for process in self._places:
@@ -10925,6 +11203,19 @@ def _open_gate(settings: Settings, log: Log) -> Gate | None:
         raise UsageError(f"{settings.origins['auth']}={settings.auth}: {error}") from None
 
 
+def open_tls(settings: Settings) -> Tls | None:
+    """What the settings name, if they do. Raises UsageError."""
+    cert, key = settings.tls_cert, settings.tls_key
+    if not cert:
+        if key:
+            raise UsageError(f"{settings.origins['tls_key']}={key}: want -tls-cert, too")
+        return None
+    try:
+        return Tls(cert, key)
+    except ValueError as error:
+        raise UsageError(f"{settings.origins['tls_cert']}={cert}: {error}") from None
+
+
 class Daemon:
     """The one place that knows all rooms."""
 
@@ -10936,6 +11227,7 @@ class Daemon:
         self._gate = _open_gate(settings, self._log)
         self._credentials, self._remark = read_credentials(environ)
         self._dialer = open_way_out(settings, environ)
+        self._tls = open_tls(settings)
         self._storage = open_store(settings, Means(settings.max_size, self._dialer, environ))
         self._settings = _as_shared(settings, self._storage)
         self._socket = open_socket(settings)
@@ -10947,7 +11239,7 @@ class Daemon:
         if self._settings.workers > 1 and hasattr(os, "fork"):
             listener, storage, log = self._socket, self._storage, self._log
             workers = Workers(self._settings.workers, self._work, listener, storage, log)
-            workers.run(self._announce)
+            workers.run(self._announce, self._try_reload)
         else:
             self._serve_alone()
         self._socket.close()
@@ -10963,6 +11255,8 @@ class Daemon:
         with self._serving(None, None) as server:
             for number in _SIGNALS:
                 signal.signal(number, on_signal)
+            if _RELOAD:
+                signal.signal(_RELOAD, lambda *_: server.patient_lane.do(self._try_reload))
             self._announce()
             _unblock_signals()
             server.serve_forever()
@@ -10970,9 +11264,29 @@ class Daemon:
     def _work(self, line: int, fetcher: socket.socket | None, handed: socket.socket | None) -> None:
         """A worker process: it serves until its line to the parent says stop, or is cut."""
         with self._serving(fetcher, handed) as server:
-            watcher = threading.Thread(target=_obey, args=(line, server), daemon=True)
+            work = functools.partial(_obey, line, server, lambda: self._try_reload(tells=False))
+            watcher = threading.Thread(target=work, daemon=True)
             watcher.start()
             server.serve_forever()
+
+    def _reload(self) -> None:
+        """Reads again what may change while it runs. Raises UsageError; then all stays."""
+        if self._tls:
+            try:
+                self._tls.reload()
+            except ValueError as error:
+                raise UsageError(f"-tls-cert {self._settings.tls_cert}: {error}") from None
+
+    def _try_reload(self, tells: bool = True) -> bool:
+        """The same, but a failure is a line in the log, and success one if `tells`."""
+        try:
+            self._reload()
+        except UsageError as error:
+            self._log.error(f"SIGHUP: {error}; the old one stays")
+            return False
+        if tells:
+            self._log.line("SIGHUP: what may change has been read again")
+        return True
 
     @contextlib.contextmanager
     def _serving(
@@ -10987,7 +11301,8 @@ class Daemon:
             saw, end = _watching(settings, found.policy, storage, fetcher)
             used, end_evicting = _evicting(settings, found.policy, found.cache, log, fetcher)
             endings = [end, end_evicting]
-            app = App(settings, found.policy, found.sumdb, storage, log, saw, used, self._gate)
+            gates = (self._gate, self._tls)
+            app = App(settings, found.policy, found.sumdb, storage, log, saw, used, *gates)
             if not fetcher:
                 endings.append(_rechecking(settings, found.policy, found.source, storage, log))
             yield Server(self._socket, app, fetcher, handed)
@@ -11022,7 +11337,8 @@ class Daemon:
         if self._remark:
             self._log.error(f"  {self._remark}")
         if is_tcp:
-            self._log.line(f"  Set GOPROXY=http://{self._reachable()}:{port},direct")
+            scheme = "https" if self._tls else "http"
+            self._log.line(f"  Set GOPROXY={scheme}://{self._reachable()}:{port},direct")
 
     def _reachable(self) -> str:
         host = self._settings.host

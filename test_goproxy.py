@@ -1950,6 +1950,8 @@ BAD_SETTINGS = [
     ("recheck", "GOPROXY_RECHECK", "daily"),
     ("recheck-removes", "GOPROXY_RECHECK_REMOVES", "deleted,old"),
     ("sumdb", "GOPROXY_SUMDB", "sum.test ftp://sum.test"),
+    ("tls-cert", "GOPROXY_TLS_CERT", "/no/such/file"),
+    ("tls-key", "GOPROXY_TLS_KEY", "/"),
     ("ttl", "GOPROXY_TTL", "-1s"),
     ("ttl", "GOPROXY_TTL", "soon"),
     ("upstream", "UPSTREAM_PROXY", "ftp://example.com"),
@@ -7623,7 +7625,7 @@ def test_turns_of_a_body_do_not_overlap(tmp_path: Path) -> None:
 
 
 DRIVER = """
-import os, random, runpy, socket, sys
+import os, random, runpy, socket, sys, types
 g = runpy.run_path({program!r}, run_name="goproxy")
 g["FileBlob"].is_at_hand = lambda self, count: random.random() < 0.5
 def respond(app, request):
@@ -7635,7 +7637,8 @@ sock = socket.create_server(("127.0.0.1", 0))
 print(sock.getsockname()[1], flush=True)
 settings = g["Settings"](quiet=True)
 log = g["Log"](2, False)
-app = g["App"](settings, None, None, None, log, lambda sight: None)
+policy = types.SimpleNamespace(stamp=None)
+app = g["App"](settings, policy, None, None, log, *[lambda word: None] * 2)
 g["Server"](sock, app).serve_forever()
 """
 
@@ -7906,6 +7909,167 @@ def test_a_python_without_scrypt_is_told_in_a_line(tmp_path: Path) -> None:
         assert "hashlib.scrypt" in done.stderr
 
 
+# --- TLS ---------------------------------------------------------------------
+
+
+def tls_to(proxy: Proxy, trust: Trust) -> http.client.HTTPSConnection:
+    return http.client.HTTPSConnection(
+        "127.0.0.1", proxy.port, timeout=PATIENCE, context=trust.client
+    )
+
+
+def get_all(proxy: Proxy, trust: Trust, paths: Iterable[str]) -> list[bytes]:
+    """Bodies asked for on one TLS connection, which must be kept."""
+    with contextlib.closing(tls_to(proxy, trust)) as connection:
+        connection.connect()
+        sock = connection.sock
+        bodies = [ask(connection, "GET", "/" + path, {}).body for path in paths]
+        assert connection.sock is sock
+    return bodies
+
+
+def talk_tls(proxy: Proxy, trust: Trust, *parts: bytes) -> bytes:
+    """All that comes for these bytes, each part in a record of its own, until TLS is ended."""
+    context = trust.client
+    with (
+        dial(proxy.port) as plain,
+        context.wrap_socket(
+            plain, server_hostname="127.0.0.1", suppress_ragged_eofs=False
+        ) as client,
+    ):
+        for part in parts:
+            client.sendall(part)
+        return read_all(client)
+
+
+TlsRun = Callable[..., Proxy]
+
+
+@pytest.fixture
+def run_tls(run: Run, trust: Trust) -> TlsRun:
+    return functools.partial(run, tls_cert=trust.cert, tls_key=trust.key)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_file_arrives_by_tls_and_is_fetched_once(
+    run_tls: TlsRun, upstream: Upstream, trust: Trust, workers: int
+) -> None:
+    paths = [INFO, MOD, ZIP, BIG, LIST, LATEST]
+    proxy = run_tls(upstream=upstream.url(), workers=workers)
+    want = [SITE[path] for path in paths]
+    assert together(12, lambda _: get_all(proxy, trust, paths * 2)) == [want * 2] * 12
+    assert sorted(upstream.asked) == sorted(paths)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_requests_sent_at_once_by_tls_are_answered_in_their_order(
+    run_tls: TlsRun, upstream: Upstream, trust: Trust, workers: int
+) -> None:
+    proxy = run_tls(upstream=upstream.url(), workers=workers)
+    paths = [INFO, "example.com/none/@latest", BIG, LIST, ZIP]
+    first = "".join(f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n" for path in paths).encode()
+    answers = together(6, lambda _: responses(talk_tls(proxy, trust, first + talk_get("/" + MOD))))
+    bodies = [[answer.body for answer in each if answer.status == 200] for each in answers]
+    assert bodies == [[SITE[path] for path in (INFO, BIG, LIST, ZIP, MOD)]] * 6
+
+
+def test_a_request_may_come_in_many_records(
+    run_tls: TlsRun, upstream: Upstream, trust: Trust
+) -> None:
+    proxy = run_tls(upstream=upstream.url())
+    request = talk_get("/" + INFO)
+    for _ in ("cold", "warm"):
+        parts = [request[at : at + 1] for at in range(len(request))]
+        (answer,) = responses(talk_tls(proxy, trust, *parts))
+        assert answer.body == SITE[INFO]
+
+
+def test_a_big_body_goes_by_tls_byte_for_byte(run_tls: TlsRun, run: Run, trust: Trust) -> None:
+    body = random.Random(9).randbytes(12 << 20)
+    name = "example.com/huge/@v/v1.0.0.zip"
+    proxy = run_tls(upstream="off")
+    (run.cache / name).parent.mkdir(parents=True)
+    (run.cache / name).write_bytes(body)
+
+    def fetch(_: int) -> bytes:
+        with trust.client.wrap_socket(dial(proxy.port), server_hostname="127.0.0.1") as client:
+            client.sendall(talk_get("/" + name))
+            return read_all(client).partition(b"\r\n\r\n")[2]
+
+    assert {hashlib.sha256(each).digest() for each in together(3, fetch)} == {
+        hashlib.sha256(body).digest()
+    }
+
+
+def test_who_does_not_speak_tls_is_told_so(run_tls: TlsRun, upstream: Upstream) -> None:
+    proxy = run_tls(upstream=upstream.url())
+    for said in (talk_get("/health"), b"GET / HTTP/1.0\n", b"SSH-2.0-x\r\n"):
+        (answer,) = responses(talk(proxy.port, said))
+        assert answer.status == 400
+        assert "TLS" in answer.text and answer.text.count("\n") == 1
+
+
+def test_mute_and_broken_clients_keep_no_handshake_waiting(
+    run_tls: TlsRun, upstream: Upstream, trust: Trust
+) -> None:
+    proxy = run_tls(upstream=upstream.url())
+    with contextlib.ExitStack() as stack:
+        for said in [b"", b"\x16", b"\x16\x03\x01\x40\x00" + bytes(99)] * 100:
+            stack.enter_context(dial(proxy.port)).sendall(said)
+        assert get_all(proxy, trust, [INFO]) == [SITE[INFO]]
+        proxy.stop()
+
+
+@pytest.mark.soak
+def test_a_handshake_has_ten_seconds(run_tls: TlsRun) -> None:
+    proxy = run_tls()
+    with dial(proxy.port) as mute, dial(proxy.port) as slow:
+        slow.sendall(b"\x16")
+        began = time.monotonic()
+        assert (read_all(mute), read_all(slow)) == (b"", b"")
+        assert 8 < time.monotonic() - began < 13
+
+
+@pytest.mark.parametrize(("offered", "chosen"), [(["h2", "http/1.1"], "http/1.1"), (["h2"], None)])
+def test_http_1_1_is_what_tls_is_spoken_for(
+    run_tls: TlsRun, trust: Trust, offered: list[str], chosen: str | None
+) -> None:
+    proxy = run_tls()
+    context = ssl.create_default_context(cafile=trust.cert)
+    context.set_alpn_protocols(offered)
+    with context.wrap_socket(dial(proxy.port), server_hostname="127.0.0.1") as client:
+        assert client.selected_alpn_protocol() == chosen
+        client.sendall(talk_get("/health"))
+        assert responses(read_all(client))[0].status == 200
+
+
+@pytest.mark.parametrize(
+    ("option", "works"), [("-tls1_1", False), ("-tls1_2", True), ("-tls1_3", True)]
+)
+def test_openssl_reaches_it_by_tls_1_2_or_later(
+    run_tls: TlsRun, trust: Trust, option: str, works: bool
+) -> None:
+    proxy = run_tls()
+    where = ["-connect", f"127.0.0.1:{proxy.port}", "-CAfile", trust.cert, "-verify_return_error"]
+    command = [installed("openssl"), "s_client", "-quiet", "-cipher", "ALL:@SECLEVEL=0", *where]
+    done = subprocess.run(
+        [*command, option], input=talk_get("/health"), capture_output=True, timeout=PATIENCE
+    )
+    assert (b"200 OK" in done.stdout) is works, done.stderr
+
+
+@needs_a_go
+@pytest.mark.parametrize("workers", [1, 2])
+def test_go_downloads_by_tls(
+    run_tls: TlsRun, upstream: Upstream, trust: Trust, make_go: GoMaker, workers: int
+) -> None:
+    proxy = run_tls(upstream=upstream.url(), workers=workers)
+    url = proxy.logged("Set GOPROXY=https://").partition("GOPROXY=")[2].partition(",")[0]
+    go = make_go(url, SSL_CERT_FILE=trust.cert)
+    (quote, big) = go.download("example.com/quote@v1.0.0", "example.com/big@v1.0.0")
+    assert (quote["Sum"], big["Sum"]) == (hash1(SITE[ZIP]), hash1(SITE[BIG]))
+
+
 # =============================================================================
 # 12. Daemon
 # =============================================================================
@@ -7962,6 +8126,48 @@ def test_a_taken_port_is_one_line_and_status_1(tmp_path: Path) -> None:
     assert port in ended.err.splitlines()[-1]
     assert "-port" in ended.err.splitlines()[-1]
     assert "Traceback" not in ended.err
+
+
+def test_a_pair_that_is_none_is_one_line_and_status_2(tmp_path: Path, trust: Trust) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    key = Trust(other).key
+    for flags in ([f"-tls-cert={trust.cert}", f"-tls-key={key}"], [f"-tls-cert={key}"]):
+        ended = finish(tmp_path, "-port=0", *flags)
+        assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+        assert flags[0] in ended.err
+    ended = finish(tmp_path, f"-tls-key={key}")
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert "want -tls-cert" in ended.err
+
+
+def certificate_of(port: int, trust: Trust) -> bytes:
+    context = ssl.create_default_context(cafile=trust.cert)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with context.wrap_socket(dial(port)) as client:
+        return client.getpeercert(binary_form=True) or b""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_new_pair_is_taken_at_sighup_and_a_bad_one_is_not(
+    run: Run, trust: Trust, workers: int
+) -> None:
+    pair = run.folder / "pair.pem"
+    pair.write_text(Path(trust.cert).read_text() + Path(trust.key).read_text())
+    proxy = run(tls_cert=pair, workers=workers)
+    new = Trust(run.folder)
+    pair.write_text(Path(new.cert).read_text() + Path(trust.key).read_text())
+    proxy.signal(signal.SIGHUP)
+    assert str(pair) in proxy.logged("; the old one stays")
+    old = ssl.PEM_cert_to_DER_cert(Path(trust.cert).read_text())
+    assert {certificate_of(proxy.port, new) for _ in range(9)} == {old}
+    pair.write_text(Path(new.cert).read_text() + Path(new.key).read_text())
+    proxy.signal(signal.SIGHUP)
+    proxy.logged("SIGHUP: what may change has been read again")
+    end = time.monotonic() + PATIENCE
+    while {certificate_of(proxy.port, new) for _ in range(9)} & {old}:
+        assert time.monotonic() < end
 
 
 @pytest.mark.parametrize("place", ["file/cache", "/proc/goproxy"])
