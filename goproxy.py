@@ -243,6 +243,15 @@ class Unreachable(BadUpstream):
     """An upstream refused, broke off, cut short or answered 5xx: the next try may go well."""
 
 
+class LoopFound(BadUpstream):
+    """A request of ours has come back to us; whoever sent it on must not try again."""
+
+    FIELD = "X-Goproxy-Loop"
+
+    def headers(self) -> list[tuple[str, str]]:
+        return [(self.FIELD, "1")]
+
+
 class UpstreamTimeout(Unreachable):
     status = 504
 
@@ -3890,6 +3899,10 @@ class Response(Blob):
             self._wire.close()  # the rest of the body is in the way of the next exchange
 
 
+HOP_FIELD = "X-Goproxy-Hop"
+HOP = secrets.token_hex(8)  # in each of our requests, and so in those that come back to us
+
+
 class Client:
     """GET over pooled connections: 100 idle ones in all, 10 to a host, for 90 seconds.
 
@@ -3919,6 +3932,7 @@ class Client:
         Raises BadUpstream, Unreachable, UpstreamTimeout."""
         limit = time.monotonic() + patience.total
         until = min(limit, until or limit)
+        headers = [*headers, (HOP_FIELD, HOP)]
         authorization = self._authorization(url)
         target = url
         for _ in range(self._REDIRECTS + 1):
@@ -5906,6 +5920,8 @@ def _refuse(response: Response, wanted: Sequence[int] = (200,)) -> None:
     words = _words(response)
     response.close()
     said = f"{response.peer} answered {response.status}{': ' if words else ''}{words}"
+    if LoopFound.FIELD.lower() in response.fields:
+        raise LoopFound(words)
     if response.status in (404, 410):
         raise (Gone if response.status == 410 else NotFound)(words or "not found upstream")
     if response.status in (401, 403):
@@ -9489,6 +9505,8 @@ def decode_path(target: str) -> str:
 
 def dispatch(app: App, request: Request) -> Reply:
     """The reply of the endpoint that the target names. Raises ProxyError, MustWait."""
+    if request.fields.get(HOP_FIELD.lower()) == HOP:
+        raise LoopFound("the upstream leads back to this proxy")
     path = decode_path(request.target)
     if app.settings.offline or request.fields.get("disable-module-fetch", "").lower() == "true":
         request = request._replace(reach=Reach.STORED)

@@ -3045,6 +3045,19 @@ def test_a_bad_redirect_is_502(run: Run, upstream: Upstream, fault: str) -> None
     assert len(upstream.asked) <= 3 * 11
 
 
+@pytest.mark.parametrize("path", [INFO, ZIP, LIST, LATEST])
+def test_an_upstream_that_is_the_proxy_itself_is_502_at_once(
+    run: Run, upstream: Upstream, path: str
+) -> None:
+    first = run(upstream=upstream.url())
+    port = first.port
+    first.stop()
+    proxy = run(port=port, upstream=f"http://127.0.0.1:{port}")
+    answer = proxy.get(path)
+    assert (answer.status, answer.body) == (502, b"the upstream leads back to this proxy\n")
+    assert proxy.stop().log.count(f"GET {path}") == 2
+
+
 def test_credentials_in_the_url_are_sent(run: Run, upstream: Upstream) -> None:
     url = upstream.url("auth").replace("//", "//user:p%40ss%3Aword@")
     proxy = run(upstream=url)
