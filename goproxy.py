@@ -23,6 +23,8 @@ The life of a request:
     warm    11 Server reads the head -> Route -> 9 Policy -> Mirror -> Cache -> 7 Storage -> Reply
     cold    ... Cache misses -> 5 Flights -> 8 Source.open -> 6 Client -> Draft grows on disk, every
             waiting client reads it as it grows -> 4 check -> 7 Storage.adopt -> its tail is let go
+    private ... 9 Policy -> 8 Direct finds the repository, git fills it -> the same store; nobody
+            else is asked
     query   list, @latest, branch: fresh for -ttl, then stale while one refresh runs; stale for a
             day when upstream fails; always united with what is stored
     error   a ProxyError becomes its status in one place (respond); anything else is a 500 and a
@@ -72,6 +74,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import datetime
 import enum
@@ -94,6 +97,7 @@ import re
 import secrets
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -904,8 +908,8 @@ def _dns_server(text: str) -> Url:
 
 
 class Hop(NamedTuple):
-    """One item of an upstream list: what it is ("http", "file" or "off"), where, and whether any
-    error of it (not just absence) moves on to the next item."""
+    """One item of an upstream list: what it is ("direct", "file", "http" or "off"), where, and
+    whether any error of it (not just absence) moves on to the next item."""
 
     kind: str
     url: Url | None
@@ -916,11 +920,12 @@ class Hop(NamedTuple):
         return str(self.url) if self.url else f"file://{self.folder}" if self.folder else self.kind
 
 
+_LAST = ("direct", "off")  # after these the go command asks nobody
+
+
 def _hop(text: str, any_error: bool) -> Hop:
-    if text == "off":
-        return Hop("off", None, "", any_error)
-    if text == "direct":
-        raise ValueError("direct is not available in this version: it needs version control")
+    if text in _LAST:
+        return Hop(text, None, "", any_error)
     if text.startswith("file://"):
         if not text.startswith("file:///"):
             raise ValueError("want file:///absolute/folder")
@@ -932,16 +937,60 @@ def _hop(text: str, any_error: bool) -> Hop:
 
 def _upstreams(text: str) -> tuple[Hop, ...]:
     """GOPROXY syntax (Go reference, "Environment variables"): `,` moves on at 404 and 410, `|` at
-    any error; off ends the list."""
+    any error; direct and off end the list."""
     hops: list[Hop] = []
     for item, mark in re.findall(r"([^,|]*)([,|]?)", text):
         if item.strip():
             hops.append(_hop(item.strip(), mark == "|"))
-            if hops[-1].kind == "off":
+            if hops[-1].kind in _LAST:
                 break
     if not hops:
-        raise ValueError("want at least one URL, or off")
+        raise ValueError("want at least one URL, direct or off")
     return tuple(hops)
+
+
+class VcsRule(NamedTuple):
+    """Where the repositories are whose modules a glob names; it is as long as their root."""
+
+    glob: str
+    url: str  # with {path} for what follows the root's first element
+
+    def covers(self, path: str) -> str:
+        """The root of a module path, "" if the rule is not about it. Raises NotFound for a path
+        that ends before the root."""
+        elements, globs = path.split("/"), self.glob.split("/")
+        shared = min(len(elements), len(globs))
+        if not matches(("/".join(globs[:shared]),), path):
+            return ""
+        if len(elements) < len(globs):
+            raise NotFound(f"a repository has {len(globs)} path elements there, says -vcs")
+        return "/".join(elements[:shared])
+
+    def place(self, root: str) -> str:
+        return self.url.replace("{path}", root.partition("/")[2])
+
+
+# Credentials have another place, since a URL is an argument of git, which everybody sees.
+REPOSITORY = re.compile(
+    r"(?:file:///|(?:(?:git|https?)://|ssh://(?:\w[\w.-]*@)?)[\w\[][!-.0-?A-~]*(?:/|\Z))[!-~]*",
+    re.ASCII,
+)
+
+
+def _vcs_rules(text: str) -> tuple[VcsRule, ...]:
+    """GLOB=URL, separated by commas."""
+    rules = []
+    for item in filter(None, map(str.strip, text.split(","))):
+        name, _, url = item.partition("=")
+        glob = "".join(parse_globs(name))
+        if not glob or "**" in glob.split("/"):
+            raise ValueError("want GLOB=URL, the glob as long as a repository's root, without **")
+        if not REPOSITORY.fullmatch(url):
+            raise ValueError(
+                "want a file, git, http, https or ssh URL, without user (ssh: without password)"
+            )
+        rules.append(VcsRule(glob, url))
+    return tuple(rules)
 
 
 class SumDbName(NamedTuple):
@@ -1104,6 +1153,12 @@ def _file(text: str) -> str:
     return text
 
 
+def _private_auth(text: str) -> str:
+    if text not in ("client", "server"):
+        raise ValueError("want client or server")
+    return text
+
+
 def _log_format(text: str) -> str:
     if text not in ("json", "text"):
         raise ValueError("want text or json")
@@ -1185,6 +1240,20 @@ class Settings:
     )
     offline: bool = _option("GOPROXY_OFFLINE", "false", _switch, "", "answer from the store alone")
     port: int = _option("PORT", "12345", _port, "PORT", "listen on it; 0 picks a free one")
+    private: tuple[str, ...] = _option(
+        "GOPROXY_PRIVATE",
+        "",
+        parse_globs,
+        "GLOBS",
+        "module paths that come from version control alone, as in GOPRIVATE",
+    )
+    private_auth: str = _option(
+        "GOPROXY_PRIVATE_AUTH",
+        "server",
+        _private_auth,
+        "WHOSE",
+        "credentials for private modules: the server's, or each client's own",
+    )
     proxy: Url | None = _option(  # noqa: RUF009 (it is a dataclasses.field)
         "HTTP_PROXY,HTTPS_PROXY,SOCKS5_PROXY",
         "",
@@ -1235,7 +1304,21 @@ class Settings:
         "https://proxy.golang.org",
         _upstreams,
         "LIST",
-        "GOPROXY syntax: http(s)://, file:// or off; ',' moves on at 404, '|' at any error",
+        "GOPROXY syntax: http(s)://, file://, direct, off; ',' moves on at 404, '|' at any error",
+    )
+    vcs: tuple[VcsRule, ...] = _option(
+        "GOPROXY_VCS",
+        "",
+        _vcs_rules,
+        "RULES",
+        "where repositories are: GLOB=URL, by commas; {path} is the root's path",
+    )
+    vcs_auth: str = _option(
+        "GOPROXY_VCS_AUTH",
+        "",
+        str,
+        "FILE",
+        "credentials for version control; the variable may hold the lines themselves",
     )
     workers: int = _option(
         "GOPROXY_WORKERS", str(_WORKERS), _workers, "COUNT", "processes that serve"
@@ -3368,6 +3451,51 @@ def _is_in(address: str, network: ipaddress.IPv4Network | ipaddress.IPv6Network)
     return ipaddress.ip_address(address) in network  # families that differ are never in
 
 
+_INNER = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # carriers
+        "127.0.0.0/8",
+        "168.63.129.16/32",  # metadata of Azure
+        "169.254.0.0/16",  # link, and metadata nearly everywhere
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "224.0.0.0/3",
+        "::/96",  # IPv4 in other clothes, as the next four and 2002::
+        "::ffff:0:0/96",
+        "::ffff:0:0:0/96",
+        "64:ff9b::/96",
+        "64:ff9b:1::/48",
+        "2002::/16",
+        "fc00::/7",  # with metadata of AWS
+        "fe80::/10",
+        "fec0::/10",
+        "ff00::/8",
+    )
+)
+
+
+class ScreenedResolver(Resolver):
+    """For names that strangers write: addresses of this machine and of its networks are left out.
+
+    A Dialer connects to what its resolver answers and to nothing else, so the rule holds for the
+    connected address, whatever a second lookup would say. Raises Forbidden if none is left."""
+
+    def __init__(self, resolver: Resolver) -> None:
+        self._resolver = resolver
+
+    def lookup(self, host: str, until: float) -> list[str]:
+        addresses = self._resolver.lookup(host, until)
+        outer = [one for one in addresses if not any(_is_in(one, net) for net in _INNER)]
+        if not outer:
+            raise Forbidden(f"{host}: an address inside, where only private modules may be")
+        return outer
+
+
 # Connections: happy eyeballs (RFC 8305), TLS, exact reading
 
 
@@ -3731,6 +3859,19 @@ class Dialer:
         return sock
 
 
+class ScreenedDialer(Dialer):
+    """For places that strangers name: nothing inside is reached. Where the proxy looks names up,
+    it alone knows where they lead; addresses and this machine are refused even so."""
+
+    def __init__(self, dialer: Dialer) -> None:
+        super().__init__(ScreenedResolver(dialer.resolver), dialer.route)
+
+    def connect(self, host: str, port: int, until: float) -> socket.socket:
+        if is_ip(host) or f".{_checked_host(host)}".endswith(".localhost"):
+            self.resolver.lookup(host, until)
+        return super().connect(host, port, until)
+
+
 class _Wire:
     """One connection to a server, and what was read ahead from it."""
 
@@ -3927,13 +4068,15 @@ class Client:
         patience: Patience,
         headers: Sequence[tuple[str, str]] = (),
         until: float = 0.0,
+        authorization: str = "",
     ) -> Response:
-        """The final answer, whatever its status. `until` (monotonic) shortens patience.total.
-        Raises BadUpstream, Unreachable, UpstreamTimeout."""
+        """The final answer, whatever its status. `until` (monotonic) shortens patience.total;
+        `authorization` wins over what the client knows. Raises BadUpstream, Unreachable,
+        UpstreamTimeout."""
         limit = time.monotonic() + patience.total
         until = min(limit, until or limit)
         headers = [*headers, (HOP_FIELD, HOP)]
-        authorization = self._authorization(url)
+        authorization = authorization or self._authorization(url)
         target = url
         for _ in range(self._REDIRECTS + 1):
             extra = [("Authorization", authorization)] if authorization else []
@@ -4102,6 +4245,66 @@ def read_netrc(path: str) -> dict[str, str]:
         for machine, (login, _, password) in hosts.items()
         if machine != "default"
     }
+
+
+class VcsLogin(NamedTuple):
+    """A line of -vcs-auth: for which repositories, and what is shown there."""
+
+    glob: str  # of host[:port]/path
+    authorization: str = ""  # over https
+    helper: str = ""  # a git credential helper, over https
+    key: str = ""  # a file, over ssh
+    known_hosts: str = ""  # a file, over ssh
+
+
+class _LoginKind(NamedTuple):
+    form: str  # what follows the kind
+    words: range  # how many words that is
+    make: Callable[..., VcsLogin]
+
+
+_LOGIN_KINDS = {
+    "basic": _LoginKind(
+        "USER PASSWORD",
+        range(2, 3),
+        lambda glob, user, password: VcsLogin(glob, authorization=_basic(user, password)),
+    ),
+    "bearer": _LoginKind(
+        "TOKEN",
+        range(1, 2),
+        lambda glob, token: VcsLogin(glob, authorization=f"Bearer {token}"),
+    ),
+    "helper": _LoginKind(
+        "COMMAND", range(1, 99), lambda glob, *words: VcsLogin(glob, helper=" ".join(words))
+    ),
+    "ssh": _LoginKind(
+        "KEYFILE [KNOWN_HOSTS_FILE]",
+        range(1, 3),
+        lambda glob, key, hosts="": VcsLogin(glob, key=key, known_hosts=hosts),
+    ),
+}
+
+
+def read_logins(text: str, origin: str) -> list[VcsLogin]:
+    """The lines of -vcs-auth. Raises UsageError that names a line, and no word of it."""
+    logins = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if words and not words[0].startswith("#"):
+            try:
+                logins.append(_login(*words))
+            except ValueError as error:
+                raise UsageError(f"{origin}: line {number}: {error}") from None
+    return logins
+
+
+def _login(glob: str, name: str = "", *words: str) -> VcsLogin:
+    if name not in _LOGIN_KINDS or len(parse_globs(glob)) != 1:
+        raise ValueError(f"want GLOB, one of {', '.join(_LOGIN_KINDS)}, and what that takes")
+    kind = _LOGIN_KINDS[name]
+    if len(words) not in kind.words or not all(word.isprintable() for word in words):
+        raise ValueError(f"want GLOB {name} {kind.form}")
+    return kind.make(*parse_globs(glob), *words)
 
 
 # DNS servers: five ways to ask one
@@ -6766,15 +6969,21 @@ class Repository:
 
     def _ask_refs(self) -> Mapping[str, str]:
         asked_at = time.monotonic()
-        words = ("ls-remote", "-q", "--end-of-options", self.url)
-        variables = {"GIT_DIR": os.devnull, **self._network()}
-        with self._explained():
-            said = self._git.run(_Order(words, variables, METADATA.total, aloud=True))
-        found = _REF_LINE.findall(said)
+        found = _REF_LINE.findall(self._listed())
         # A line with ^{} comes after that of its tag and tells the commit behind the tag's object.
         refs = {ref.decode("utf-8", "surrogateescape"): name.decode() for name, ref, _ in found}
         self._known = (asked_at, refs)
         return refs
+
+    def check(self) -> None:
+        """Raises what refs raises, whatever it has found before: see Borrowed."""
+        self._listed()
+
+    def _listed(self) -> bytes:
+        words = ("ls-remote", "-q", "--end-of-options", self.url)
+        variables = {"GIT_DIR": os.devnull, **self._network()}
+        with self._explained():
+            return self._git.run(_Order(words, variables, METADATA.total, aloud=True))
 
     def find(self, revision: str) -> Commit:
         """What a tag, branch, HEAD or a hash of seven digits or more stands for, with its files at
@@ -7354,16 +7563,427 @@ def _rank(version: str) -> tuple[Any, ...]:
     return semver_key(version)[:-1]
 
 
-_SOURCES: dict[str, Callable[[Client, Hop], Source]] = {
-    "file": lambda client, hop: LocalFolder(hop.folder),
-    "http": lambda client, hop: Upstream(client, hop.url or Url("", "", 0)),
-    "off": lambda client, hop: Nowhere(),
+# What git is given to reach a repository.
+
+
+class Keyring:
+    """What to show to which server: the lines of -vcs-auth, first come first served, then netrc."""
+
+    def __init__(self, logins: Sequence[VcsLogin] = (), netrc_file: Mapping[str, str] = {}) -> None:
+        """`netrc_file`: Authorization values by host (see read_netrc)."""
+        self._logins = logins
+        self._netrc = netrc_file
+
+    def login(self, url: str) -> VcsLogin:
+        """What a repository or page is to be shown; an empty one if there is nothing."""
+        scheme, _, rest = url.partition("://")
+        authority, _, path = rest.partition("?")[0].partition("/")
+        place = f"{authority.rpartition('@')[2]}/{path}".removesuffix(".git").rstrip("/")
+        for login in self._logins:
+            if scheme == ("ssh" if login.key else "https") and matches((login.glob,), place):
+                return login
+        host = authority.partition(":")[0] if scheme == "https" else ""
+        known = self._netrc.get(authority) or self._netrc.get(host, "")
+        return VcsLogin("", authorization=known if scheme == "https" else "")
+
+
+# The Authorization of a client in whose name this thread works: see Borrowed.
+_LENT = contextvars.ContextVar("_LENT", default="")
+
+
+class GitAccess:
+    """Credentials and the way out, as variables for git: its arguments are seen by everybody, and
+    nothing is written. https goes through a filter of ours, so that -proxy and -dns hold, and so
+    that strangers lead nowhere inside."""
+
+    def __init__(self, dialer: Dialer, keyring: Keyring, ca_file: str, filtered: bool) -> None:
+        self._dialer = dialer
+        self._keyring = keyring
+        self._ca_file = ca_file
+        self._filtered = filtered
+        self._mutex = threading.Lock()
+        self._filter: ConnectFilter | None = None
+
+    def environment(self, url: str) -> Mapping[str, str]:
+        """Variables that a git needs for a repository. Raises Forbidden if it may not go there."""
+        scheme, lent = url.partition("://")[0], _LENT.get()
+        if lent and scheme != "https":
+            raise Forbidden("a client's credentials are good for https alone: see -private-auth")
+        login = VcsLogin("", authorization=lent) if lent else self._keyring.login(url)
+        return {"GIT_ALLOW_PROTOCOL": scheme, **_TRANSPORTS[scheme](self, url, login)}
+
+    def over_https(self, url: str, login: VcsLogin) -> Mapping[str, str]:
+        """git hands headers of its configuration on to where a redirect leads, so with credentials
+        none is followed."""
+        origin = "/".join(url.split("/")[:3])
+        config = {
+            "http.followRedirects": "false" if login.authorization or login.helper else "initial"
+        }
+        if login.authorization:
+            config[f"http.{origin}/.extraHeader"] = f"Authorization: {login.authorization}"
+        if login.helper:
+            config[f"credential.{origin}.helper"] = login.helper
+        if self._filtered:
+            config["http.proxy"] = self._filter_url()
+        certificates = {"GIT_SSL_CAINFO": self._ca_file} if self._ca_file else {}
+        return {**_as_config(config), **certificates}
+
+    def over_ssh(self, url: str, login: VcsLogin) -> Mapping[str, str]:
+        """Without a file of known hosts, a host that is met for the first time is believed."""
+        self._check_way(url)
+        options = ["-oBatchMode=yes", "-oControlMaster=no"]
+        if login.key:
+            options += ["-oIdentitiesOnly=yes", "-i", login.key]
+        if login.known_hosts:
+            options += [f"-oUserKnownHostsFile={login.known_hosts}", "-oStrictHostKeyChecking=yes"]
+        else:
+            options.append("-oStrictHostKeyChecking=accept-new")
+        return {"GIT_SSH_COMMAND": shlex.join(["ssh", *options]), "GIT_SSH_VARIANT": "ssh"}
+
+    def plainly(self, url: str, login: VcsLogin) -> Mapping[str, str]:
+        """In clear text, without credentials."""
+        self._check_way(url)
+        return {}
+
+    def locally(self, url: str, login: VcsLogin) -> Mapping[str, str]:
+        """From a folder of this machine."""
+        return {}
+
+    def _check_way(self, url: str) -> None:
+        """Raises Forbidden where -proxy should be used and cannot."""
+        scheme, _, rest = url.partition("://")
+        authority = rest.partition("/")[0].rpartition("@")[2]
+        host, _, port = authority.partition(":")
+        if self._dialer.route.proxy_for(host, int(port or _VCS_PORTS[scheme])):
+            raise Forbidden(f"{scheme} does not go through -proxy: use https, or NO_PROXY={host}")
+
+    def _filter_url(self) -> str:
+        with self._mutex:
+            if self._filter is None:
+                self._filter = ConnectFilter(self._dialer)
+            return self._filter.url
+
+    def close(self) -> None:
+        with self._mutex:
+            if self._filter is not None:
+                self._filter.close()
+
+
+_VCS_PORTS = {"git": 9418, "http": 80, "ssh": 22}
+_TRANSPORTS: dict[str, Callable[[GitAccess, str, VcsLogin], Mapping[str, str]]] = {
+    "file": GitAccess.locally,
+    "git": GitAccess.plainly,
+    "http": GitAccess.plainly,
+    "https": GitAccess.over_https,
+    "ssh": GitAccess.over_ssh,
 }
 
 
-def open_sources(client: Client, hops: Sequence[Hop]) -> Source:
+def _as_config(config: Mapping[str, str]) -> dict[str, str]:
+    """Settings of git as variables (git-config(1), GIT_CONFIG_COUNT)."""
+    variables = {"GIT_CONFIG_COUNT": str(len(config))}
+    for number, (key, value) in enumerate(config.items()):
+        variables[f"GIT_CONFIG_KEY_{number}"] = key
+        variables[f"GIT_CONFIG_VALUE_{number}"] = value
+    return variables
+
+
+# Where repositories are: what the go command does in cmd/go/internal/vcs.
+
+
+class Found(NamedTuple):
+    """What is known of a module path: the path of its repository's root, "git" or "mod", where
+    that is, in which folder of it the root lies, and whether the operator vouches for the place."""
+
+    root: str
+    kind: str
+    url: str
+    folder: str
+    trusted: bool
+
+
+_FORGES = {
+    "bitbucket.org": re.compile(r"(bitbucket\.org/[\w.-]+/([\w.-]+))/"),
+    "git.apache.org": re.compile(r"(git\.apache\.org/([a-z0-9_.-]+)\.git)/"),
+    "git.openstack.org": re.compile(r"(git\.openstack\.org/[\w.-]+/([\w.-]+?))(\.git)?/"),
+    "github.com": re.compile(r"(github\.com/[\w.-]+/([\w.-]+))/"),
+    "hub.jazz.net/git": re.compile(r"(hub\.jazz\.net/git/[a-z0-9]+/([\w.-]+))/"),
+}
+_MARKED = re.compile(r"(.+)\.(bzr|fossil|git|hg|svn)")
+
+
+def _known_place(path: str) -> tuple[str, str]:
+    """The root and URL of a path that tells them itself, or two empty strings. Raises NotFound
+    for a path that cannot be, or that needs something else than git."""
+    for prefix, root in _FORGES.items():
+        if is_below(path, prefix):
+            match = root.match(f"{path}/")
+            if not match or _MARKED.fullmatch(match[2]):
+                raise NotFound(f"no repository of {prefix} has such a path")
+            return match[1], f"https://{match[1]}"
+    elements = path.split("/")
+    for number, element in enumerate(elements[1:], 1):
+        match = _MARKED.fullmatch(element)
+        if match:
+            _check_kind(match[2])
+            base = "/".join([*elements[:number], match[1]])
+            return f"{base}.git", f"https://{base}"
+    return "", ""
+
+
+def is_below(path: str, prefix: str) -> bool:
+    """Whether a path begins with all the elements of another."""
+    return path == prefix or path.startswith(f"{prefix}/")
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in _ORIGINS:
+        raise NotFound(f"its version control is {quoted(kind)}; only git is spoken here")
+
+
+class ImportTag(NamedTuple):
+    """The content of a go-import tag."""
+
+    prefix: str
+    kind: str
+    url: str
+    folder: str = ""
+
+
+_TAG = re.compile(r"""<(/?)([A-Za-z_:][^\s<>/"'=]*)((?:[^<>"']|"[^"]*"|'[^']*')*)>""")
+_ATTRIBUTE = re.compile(r"""([^\s"'=/]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"']+)))?""")
+_ENTITY = re.compile(r"&(?:amp|apos|gt|lt|quot|#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6}));")
+_NAMED = {"&amp;": "&", "&apos;": "'", "&gt;": ">", "&lt;": "<", "&quot;": '"'}
+_PASSED_OVER = {"<!--": "-->", "<![CDATA[": "]]>", "<?": "?>", "<!": ">"}
+
+
+def read_imports(page: str) -> list[ImportTag]:
+    """The go-import tags before </head> or <body>, those of "mod" first, as the go command reads
+    them (discovery.go): it ends at the first markup that it does not understand."""
+    tags = []
+    for name, attributes in _head_tags(page):
+        if name == "meta" and attributes.get("name") == "go-import":
+            fields = attributes.get("content", "").split()
+            if len(fields) in (3, 4):
+                tags.append(ImportTag(*fields))
+    proxied = [tag for tag in tags if tag.kind == "mod"]
+    hidden = {tag.prefix for tag in proxied}
+    return proxied + [tag for tag in tags if tag.kind != "mod" and tag.prefix not in hidden]
+
+
+def _head_tags(page: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Start tags with their attributes, names in lower case. Linear in the length."""
+    at = page.find("<")
+    while at >= 0:
+        opening = next((mark for mark in _PASSED_OVER if page.startswith(mark, at)), "")
+        if opening:
+            end = page.find(_PASSED_OVER[opening], at + len(opening))
+        else:
+            tag = _TAG.match(page, at)
+            if not tag or (tag[1] + tag[2]).lower() in ("/head", "body"):
+                return
+            if not tag[1]:
+                yield tag[2].lower(), _attributes(tag[3])
+            end = tag.end() - 1
+        at = page.find("<", end) if end >= 0 else -1
+
+
+def _attributes(text: str) -> dict[str, str]:
+    """The first of each name counts."""
+    found: dict[str, str] = {}
+    for name, double, single, bare in _ATTRIBUTE.findall(text):
+        found.setdefault(name.lower(), _ENTITY.sub(_entity, double or single or bare))
+    return found
+
+
+def _entity(match: re.Match[str]) -> str:
+    number = int(match[1] or match[2] or "0", 10 if match[1] else 16)
+    return _NAMED.get(match[0]) or (chr(number) if number < 0x110000 else match[0])
+
+
+def _choose(tags: Sequence[ImportTag], path: str) -> ImportTag | None:
+    """The tag that is about a path. Raises NotFound for two of a kind."""
+    fitting = [tag for tag in tags if is_below(path, tag.prefix)]
+    if len(fitting) > 1 and (fitting[0].kind == "mod") == (fitting[1].kind == "mod"):
+        raise NotFound("several go-import tags are about it")
+    return fitting[0] if fitting else None
+
+
+class Finder:
+    """Finds the repository of a module: by -vcs, in the path itself, or by asking its host with
+    ?go-get=1 over https (Go reference, "Finding a repository for a module path").
+
+    Private modules are asked for with the operator's credentials; for all others neither those
+    nor addresses inside are in reach, whatever a page says."""
+
+    _PAGE, _FRESH_SECONDS = 1 << 20, 300.0
+
+    def __init__(
+        self,
+        rules: Sequence[VcsRule],
+        private: Sequence[str],
+        ask_ours: Callable[[Url], Response],
+        ask_others: Callable[[Url], Response],
+    ) -> None:
+        self._rules = rules
+        self._private = private
+        self._ask = {True: ask_ours, False: ask_others}
+        self._found: TtlCache[Found] = TtlCache(10_000)
+
+    def find(self, path: str) -> Found:
+        """Raises NotFound, Forbidden, Overloaded, BadUpstream."""
+        found = self._found.get(path)
+        if not found:
+            found = self._look(path)
+            self._found.put(path, found, self._FRESH_SECONDS)
+        return found
+
+    def site(self, path: str) -> Site:
+        """As find, for git."""
+        found = self.find(path)
+        return Site(found.root, found.url, found.folder)
+
+    def _look(self, path: str) -> Found:
+        for rule in self._rules:
+            root = rule.covers(path)
+            if root:
+                return Found(root, "git", rule.place(root), "", True)
+        trusted = matches(self._private, path)
+        root, url = _known_place(path)
+        return Found(root, "git", url, "", trusted) if root else self._discover(path, trusted)
+
+    def _discover(self, path: str, trusted: bool) -> Found:
+        told = _again(lambda: self._read(path, path, trusted))
+        root = told.prefix
+        if root != path and _again(lambda: self._read(root, path, trusted)) != told:
+            raise NotFound(f"the pages of {path} and {told.prefix} name different repositories")
+        _check_kind(told.kind)
+        _check_place(told, trusted)
+        return Found(told.prefix, told.kind, told.url, told.folder, trusted)
+
+    def _read(self, where: str, path: str, trusted: bool) -> ImportTag:
+        """What the page of `where` says of `path`; the status of a page that says it is all one."""
+        host, _, rest = where.partition("/")
+        response = self._ask[trusted](Url("https", host, 443, f"/{rest}?go-get=1"))
+        with contextlib.closing(response):
+            page = response.read_all(self._PAGE).decode("utf-8", "replace")
+            told = _choose(read_imports(page), path)
+            if told:
+                return told
+            if response.status not in (200, 404, 410):
+                _refuse(response)
+            raise NotFound(f"no go-import tag at https://{where}?go-get=1")
+
+
+def _check_place(told: ImportTag, trusted: bool) -> None:
+    """Raises BadUpstream or Forbidden for what a page must not say."""
+    if not REPOSITORY.fullmatch(told.url) or told.folder[:1] in ("/", "-"):
+        raise BadUpstream(f"the go-import tag of {told.prefix} is malformed")
+    schemes = _ORIGINS[told.kind].schemes[trusted]
+    if told.url.partition("://")[0] not in schemes:
+        words = " or ".join(schemes)
+        raise Forbidden(f"the go-import tag of {told.prefix} must lead to {words}")
+
+
+class Side(NamedTuple):
+    """How repositories and proxies are reached."""
+
+    repositories: Repositories
+    client: Client
+
+
+class _Origin(NamedTuple):
+    schemes: tuple[tuple[str, ...], tuple[str, ...]]  # for strangers, for the operator's
+    open: Callable[[Side, Finder, Found], Source]
+
+
+_ORIGINS = {
+    "git": _Origin(
+        (("https",), ("https", "ssh")),
+        lambda side, finder, found: GitSource(finder.site, side.repositories),
+    ),
+    "mod": _Origin(
+        (("https",), ("http", "https")),
+        lambda side, finder, found: Upstream(side.client, _proxy_url(found)),
+    ),
+}
+
+
+def _proxy_url(found: Found) -> Url:
+    try:
+        return parse_url(found.url)
+    except ValueError:
+        raise BadUpstream(f"the go-import tag of {found.root} is malformed") from None
+
+
+class Direct(Source):
+    """Modules from where they are developed."""
+
+    def __init__(self, finder: Finder, ours: Side, others: Side) -> None:
+        """`ours` has credentials and reaches everything, `others` serves strangers."""
+        self._finder = finder
+        self._sides = (others, ours)
+
+    def _source(self, path: str) -> Source:
+        found = self._finder.find(path)
+        return _ORIGINS[found.kind].open(self._sides[found.trusted], self._finder, found)
+
+    def versions(self, path: str) -> list[str]:
+        return self._source(path).versions(path)
+
+    def resolve(self, path: str, query: str) -> Info:
+        return self._source(path).resolve(path, query)
+
+    def open(self, artifact: Artifact) -> Blob:
+        return self._source(artifact.path).open(artifact)
+
+    def check(self, path: str) -> None:
+        """Raises what asking a module's repository now raises. What it lets in is not remembered
+        here."""
+        found = self._finder.find(path)
+        if found.kind != "git":
+            raise Forbidden(f"only git is asked about credentials, and {found.root} is elsewhere")
+        self._sides[found.trusted].repositories.at(found.url).check()
+
+
+class Borrowed(Source):
+    """A source that is asked with a client's Authorization in the place of ours."""
+
+    def __init__(self, direct: Direct, authorization: str) -> None:
+        self._direct = direct
+        self._authorization = authorization
+
+    def _lending(self, ask: Callable[[], T]) -> T:
+        token = _LENT.set(self._authorization)
+        try:
+            return ask()
+        finally:
+            _LENT.reset(token)
+
+    def versions(self, path: str) -> list[str]:
+        return self._lending(lambda: self._direct.versions(path))
+
+    def resolve(self, path: str, query: str) -> Info:
+        return self._lending(lambda: self._direct.resolve(path, query))
+
+    def open(self, artifact: Artifact) -> Blob:
+        return self._lending(lambda: self._direct.open(artifact))
+
+    def check(self, path: str) -> None:
+        self._lending(lambda: self._direct.check(path))
+
+
+_SOURCES: dict[str, Callable[[Client, Hop, Source], Source]] = {
+    "direct": lambda client, hop, direct: direct,
+    "file": lambda client, hop, direct: LocalFolder(hop.folder),
+    "http": lambda client, hop, direct: Upstream(client, hop.url or Url("", "", 0)),
+    "off": lambda client, hop, direct: Nowhere(),
+}
+
+
+def open_sources(client: Client, hops: Sequence[Hop], direct: Source) -> Source:
     """The upstream list as one source."""
-    return FirstOf([(_SOURCES[hop.kind](client, hop), hop.any_error) for hop in hops])
+    return FirstOf([(_SOURCES[hop.kind](client, hop, direct), hop.any_error) for hop in hops])
 
 
 # =============================================================================
@@ -7406,6 +8026,7 @@ class Answer(NamedTuple):
     verdict: Verdict
     age: int = 0
     stored: Stamped | None = None  # where it is stored, if it never changes
+    personal: bool = False  # whether it is for this client alone
 
     @property
     def data(self) -> bytes:
@@ -7765,23 +8386,93 @@ def _lines(versions: Iterable[str]) -> bytes:
     return "".join(version + "\n" for version in sorted(set(versions), key=semver_key)).encode()
 
 
+class Asker(NamedTuple):
+    """Who asks, as far as that decides what is seen: an Authorization, and how far we may go to
+    find out what it is worth."""
+
+    authorization: str = ""
+    reach: Reach = Reach.FETCH
+
+
+class PersonalMirror(Mirror):
+    """A mirror for one client: what it says must not be remembered for others."""
+
+    def versions(self, path: str, reach: Reach) -> Answer:
+        return super().versions(path, reach)._replace(stored=None, personal=True)
+
+    def resolve(self, path: str, query: str, reach: Reach) -> Answer:
+        return super().resolve(path, query, reach)._replace(stored=None, personal=True)
+
+    def small(self, artifact: Artifact, reach: Reach) -> Answer:
+        return super().small(artifact, reach)._replace(stored=None, personal=True)
+
+    def large(self, artifact: Artifact, reach: Reach) -> Answer:
+        return super().large(artifact, reach)._replace(stored=None, personal=True)
+
+
+class Permits:
+    """Private modules by each client's own credentials (-private-auth=client). Version control is
+    asked whether they are good for a module before anything of it is shown, stored or not; a good
+    answer is believed for a minute."""
+
+    _BELIEVED_SECONDS, _REMEMBERED = 60.0, 10_000
+
+    def __init__(self, direct: Direct, cache: Cache) -> None:
+        self._direct = direct
+        self._cache = cache
+        self._good: TtlCache[bool] = TtlCache(self._REMEMBERED)
+        self._salt = secrets.token_bytes(16)
+
+    def mirror(self, path: str, asker: Asker) -> Mirror:
+        """Raises Unauthorized, MustWait, and what version control says."""
+        if not asker.authorization:
+            raise Unauthorized("private: credentials for its repository are needed")
+        source = Borrowed(self._direct, asker.authorization)
+        shown = f"{asker.authorization}\0{path}".encode()
+        name = hashlib.blake2b(shown, key=self._salt).hexdigest()
+        if not self._good.get(name):
+            if asker.reach is Reach.READY:
+                raise MustWait
+            if asker.reach is Reach.STORED:
+                raise Forbidden("private: whether credentials are good cannot be found out here")
+            source.check(path)
+            self._good.put(name, True, self._BELIEVED_SECONDS)
+        return PersonalMirror(source, self._cache)
+
+
 class Policy:
     """Who may be asked about which module. Decided on the unescaped path, before anything else."""
 
-    def __init__(self, mirror: Modules, storage: Storage, exclude: Sequence[str]) -> None:
-        self._mirror = mirror
+    def __init__(
+        self,
+        public: Modules,
+        private: Callable[[str, Asker], Modules],
+        storage: Storage,
+        settings: Settings,
+    ) -> None:
+        self._public = public
+        self._private = private
         self._storage = storage
-        self._exclude = exclude
+        self._settings = settings
 
-    def admit(self, path: str) -> Modules:
-        """Who answers for a module. Raises NotFound for excluded ones."""
-        if matches(self._exclude, path):
+    def admit(self, path: str, asker: Asker) -> Modules:
+        """Who answers for a module. Raises NotFound for excluded ones, and what the private ones
+        raise for who must not see them."""
+        if matches(self._settings.exclude, path):
             raise NotFound("excluded by this proxy")
-        return self._mirror
+        if matches(self._settings.private, path):
+            return self._private(path, asker)
+        return self._public
+
+    def public(self, path: str) -> Modules:
+        """Who answers for a module that others may be told of. Raises NotFound for all others."""
+        if matches(self._settings.private, path):
+            raise NotFound("private, so nobody else is asked about it: set GONOSUMDB for it")
+        return self.admit(path, Asker())
 
     def check_public(self, path: str, version: str) -> None:
         """Raises NotFound for what no checksum database may be asked about."""
-        self.admit(path)
+        self.public(path)
 
     def is_public(self, path: str, version: str) -> bool:
         """Whether public upstreams may be asked about a version, and so could give it again."""
@@ -7796,15 +8487,18 @@ class Policy:
         return self._storage.stamp(name)
 
 
-class OwnFirst(Policy, Modules):
+class OwnFirst(Policy):
     """The versions that are ours, before a policy is asked about any others."""
 
     def __init__(self, own: OwnModules, policy: Policy) -> None:
         self._own = own
         self._policy = policy
 
-    def admit(self, path: str) -> Modules:
-        return self
+    def admit(self, path: str, asker: Asker) -> Modules:
+        return WithOwn(self._own, lambda: self._policy.admit(path, asker))
+
+    def public(self, path: str) -> Modules:
+        return WithOwn(self._own, lambda: self._policy.public(path))
 
     def check_public(self, path: str, version: str) -> None:
         if self._own.has(path, version):
@@ -7814,12 +8508,20 @@ class OwnFirst(Policy, Modules):
     def stamp(self, name: str) -> object:
         return self._own.stamp(name) or self._policy.stamp(name)
 
+
+class WithOwn(Modules):
+    """A module of which some versions may be ours."""
+
+    def __init__(self, own: OwnModules, others: Callable[[], Modules]) -> None:
+        self._own = own
+        self._others = others
+
     def versions(self, path: str, reach: Reach) -> Answer:
         """Ours and the others'; ours alone if there are no others or they cannot be had."""
         ours = self._own.versions(path)
         tagged = [version for version in ours if not is_pseudo(version)]
         try:
-            answer = self._policy.admit(path).versions(path, reach)
+            answer = self._others().versions(path, reach)
         except ProxyError:
             if not ours:
                 raise
@@ -7830,7 +8532,7 @@ class OwnFirst(Policy, Modules):
         """@latest is the newest of ours and the others'; other queries are none of ours."""
         ours = self._own.versions(path) if query == LATEST else []
         try:
-            answer = self._policy.admit(path).resolve(path, query, reach)
+            answer = self._others().resolve(path, query, reach)
         except ProxyError:
             if not ours:
                 raise
@@ -7841,14 +8543,14 @@ class OwnFirst(Policy, Modules):
 
     def small(self, artifact: Artifact, reach: Reach) -> Answer:
         if not self._own.has(artifact.path, artifact.version):
-            return self._policy.admit(artifact.path).small(artifact, reach)
+            return self._others().small(artifact, reach)
         with contextlib.closing(self._own.open(artifact)) as blob:
             data = blob.read_all(KINDS[artifact.kind].limit)
             return Answer(data, Verdict.HIT, 0, _stamped(artifact.name, blob.stamp))
 
     def large(self, artifact: Artifact, reach: Reach) -> Answer:
         if not self._own.has(artifact.path, artifact.version):
-            return self._policy.admit(artifact.path).large(artifact, reach)
+            return self._others().large(artifact, reach)
         blob = self._own.open(artifact)
         return Answer(blob, Verdict.HIT, 0, _stamped(artifact.name, blob.stamp))
 
@@ -8037,7 +8739,7 @@ class ReadAhead:
                     self._guess(session, ahead._replace(kind="mod"))
 
     def _read(self, sight: Sight) -> GoMod:
-        mirror = self._policy.admit(sight.path)
+        mirror = self._policy.public(sight.path)
         artifact = Artifact(sight.path, sight.version, "mod")
         return read_go_mod(mirror.small(artifact, Reach.STORED).data)
 
@@ -8065,7 +8767,7 @@ class ReadAhead:
     def _fetch(self, session: _Session, sight: Sight) -> None:
         """What a client would do. What goes wrong here will go wrong for a client, and be told."""
         with contextlib.suppress(ProxyError):
-            _FETCHES[sight.kind](self._policy.admit(sight.path), sight)
+            _FETCHES[sight.kind](self._policy.public(sight.path), sight)
             if sight.kind in ("list", "mod"):
                 self._mind.do(lambda: self._go_on(session, sight))
 
@@ -8075,7 +8777,7 @@ class ReadAhead:
         with contextlib.suppress(ProxyError):
             building = (sight.path, sight.version) in session.zips
             if sight.kind == "list":
-                answer = self._policy.admit(sight.path).versions(sight.path, Reach.STORED)
+                answer = self._policy.public(sight.path).versions(sight.path, Reach.STORED)
                 found = sight._replace(version=newest(answer.data.decode().split()))
                 self._guess(session, found._replace(kind="info"))
                 self._guess(session, found._replace(kind="mod"))
@@ -8905,7 +9607,7 @@ class Gatherer:
     def _resolved(self, path: str, query: str) -> str:
         """As the go command does it: latest is the newest in the list, if there are any."""
         check_path(path)
-        modules = self._policy.admit(path)
+        modules = self._policy.admit(path, Asker())
         if query == LATEST:
             with contextlib.suppress(NotFound):
                 return newest(modules.versions(path, self._reach).data.decode().split())
@@ -8943,7 +9645,7 @@ class Gatherer:
 
     def _small(self, artifact: Artifact) -> bytes:
         check_module(artifact.path, artifact.version)
-        data = self._policy.admit(artifact.path).small(artifact, self._reach).data
+        data = self._policy.admit(artifact.path, Asker()).small(artifact, self._reach).data
         if artifact.kind == "mod":
             self._compare(artifact.path, f"{artifact.version}/go.mod", go_mod_hash(data))
         return data
@@ -8951,7 +9653,7 @@ class Gatherer:
     def _bring_zip(self, artifact: Artifact) -> int:
         path, version, _ = artifact
         check_module(path, version)
-        body = self._policy.admit(path).large(artifact, self._reach).body
+        body = self._policy.admit(path, Asker()).large(artifact, self._reach).body
         assert isinstance(body, FileBlob)
         with contextlib.closing(body):
             body.wait_for_end()
@@ -9023,6 +9725,10 @@ class Request(NamedTuple):
     body: int  # bytes of body that follow
     reach: Reach = Reach.READY
     client: str = ""
+
+    @property
+    def asker(self) -> Asker:
+        return Asker(self.fields.get("authorization", ""), self.reach)
 
     @property
     def is_plain(self) -> bool:
@@ -9354,6 +10060,8 @@ _FOR_EVER = "public, max-age=31536000, immutable"
 def _replied(answer: Answer, content_type: str, ttl: float | None) -> Reply:
     """An answer that is good for ever, or for ttl seconds."""
     control = _FOR_EVER if ttl is None else f"public, max-age={int(ttl)}"
+    if answer.personal:
+        control = "private, no-store"
     headers = [("Cache-Control", control), ("X-Cache", answer.verdict.value)]
     if ttl is not None:
         headers.append(("Age", str(answer.age)))
@@ -9380,7 +10088,7 @@ def serve_ready(app: App, request: Request) -> Reply:
 def serve_list(app: App, request: Request, module: str) -> Reply:
     """GET /<module>/@v/list"""
     path = unescape_path(module)
-    answer = app.policy.admit(path).versions(path, request.reach)
+    answer = app.policy.admit(path, request.asker).versions(path, request.reach)
     found = newest(answer.data.decode().split()) if answer.body else ""
     app.watch(request, (path, found, "list"), answer.verdict is Verdict.HIT)
     return _replied(answer, "text/plain; charset=utf-8", app.settings.ttl)
@@ -9392,7 +10100,7 @@ def serve_latest(app: App, request: Request, module: str) -> Reply:
 
 
 def _serve_query(app: App, request: Request, path: str, query: str) -> Reply:
-    answer = app.policy.admit(path).resolve(path, query, request.reach)
+    answer = app.policy.admit(path, request.asker).resolve(path, query, request.reach)
     return _replied(answer, KINDS["info"].content_type, app.settings.ttl)
 
 
@@ -9404,7 +10112,7 @@ def serve_artifact(app: App, request: Request, module: str, version: str, kind: 
             raise BadName("not a canonical version")
         return _serve_query(app, request, artifact.path, artifact.version)
     check_module(artifact.path, artifact.version)
-    mirror = app.policy.admit(artifact.path)
+    mirror = app.policy.admit(artifact.path, request.asker)
     if kind == "zip" and request.method == "HEAD":
         return _zip_head(mirror, artifact, request)
     try:
@@ -11188,6 +11896,102 @@ def _as_shared(settings: Settings, storage: Storage) -> Settings:
     return dataclasses.replace(settings, workers=1)
 
 
+class Outside(NamedTuple):
+    """The way out, and what is shown there."""
+
+    dialer: Dialer
+    netrc_file: Mapping[str, str]
+    keyring: Keyring
+    ca_file: str
+    search_path: str
+    remarks: Sequence[str]  # for the log
+
+
+def open_outside(settings: Settings, environ: Mapping[str, str]) -> Outside:
+    """Opens nothing yet. Raises UsageError."""
+    netrc_file, remark = read_credentials(environ)
+    keyring, other_remark = read_keyring(settings, netrc_file)
+    return Outside(
+        open_way_out(settings, environ),
+        netrc_file,
+        keyring,
+        environ.get("SSL_CERT_FILE", ""),
+        environ.get("PATH", os.defpath),
+        [one for one in (remark, other_remark) if one],
+    )
+
+
+def read_keyring(settings: Settings, netrc_file: Mapping[str, str]) -> tuple[Keyring, str]:
+    """The credentials for version control, and a remark if there is one. Raises UsageError."""
+    text, origin, remark = settings.vcs_auth, settings.origins.get("vcs_auth", ""), ""
+    if text and not re.search(r"\s", text):
+        origin = f"{origin}={text}"
+        try:
+            with open(text, encoding="utf-8") as file:
+                if os.fstat(file.fileno()).st_mode & 0o077:
+                    remark = f"{origin}: others can read it: chmod 600 {text}"
+                text = file.read()
+        except OSError as error:
+            raise UsageError(f"{origin}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"{origin}: not UTF-8") from None
+    return Keyring(read_logins(text, origin), netrc_file), remark
+
+
+@contextlib.contextmanager
+def going_direct(settings: Settings, outside: Outside, client: Client) -> Iterator[Direct]:
+    """The source of private modules and of `direct`."""
+    folder, keyring = prepare_git(settings, outside.search_path), outside.keyring
+    screened = ScreenedDialer(outside.dialer)
+    others = Client(screened, {})
+    filtered = bool(settings.proxy or settings.dns)
+
+    def ask_ours(url: Url) -> Response:
+        return client.get(url, METADATA, authorization=keyring.login(str(url)).authorization)
+
+    def repositories(name: str, access: GitAccess) -> Repositories:
+        place = os.path.join(folder, name)
+        return Repositories(place, access.environment, outside.search_path)
+
+    with contextlib.closing(others), contextlib.ExitStack() as stack:
+        ours_access = GitAccess(outside.dialer, keyring, outside.ca_file, filtered)
+        others_access = GitAccess(screened, Keyring(), outside.ca_file, True)
+        ours = Side(repositories("private", ours_access), client)
+        theirs = Side(repositories("public", others_access), others)
+        for one in (ours_access, others_access, ours.repositories, theirs.repositories):
+            stack.callback(one.close)
+        yield Direct(
+            Finder(settings.vcs, settings.private, ask_ours, lambda url: others.get(url, METADATA)),
+            ours,
+            theirs,
+        )
+
+
+def open_private(whose: str, direct: Direct, cache: Cache) -> Callable[[str, Asker], Modules]:
+    """What -private-auth says: one mirror for all, or one for each client."""
+    mirror = Mirror(direct, cache)
+    return Permits(direct, cache).mirror if whose == "client" else lambda path, asker: mirror
+
+
+def prepare_git(settings: Settings, search_path: str) -> str:
+    """Where bare repositories are kept, if any are wanted: in a folder cache, or else among the
+    machine's temporary files; nobody else can read them. Raises StartError."""
+    if not settings.private and not any(hop.kind == "direct" for hop in settings.upstream):
+        return ""
+    if not shutil.which("git", path=search_path):
+        raise StartError("-private and direct need git: install it, or put it on the PATH")
+    folder = os.path.join(tempfile.gettempdir(), f"goproxy-git-{os.geteuid()}")
+    if settings.cache.kind == "folder":
+        folder = os.path.join(settings.cache.text, OWN_MARK + "git")
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        if os.stat(folder).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "it belongs to somebody else")
+    except OSError as error:
+        raise StartError(f"cannot keep repositories in {folder}: {error.strerror}") from None
+    return folder
+
+
 class Answering(NamedTuple):
     """Who answers for modules and for checksum databases, and what they work with."""
 
@@ -11199,22 +12003,29 @@ class Answering(NamedTuple):
 
 @contextlib.contextmanager
 def answering(
-    settings: Settings, client: Client, storage: Storage, log: Log
+    settings: Settings, outside: Outside, client: Client, storage: Storage, log: Log
 ) -> Iterator[Answering]:
     """All that answers; closes the storage, too."""
     cache = Cache(storage, settings.ttl, log)
-    source = open_sources(client, settings.upstream)
-    policy = Policy(Mirror(source, cache), storage, settings.exclude)
-    if settings.modules:
-        policy = OwnFirst(OwnModules(settings.modules), policy)
-    proxies = [hop.url for hop in settings.upstream if hop.url]
-    sumdb = SumDb(settings.sumdb, proxies, client, cache, policy)
-    yield Answering(policy, sumdb, cache, source)
+    with going_direct(settings, outside, client) as direct:
+        source = open_sources(client, settings.upstream, direct)
+        private = open_private(settings.private_auth, direct, cache)
+        policy = Policy(Mirror(source, cache), private, storage, settings)
+        if settings.modules:
+            policy = OwnFirst(OwnModules(settings.modules), policy)
+        proxies = [hop.url for hop in settings.upstream if hop.url]
+        sumdb = SumDb(settings.sumdb, proxies, client, cache, policy)
+        yield Answering(policy, sumdb, cache, source)
     sumdb.close()
     cache.close()
 
 
 def _open_gate(settings: Settings, log: Log) -> Gate | None:
+    if settings.auth and settings.private_auth == "client":
+        raise UsageError(
+            f"{settings.origins['private_auth']}=client: not with -auth: a request can "
+            "show one Authorization only"
+        )
     try:
         return Gate(settings.auth, log) if settings.auth else None
     except ValueError as error:
@@ -11243,11 +12054,12 @@ class Daemon:
         _check_recheck(settings)
         self._log = Log(2, settings.log_format == "json")
         self._gate = _open_gate(settings, self._log)
-        self._credentials, self._remark = read_credentials(environ)
-        self._dialer = open_way_out(settings, environ)
+        self._outside = open_outside(settings, environ)
         self._tls = open_tls(settings)
-        self._storage = open_store(settings, Means(settings.max_size, self._dialer, environ))
+        means = Means(settings.max_size, self._outside.dialer, environ)
+        self._storage = open_store(settings, means)
         self._settings = _as_shared(settings, self._storage)
+        prepare_git(settings, self._outside.search_path)
         self._socket = open_socket(settings)
 
     def run(self) -> None:
@@ -11313,9 +12125,9 @@ class Daemon:
         """All that one process needs to serve, with its threads."""
         settings, log = self._settings, self._log
         log.start()
-        client = Client(self._dialer, self._credentials)
+        client = Client(self._outside.dialer, self._outside.netrc_file)
         storage = WatchedStorage(self._storage, log)
-        with answering(settings, client, storage, log) as found:
+        with answering(settings, self._outside, client, storage, log) as found:
             saw, end = _watching(settings, found.policy, storage, fetcher)
             used, end_evicting = _evicting(settings, found.policy, found.cache, log, fetcher)
             endings = [end, end_evicting]
@@ -11327,7 +12139,7 @@ class Daemon:
             for each in endings:
                 each()
         client.close()
-        self._dialer.resolver.close()
+        self._outside.dialer.resolver.close()
         log.flush(1.0)
 
     def _announce(self) -> None:
@@ -11352,8 +12164,10 @@ class Daemon:
         if settings.origins:
             origins = sorted(f"{name} by {origin}" for name, origin in settings.origins.items())
             self._log.line(f"  Settings: {', '.join(origins)}")
-        if self._remark:
-            self._log.error(f"  {self._remark}")
+        if settings.private:
+            self._log.line(f"  Private: {','.join(settings.private)}")
+        for remark in self._outside.remarks:
+            self._log.error(f"  {remark}")
         if is_tcp:
             scheme = "https" if self._tls else "http"
             self._log.line(f"  Set GOPROXY={scheme}://{self._reachable()}:{port},direct")
@@ -11471,10 +12285,10 @@ def run_fetch(settings: Settings, environ: Mapping[str, str]) -> int:
 @contextlib.contextmanager
 def _at_work(settings: Settings, environ: Mapping[str, str]) -> Iterator[Answering]:
     """What a command needs of the daemon."""
-    dialer = open_way_out(settings, environ)
-    client = Client(dialer, read_credentials(environ)[0])
-    storage = open_storage(settings.cache, Means(settings.max_size, dialer, environ))
-    answers = answering(settings, client, storage, QuietLog())
+    outside = open_outside(settings, environ)
+    dialer, client = outside.dialer, Client(outside.dialer, outside.netrc_file)
+    storage = open_store(settings, Means(settings.max_size, dialer, environ))
+    answers = answering(settings, outside, client, storage, QuietLog())
     with contextlib.closing(dialer.resolver), contextlib.closing(client), answers as found:
         yield found
 

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import email.utils
 import functools
+import getpass
 import gzip
 import hashlib
 import http.client
@@ -1946,6 +1947,8 @@ BAD_SETTINGS = [
     ("port", "PORT", "-1"),
     ("port", "PORT", "65536"),
     ("port", "PORT", "http"),
+    ("private", "GOPROXY_PRIVATE", "git.test/["),
+    ("private-auth", "GOPROXY_PRIVATE_AUTH", "nobody"),
     ("quiet", "GOPROXY_QUIET", "2"),
     ("recheck", "GOPROXY_RECHECK", "daily"),
     ("recheck-removes", "GOPROXY_RECHECK_REMOVES", "deleted,old"),
@@ -1956,8 +1959,14 @@ BAD_SETTINGS = [
     ("ttl", "GOPROXY_TTL", "soon"),
     ("upstream", "UPSTREAM_PROXY", "ftp://example.com"),
     ("upstream", "UPSTREAM_PROXY", "http://"),
-    ("upstream", "UPSTREAM_PROXY", "http://example.com,direct"),
     ("upstream", "UPSTREAM_PROXY", ",|"),
+    ("vcs", "GOPROXY_VCS", "git.test/*=ext::sh"),
+    ("vcs", "GOPROXY_VCS", "git.test/*=git@git.test:x"),
+    ("vcs", "GOPROXY_VCS", "git.test/**=https://git.test/{path}"),
+    ("vcs", "GOPROXY_VCS", "git.test/*=https://token@git.test/{path}"),
+    ("vcs", "GOPROXY_VCS", "git.test/*=ssh://-oProxyCommand=sh/x"),
+    ("vcs", "GOPROXY_VCS", "https://git.test/x"),
+    ("vcs-auth", "GOPROXY_VCS_AUTH", "/no/such/file"),
 ]
 
 
@@ -2058,12 +2067,6 @@ def test_an_unknown_argument_is_one_line_and_status_2(tmp_path: Path, argument: 
     ended = finish(tmp_path, argument)
     assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
     assert argument in ended.err
-
-
-def test_direct_is_refused_with_a_line_that_says_so(tmp_path: Path) -> None:
-    ended = finish(tmp_path, "-upstream=https://example.com,direct")
-    assert ended.status == 2
-    assert "direct" in ended.err
 
 
 @pytest.mark.parametrize("flag", ["-help", "--help", "-h"])
@@ -3202,7 +3205,8 @@ class Trust:
 
     def __init__(self, folder: Path) -> None:
         self.cert, self.key = str(folder / "cert.pem"), str(folder / "key.pem")
-        names = "subjectAltName=DNS:dns.test,DNS:up.test,DNS:localhost,IP:127.0.0.1"
+        hosts = ",".join(f"DNS:{name}.test" for name in ("dns", "evil", "git", "go", "up"))
+        names = f"subjectAltName={hosts},DNS:localhost,IP:127.0.0.1"
         command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
         files = ["-keyout", self.key, "-out", self.cert]
         arguments = [*command.split()[1:], "-subj", "/CN=test", "-addext", names, *files]
@@ -6225,6 +6229,842 @@ def test_a_repository_that_is_not_there_is_absent(quote: Origin) -> None:
         git_source(quote).versions("github.com/acme/quote")
 
 
+# --- where repositories are --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "url"),
+    [
+        ("bitbucket.org/o/r/x", "bitbucket.org/o/r", "https://bitbucket.org/o/r"),
+        ("corp.test/a/b.git/x/v2", "corp.test/a/b.git", "https://corp.test/a/b"),
+        ("corp.test/b.git/c.git", "corp.test/b.git", "https://corp.test/b"),
+        ("git.apache.org/x.git/y", "git.apache.org/x.git", "https://git.apache.org/x.git"),
+        ("git.openstack.org/a/b.git/c", "git.openstack.org/a/b", "https://git.openstack.org/a/b"),
+        ("github.com/o/r", "github.com/o/r", "https://github.com/o/r"),
+        ("github.com/o/r/v2", "github.com/o/r", "https://github.com/o/r"),
+    ],
+)
+def test_some_paths_tell_their_repository(path: str, root: str, url: str) -> None:
+    assert finder({}).find(path) == goproxy.Found(root, "git", url, "", False)
+    assert finder({}, private=path).find(path).trusted
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("corp.test/r.hg", "only git"),
+        ("corp.test/a/r.svn/x", "only git"),
+        ("github.com/o", "no repository of github.com"),
+        ("github.com/o/r.git", "no repository of github.com"),
+        ("github.com/o/r~x", "no repository of github.com"),
+    ],
+)
+def test_some_paths_have_no_repository(path: str, reason: str) -> None:
+    with pytest.raises(goproxy.NotFound, match=reason):
+        finder({}).find(path)
+
+
+Pages = Mapping[str, Union[str, "tuple[int, str]"]]
+
+
+def finder(pages: Pages, private: str = "", vcs: str = "") -> goproxy.Finder:
+    """One that sees these pages, by host and path, as strangers' and as ours."""
+
+    def ask(url: goproxy.Url) -> goproxy.Response:
+        page = pages.get(str(url).split("//")[1].replace("?go-get=1", ""), (404, "no page"))
+        status, text = page if isinstance(page, tuple) else (200, page)
+        return Page(status, text)
+
+    settings = goproxy.Settings.load([f"-private={private}", f"-vcs={vcs}"], {})
+    return goproxy.Finder(settings.vcs, settings.private, ask, ask)
+
+
+class Page(goproxy.Response):
+    """An answer without a connection."""
+
+    def __init__(self, status: int, text: str) -> None:
+        self.status, self.peer, self.fields = status, "page", goproxy.Fields()
+        self._text = text.encode()
+
+    def read(self, count: int) -> bytes:
+        data, self._text = self._text[:count], self._text[count:]
+        return data
+
+    def close(self) -> None:
+        self._text = b""
+
+
+def tag(content: str) -> str:
+    return f'<html><head><meta name="go-import" content="{content}"></head></html>'
+
+
+ROOT = tag("go.test/x git https://git.test/x")
+
+
+@pytest.mark.parametrize(
+    ("page", "found"),
+    [
+        ("go.test/x git https://git.test/x", ("git", "https://git.test/x", "")),
+        ("go.test/x git https://git.test/x sub/dir", ("git", "https://git.test/x", "sub/dir")),
+        ("go.test/x mod https://p.test/go", ("mod", "https://p.test/go", "")),
+    ],
+)
+def test_a_page_tells_the_repository(page: str, found: tuple[str, str, str]) -> None:
+    pages: Pages = {"go.test/x/y": tag(page), "go.test/x/": tag(page), "go.test/x": tag(page)}
+    assert finder(pages).find("go.test/x/y") == goproxy.Found("go.test/x", *found, False)
+    assert finder(pages, "go.test").find("go.test/x").trusted
+
+
+def test_a_tag_counts_on_a_page_of_any_status() -> None:
+    assert finder({"go.test/x": (404, ROOT)}).find("go.test/x").url == "https://git.test/x"
+
+
+@pytest.mark.parametrize(
+    ("pages", "error"),
+    [
+        ({}, goproxy.NotFound),
+        ({"go.test/x/y": (403, "")}, goproxy.Forbidden),
+        ({"go.test/x/y": (503, "")}, goproxy.Unreachable),
+        ({"go.test/x/y": ROOT}, goproxy.NotFound),
+        ({"go.test/x/y": ROOT, "go.test/x": (500, "")}, goproxy.Unreachable),
+        ({"go.test/x/y": ROOT, "go.test/x": tag("go.test/x git https://e.test")}, goproxy.NotFound),
+        ({"go.test/x/y": tag("go.test/xy git https://git.test/x")}, goproxy.NotFound),
+        ({"go.test/x/y": tag("go.test/x/y hg https://git.test/x")}, goproxy.NotFound),
+        ({"go.test/x/y": tag("go.test/x/y git file:///etc")}, goproxy.Forbidden),
+        ({"go.test/x/y": tag("go.test/x/y git http://git.test/x")}, goproxy.Forbidden),
+        ({"go.test/x/y": tag("go.test/x/y git ssh://git@git.test/x")}, goproxy.Forbidden),
+        ({"go.test/x/y": tag("go.test/x/y git git://git.test/x")}, goproxy.Forbidden),
+        ({"go.test/x/y": tag("go.test/x/y git ext::sh")}, goproxy.BadUpstream),
+        ({"go.test/x/y": tag("go.test/x/y git --upload-pack=x")}, goproxy.BadUpstream),
+        ({"go.test/x/y": tag("go.test/x/y git https://u:p@git.test/x")}, goproxy.BadUpstream),
+        ({"go.test/x/y": tag("go.test/x/y git https://git.test/x /etc")}, goproxy.BadUpstream),
+        ({"go.test/x/y": tag("go.test/x/y git https://git.test/x -x")}, goproxy.BadUpstream),
+    ],
+)
+def test_a_page_that_does_not_tell_it(pages: Pages, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        finder(pages).find("go.test/x/y")
+
+
+def test_only_private_pages_may_lead_to_ssh() -> None:
+    pages = {"go.test/x": tag("go.test/x git ssh://git@git.test/x")}
+    assert finder(pages, "go.test").find("go.test/x").url == "ssh://git@git.test/x"
+
+
+def test_a_place_is_remembered_for_a_while() -> None:
+    pages: dict[str, str | tuple[int, str]] = {"go.test/x": ROOT}
+    found = finder(pages)
+    first = found.find("go.test/x")
+    pages.clear()
+    assert found.find("go.test/x") == first
+
+
+def test_the_operator_says_where_repositories_are() -> None:
+    rules = "git.test/*/*=ssh://git@in.test:22/{path}.git,go.test/x=file:///srv/x"
+    ours = finder({}, vcs=rules)
+    url = "ssh://git@in.test:22/a/b.git"
+    assert ours.find("git.test/a/b/c/v2") == goproxy.Found("git.test/a/b", "git", url, "", True)
+    assert ours.find("go.test/x/y").url == "file:///srv/x"
+    with pytest.raises(goproxy.NotFound, match="3 path elements"):
+        ours.find("git.test/a")
+
+
+IMPORTS = [
+    ROOT,
+    "",
+    "no markup",
+    "<meta name='go-import' content='a.test git https://x'>",
+    "<META Name=go-import CONTENT='a.test git https://x' />",
+    "<meta content='a.test git https://x' name='go-import'></meta>",
+    "<meta name='go-import' content='a.test git https://x y'><meta name=other content=x>",
+    "<meta name='go-import' content='a.test git'><meta name='go-import' content='a b c d e'>",
+    "<meta name='go-import' content='\n a.test\tgit \n https://x '>",
+    "<meta name='go-import' content='a.test git https://x?a=1&amp;b=2&lt;&#65;&#x42;'>",
+    "<meta name='Go-Import' content='a.test git https://x'>",
+    "<meta name='go-import' name='other' content='a.test git https://x'>",
+    "<!-- <meta name='go-import' content='b.test git https://x'> -->" + ROOT,
+    "<![CDATA[ <meta name='go-import' content='b.test git https://x'> ]]>" + ROOT,
+    "<?php echo '<meta>' ?><!DOCTYPE html>" + ROOT,
+    "<html><head></head>" + ROOT,
+    "<html><HEAD></Head >" + ROOT,
+    "<html><body>" + ROOT,
+    "<html><Body class=x>" + ROOT,
+    "<title>a & b</title><br><link rel=x>" + ROOT,
+    ROOT.replace("</head>", "") + "<script>if (a < b) {}</script>" + ROOT,
+    "<script>if (a < b) {}</script>" + ROOT,
+    ROOT.replace("</head>", "") + "<meta name='go-import' content='a.test git",
+    "<meta name='go-import' content='a.test git https://x'><meta name='go-import' "
+    "content='a.test mod https://y'><meta name='go-import' content='b.test git https://z'>",
+    "<!-- never closed " + ROOT,
+    "<meta name='go-import' content='a.test git https://x>y'>",
+    "<meta data-x name='go-import' content='a.test git https://x'>",
+]
+
+DISCOVERY = """package main
+
+import (
+	"encoding/json"
+	"os"
+	"strings"
+)
+
+type ModuleMode int
+
+const PreferMod ModuleMode = 1
+
+type metaImport struct{ Prefix, VCS, RepoRoot, SubDir string }
+
+func main() {
+	var pages []string
+	if err := json.NewDecoder(os.Stdin).Decode(&pages); err != nil {
+		panic(err)
+	}
+	for _, page := range pages {
+		tags, _ := parseMetaGoImports(strings.NewReader(page), PreferMod)
+		if err := json.NewEncoder(os.Stdout).Encode(tags); err != nil {
+			panic(err)
+		}
+	}
+}
+"""
+
+
+def go_imports(folder: Path, pages: Sequence[str]) -> list[list[goproxy.ImportTag]]:
+    """What the go command's own reader makes of pages."""
+    root = subprocess.run([GO, "env", "GOROOT"], capture_output=True, text=True, check=True).stdout
+    source = Path(root.strip(), "src/cmd/go/internal/vcs/discovery.go")
+    if not source.exists():
+        pytest.skip("no source of the go command")
+    (folder / "discovery.go").write_text(source.read_text().replace("package vcs", "package main"))
+    (folder / "main.go").write_text(DISCOVERY)
+    (folder / "go.mod").write_text("module oracle\ngo 1.23\n")
+    env = {**os.environ, "GOTOOLCHAIN": "local", "GOWORK": "off", "GOFLAGS": "-mod=mod"}
+    done = subprocess.run(
+        [GO, "run", "."], cwd=folder, env=env, input=json.dumps(list(pages)), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    told = [json.loads(line) or [] for line in done.stdout.splitlines()]
+    return [[goproxy.ImportTag(*tag.values()) for tag in tags] for tags in told]
+
+
+@pytest.mark.skipif(not shutil.which("go"), reason="no go command")
+def test_pages_are_read_as_go_reads_them(tmp_path: Path) -> None:
+    assert [goproxy.read_imports(page) for page in IMPORTS] == go_imports(tmp_path, IMPORTS)
+
+
+@pytest.mark.parametrize("unit", ["<", "<!--", "<a ", "<a '", "<a b=", "a ", "<?", "<a b='c' "])
+def test_a_page_is_read_in_linear_time(unit: str) -> None:
+    """By work, not by the clock: twice the page may cost little more than twice the lines."""
+    pages = [f"<a {unit * count}>" for count in (2000, 4000)]
+    one, two = (lines_run(functools.partial(goproxy.read_imports, page)) for page in pages)
+    assert two < 3 * one + 100
+
+
+# --- what git is told --------------------------------------------------------
+
+INNER = [
+    "0.0.0.0", "10.0.0.1", "100.64.0.1", "127.0.0.1", "127.9.9.9", "168.63.129.16",
+    "169.254.169.254", "172.16.0.1", "192.168.1.1", "224.0.0.1", "255.255.255.255", "2002:7f00:1::",
+    "64:ff9b::7f00:1", "::", "::1", "::7f00:1", "::ffff:127.0.0.1", "fd00:ec2::254", "fe80::1",
+    "ff02::1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", INNER)
+def test_strangers_cannot_lead_us_inside(address: str) -> None:
+    screened = goproxy.ScreenedDialer(dialer(evil=[address]))
+    for host in ("evil.test", address):
+        with pytest.raises(goproxy.Forbidden, match="only private modules"):
+            screened.connect(host, 443, soon())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "x.localhost", "::1"])
+def test_strangers_cannot_use_the_proxy_to_get_inside(host: str, open_socks: str) -> None:
+    way = route(f"socks5h://{open_socks}")
+    away = goproxy.ScreenedDialer(goproxy.Dialer(goproxy.SystemResolver(), way))
+    with pytest.raises(goproxy.Forbidden, match="only private modules"):
+        away.connect(host, 443, soon())
+
+
+@pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f.1", "0177.0.0.1", "0", "0x7f000001"])
+def test_addresses_in_disguise_are_no_hosts(host: str) -> None:
+    with pytest.raises(goproxy.BadUpstream, match="not a host name"):
+        goproxy.ScreenedDialer(dialer()).connect(host, 443, soon())
+
+
+def test_of_several_addresses_those_inside_are_left_out() -> None:
+    screened = goproxy.ScreenedResolver(Table(git=["10.0.0.1", "192.0.2.1", "127.0.0.1"]))
+    assert screened.lookup("git.test", soon()) == ["192.0.2.1"]
+
+
+LOGINS = """
+# the first line that fits counts
+git.test/team/*  basic   deploy  s3cret
+git.test         bearer  t0ken
+*.corp.test:8443 helper  /usr/bin/helper --flag
+git.test/team    ssh     /keys/team   /keys/hosts
+in.test          ssh     /keys/in
+"""
+
+
+def keyring(text: str = LOGINS) -> goproxy.Keyring:
+    return goproxy.Keyring(goproxy.read_logins(text, "-vcs-auth"), {"net.test": "Basic bmV0"})
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://git.test/team/x", "Basic ZGVwbG95OnMzY3JldA=="),
+        ("https://git.test/team/x.git", "Basic ZGVwbG95OnMzY3JldA=="),
+        ("https://git.test/team", "Bearer t0ken"),
+        ("https://git.test/other/x?go-get=1", "Bearer t0ken"),
+        ("https://git.test:8443/team/x", ""),
+        ("https://net.test/x", "Basic bmV0"),
+        ("https://net.test:8443/x", "Basic bmV0"),
+        ("http://git.test/team/x", ""),
+        ("http://net.test/x", ""),
+        ("https://git.test.evil.test/team/x", ""),
+        ("ssh://git@git.test/team/x", ""),
+    ],
+)
+def test_credentials_are_shown_where_their_glob_says(url: str, shown: str) -> None:
+    assert keyring().login(url).authorization == shown
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "git.test",
+        "git.test s3cret",
+        "git.test basic s3cret",
+        "git.test bearer s3 cret",
+        "[ x s3cret",
+    ],
+)
+def test_a_bad_line_of_credentials_is_not_shown(tmp_path: Path, line: str) -> None:
+    ended = finish(tmp_path, environ={"GOPROXY_VCS_AUTH": f"# x\n{line}\n"})
+    assert (ended.status, ended.err.count("\n"), "cret" in ended.err) == (2, 1, False)
+    assert "GOPROXY_VCS_AUTH: line 2: " in ended.err
+
+
+@contextlib.contextmanager
+def git_access(proxy: str = "", filtered: bool = False) -> Iterator[goproxy.GitAccess]:
+    access = goproxy.GitAccess(dialer(proxy), keyring(), "/ca.pem", filtered)
+    with contextlib.closing(access):
+        yield access
+
+
+def test_git_over_https_is_given_a_header_and_follows_no_redirect() -> None:
+    with git_access() as access:
+        told = access.environment("https://git.test:443/team/x")
+        assert access.environment("https://git.test/team/x") == {
+            "GIT_ALLOW_PROTOCOL": "https",
+            "GIT_CONFIG_COUNT": "2",
+            "GIT_CONFIG_KEY_0": "http.followRedirects",
+            "GIT_CONFIG_VALUE_0": "false",
+            "GIT_CONFIG_KEY_1": "http.https://git.test/.extraHeader",
+            "GIT_CONFIG_VALUE_1": "Authorization: Basic ZGVwbG95OnMzY3JldA==",
+            "GIT_SSL_CAINFO": "/ca.pem",
+        }
+        assert told["GIT_CONFIG_VALUE_0"] == "initial"
+
+
+def test_git_over_https_may_ask_a_helper() -> None:
+    with git_access() as access:
+        told = access.environment("https://git.corp.test:8443/x")
+    assert told["GIT_CONFIG_KEY_1"] == "credential.https://git.corp.test:8443.helper"
+    assert told["GIT_CONFIG_VALUE_1"] == "/usr/bin/helper --flag"
+
+
+def test_git_over_ssh_never_asks_and_has_one_key() -> None:
+    with git_access() as access:
+        one, two = (access.environment(f"ssh://git@{to}/x") for to in ("git.test/team", "in.test"))
+    known = "-oUserKnownHostsFile=/keys/hosts -oStrictHostKeyChecking=yes"
+    start = "ssh -oBatchMode=yes -oControlMaster=no -oIdentitiesOnly=yes -i"
+    assert one["GIT_SSH_COMMAND"] == f"{start} /keys/team {known}"
+    assert two["GIT_SSH_COMMAND"] == f"{start} /keys/in -oStrictHostKeyChecking=accept-new"
+
+
+@pytest.mark.parametrize("url", ["ssh://git@git.test/x", "git://git.test/x", "http://git.test/x"])
+def test_what_cannot_go_through_the_proxy_does_not_go_around_it(url: str) -> None:
+    denied = pytest.raises(goproxy.Forbidden, match="NO_PROXY")
+    with git_access("http://127.0.0.1:1") as access, denied:
+        access.environment(url)
+
+
+# --- private modules over real transports ------------------------------------
+
+
+class Forge(ThreadingHTTPServer):
+    """A forge over TLS, by any host name: pages for ?go-get=1, and git's own server for the bare
+    repositories in a folder. `accepted` are the Authorization values that open it; empty: none is
+    needed. What it was asked is remembered."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, tls: ssl.SSLContext) -> None:
+        super().__init__(("127.0.0.1", 0), ForgeExchange)
+        self.folder, self.accepted = folder, set[str]()
+        self.pages: dict[str, tuple[int, str]] = {}
+        self.moved: dict[str, str] = {}
+        self.seen: list[tuple[str, str, str]] = []  # host, path with query, Authorization
+        self.met, self.gate = threading.Event(), threading.Event()
+        self.gate.set()
+        self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Silent about peers that leave."""
+
+    @property
+    def shown(self) -> set[str]:
+        """Every Authorization that came."""
+        return {authorization for _, _, authorization in self.seen}
+
+    def listings(self) -> int:
+        """How often the branches and tags were asked for by somebody who was let in."""
+        return sum("/info/refs" in path and shown in self.accepted for _, path, shown in self.seen)
+
+    def close(self) -> None:
+        self.gate.set()
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+
+class ForgeExchange(BaseHTTPRequestHandler):
+    server: Forge
+
+    def do_GET(self) -> None:
+        host, shown = self.headers["Host"], self.headers.get("Authorization", "")
+        self.server.seen.append((host, self.path, shown))
+        self.server.met.set()
+        assert self.server.gate.wait(PATIENCE)
+        path, _, query = self.path.partition("?")
+        if query == "go-get=1":
+            status, page = self.server.pages.get(f"{host}{path}", (404, "no page"))
+            self.answer(status, page.encode(), "text/html")
+        elif path.partition("/info/")[0] in self.server.moved:
+            place = self.server.moved[path.partition("/info/")[0]]
+            self.answer(301, b"", "text/plain", ("Location", f"{place}/info/refs?{query}"))
+        elif self.server.accepted and shown not in self.server.accepted:
+            self.answer(401, b"who are you?", "text/plain", ("WWW-Authenticate", 'Basic realm="x"'))
+        else:
+            self.run_git(path, query)
+
+    do_POST = do_GET
+
+    def answer(self, status: int, body: bytes, kind: str, *fields: tuple[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (("Content-Type", kind), ("Content-Length", str(len(body))), *fields):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def run_git(self, path: str, query: str) -> None:
+        """git-http-backend(1), which speaks CGI."""
+        told = {
+            "GIT_PROJECT_ROOT": str(self.server.folder), "GIT_HTTP_EXPORT_ALL": "1",
+            "PATH_INFO": path, "QUERY_STRING": query, "REQUEST_METHOD": self.command,
+            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
+            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
+            "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""), "PATH": os.environ["PATH"],
+        }  # fmt: skip
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        done = subprocess.run(
+            [installed("git"), "-c", "safe.directory=*", "http-backend"], input=body, env=told,
+            capture_output=True, check=False,
+        )  # fmt: skip
+        head, _, content = done.stdout.partition(b"\r\n\r\n")
+        fields = dict(line.split(": ", 1) for line in head.decode().splitlines())
+        status = int(fields.pop("Status", "200").split()[0])
+        self.answer(status, content, fields.get("Content-Type", "text/plain"))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Everywhere(goproxy.Dialer):
+    """Leads every connection to one port, and remembers where it was meant to go."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(goproxy.SystemResolver(), route())
+        self._port = port
+        self.asked: list[str] = []
+
+    def connect(self, host: str, port: int, until: float) -> socket.socket:
+        self.asked.append(f"{host}:{port}")
+        return super().connect("127.0.0.1", self._port, until)
+
+
+def commit_module(folder: Path, name: str, path: str, tags: Sequence[str]) -> Path:
+    """A bare repository `name` in `folder` with the module `path`, and these tags on its commit."""
+    work, bare, git = folder / f"{name}-work", folder / name, Git(folder)
+    git("init", "-q", "-b", "main", str(work))
+    (work / "go.mod").write_text(f"module {path}\n\ngo 1.21\n")
+    (work / "x.go").write_text(f"package x\n\nconst Name = {path!r}\n".replace("'", '"'))
+    who = ["-c", "user.name=x", "-c", "user.email=x@x.test", "-C", str(work)]
+    git(*who, "add", ".")
+    git(*who, "commit", "-q", "-m", "one")
+    for one in tags:
+        git("-C", str(work), "tag", one)
+    bare.parent.mkdir(parents=True, exist_ok=True)
+    git("clone", "-q", "--bare", str(work), str(bare))
+    return bare
+
+
+class World(NamedTuple):
+    """A forge, the only way to it (an outgoing proxy), and a proxy under test beside both."""
+
+    forge: Forge
+    way: Everywhere
+    run: Run
+    upstream: Upstream
+    environ: dict[str, str]
+
+    def start(self, vcs_auth: str = "", **settings: object) -> Proxy:
+        """A proxy to which git.test and go.test are private."""
+        given = {"private": "git.test,go.test", "upstream": self.upstream.url(), **settings}
+        variables = {**self.environ, "GOPROXY_VCS_AUTH": vcs_auth}
+        return self.run(variables, "  Set GOPROXY=", (), **given)
+
+
+@pytest.fixture(scope="session")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repositories")
+    commit_module(folder, "team/tool.git", "git.test/team/tool", ["v1.0.0", "v1.1.0"])
+    commit_module(folder, "vanity", "go.test/x", ["v0.1.0"])
+    return folder
+
+
+@pytest.fixture
+def world(run: Run, upstream: Upstream, trust: Trust, repositories: Path) -> Iterator[World]:
+    forge = Forge(repositories, trust.server)
+    way = Everywhere(forge.server_address[1])
+    with contextlib.closing(forge), contextlib.closing(goproxy.ConnectFilter(way)) as gateway:
+        told = {"GOPROXY_VCS": "git.test/*/*=https://git.test/{path}.git"}
+        environ = {"SSL_CERT_FILE": trust.cert, "NO_PROXY": "127.0.0.1", **told}
+        yield World(forge, way, run, upstream, {**environ, "HTTPS_PROXY": gateway.url})
+        run.stop()
+
+
+TOOL = "git.test/team/tool/@v"
+
+
+def test_private_modules_come_from_git(world: World) -> None:
+    proxy = world.start()
+    assert proxy.get(f"{TOOL}/list").versions == ["v1.0.0", "v1.1.0"]
+    assert proxy.get("git.test/team/tool/@latest").version == "v1.1.0"
+    assert proxy.get(f"{TOOL}/v1.0.0.mod").text == "module git.test/team/tool\n\ngo 1.21\n"
+    zipped = zipfile.ZipFile(io.BytesIO(proxy.get(f"{TOOL}/v1.0.0.zip").body))
+    names = [f"git.test/team/tool@v1.0.0/{name}" for name in ("go.mod", "x.go")]
+    assert sorted(zipped.namelist()) == names
+    assert proxy.get(f"{TOOL}/main.info").version == "v1.1.0"
+    assert set(world.way.asked) == {"git.test:443"}
+    assert world.upstream.asked == []
+
+
+def test_private_modules_are_found_by_their_page(world: World) -> None:
+    world.forge.pages["go.test/x"] = (200, tag("go.test/x git https://git.test/vanity"))
+    proxy = world.start()
+    assert proxy.get("go.test/x/@v/v0.1.0.mod").text.startswith("module go.test/x\n")
+    assert proxy.get("go.test/x/y/@v/list").status == 404
+    assert proxy.get("go.test/none/@v/list").status == 404
+    assert world.upstream.asked == []
+
+
+def test_a_page_may_lead_to_a_module_proxy(world: World) -> None:
+    page = tag(f"go.test/q mod {world.upstream.url()}")
+    world.forge.pages["go.test/q"] = (200, page)
+    name = "go.test/q/@v/v1.0.0.info"
+    world.upstream.files[name] = info_of("v1.0.0")
+    assert world.start().get(name).version == "v1.0.0"
+
+
+@pytest.mark.parametrize(
+    "path", [f"{TOOL}/v9.9.9.info", f"{TOOL}/v9.9.9.zip", "git.test/team/none/@v/list"]
+)
+def test_absence_of_a_private_module_is_final(world: World, path: str) -> None:
+    assert world.start().get(path).status == 404
+    assert world.upstream.asked == []
+
+
+def test_an_outage_of_a_forge_is_no_absence(world: World, refused: str) -> None:
+    proxy = world.start(proxy=refused)
+    assert proxy.get(f"{TOOL}/list").status == 502
+    assert proxy.get("go.test/x/@v/list").status == 502
+    assert world.upstream.asked == []
+
+
+def test_exclusion_comes_before_privacy(world: World) -> None:
+    assert world.start(exclude="git.test/team").get(f"{TOOL}/list").status == 404
+    assert world.way.asked == []
+
+
+def test_nothing_outside_hears_of_a_private_path(world: World) -> None:
+    """Lists, queries, artifacts, checksum records and read-ahead, escaped in any way."""
+    with UdpDns() as resolver:
+        proxy = world.start(
+            dns=f"127.0.0.1:{resolver.port}", read_ahead="true", workers=2,
+            sumdb=f"sum.test {world.upstream.url()}",
+        )  # fmt: skip
+        names = [f"{TOOL}/{name}" for name in ("list", "main.info", "v1.0.0.info", "v1.0.0.mod")]
+        for name in [*names, f"{TOOL}/v1.0.0.zip", "git.test/team/tool/@latest"]:
+            assert proxy.get(name).status == 200
+        assert proxy.get(f"{TOOL}/list".replace("git.", "git%2E")).status == 200
+        for name in ("sumdb/sum.test/lookup/git.test/team/tool@v1.0.0", "go.test/!x/@v/list"):
+            assert proxy.get(name).status == 404
+        proxy.stop()
+        assert (world.upstream.asked, resolver.asked, resolver.tcp_connections) == ([], [], 0)
+    assert set(world.way.asked) == {"git.test:443", "go.test:443"}
+
+
+def test_only_our_resolver_hears_of_a_private_path(world: World) -> None:
+    with UdpDns() as resolver:
+        port = world.forge.server_address[1]
+        world.environ["GOPROXY_VCS"] = f"git.test/*/*=https://git.test:{port}/{{path}}.git"
+        world.environ["HTTPS_PROXY"] = ""
+        proxy = world.start(dns=f"127.0.0.1:{resolver.port}")
+        assert proxy.get(f"{TOOL}/list").versions == ["v1.0.0", "v1.1.0"]
+        assert resolver.asked != []
+    assert (world.way.asked, world.upstream.asked) == ([], [])
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+SECRET = "c4naryS3cret"
+DEPLOY = basic("deploy", SECRET)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        (f"git.test basic deploy {SECRET}", DEPLOY),
+        (f"git.test/team/* bearer {SECRET}", f"Bearer {SECRET}"),
+        (f"git.test helper !printf 'username=deploy\\npassword={SECRET}'; :", DEPLOY),
+    ],
+)
+def test_credentials_open_a_repository(world: World, line: str, shown: str) -> None:
+    world.forge.accepted = {shown}
+    assert world.start(line).get(f"{TOOL}/v1.0.0.info").version == "v1.0.0"
+    assert world.forge.shown <= {shown, ""}
+
+
+def test_credentials_of_netrc_open_a_repository(world: World) -> None:
+    world.forge.accepted = {DEPLOY}
+    netrc = world.run.folder / ".netrc"
+    netrc.write_text(f"machine git.test login deploy password {SECRET}\n")
+    netrc.chmod(0o600)
+    assert world.start().get(f"{TOOL}/list").status == 200
+
+
+@pytest.mark.parametrize(("mode", "told"), [(0o600, False), (0o644, True)])
+def test_a_file_of_credentials_should_be_readable_by_nobody_else(
+    world: World, mode: int, told: bool
+) -> None:
+    world.forge.accepted = {DEPLOY}
+    file = world.run.folder / "logins"
+    file.write_text(f"git.test basic deploy {SECRET}\n")
+    file.chmod(mode)
+    proxy = world.start(str(file))
+    assert proxy.get(f"{TOOL}/list").status == 200
+    assert ("others can read it" in proxy.log) is told
+
+
+def test_without_credentials_a_repository_is_forbidden(world: World) -> None:
+    world.forge.accepted = {DEPLOY}
+    for line in ("", "git.test basic deploy wrong"):
+        assert world.start(line).get(f"{TOOL}/list").status == 403
+
+
+def command_lines() -> bytes:
+    """The arguments of every process of the machine."""
+    told = b""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            told += file.read_bytes()
+    return told
+
+
+@pytest.mark.parametrize("accepted", [DEPLOY, "nobody's"])
+def test_secrets_are_seen_nowhere(world: World, accepted: str) -> None:
+    world.forge.accepted = {accepted}
+    world.forge.gate.clear()
+    proxy = world.start(f"git.test basic deploy {SECRET}")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(proxy.get, f"{TOOL}/v1.0.0.zip")
+        assert world.forge.met.wait(PATIENCE)
+        seen = command_lines()
+        world.forge.gate.set()
+        seen += asked.result().body
+    proxy.stop()
+    seen += proxy.log.encode()
+    seen += b"".join(file.read_bytes() for file in world.run.folder.rglob("*") if file.is_file())
+    gateway = urllib.parse.urlsplit(world.environ["HTTPS_PROXY"]).password or ""
+    for secret in (SECRET, DEPLOY.split()[1], gateway):
+        assert secret.encode() not in seen
+    assert b"git.test/team/tool.git" in seen  # that git was seen
+
+
+def test_credentials_do_not_follow_a_redirect(world: World) -> None:
+    world.forge.accepted = {DEPLOY}
+    world.forge.moved["/team/tool.git"] = "https://evil.test/team/tool.git"
+    answer = world.start(f"git.test basic deploy {SECRET}").get(f"{TOOL}/list")
+    assert answer.status == 502
+    assert {host for host, _, _ in world.forge.seen} == {"git.test"}
+
+
+def test_others_modules_are_reached_directly_without_credentials(world: World) -> None:
+    world.forge.pages["go.test/x"] = (200, tag("go.test/x git https://git.test/vanity"))
+    line = f"git.test,go.test basic deploy {SECRET}".replace(",", f" basic deploy {SECRET}\n")
+    proxy = world.start(line, private="", upstream=f"{world.upstream.url('404')},direct")
+    assert proxy.get("go.test/x/@v/list").versions == ["v0.1.0"]
+    assert world.forge.shown == {""}
+    assert world.upstream.asked == ["go.test/x/@v/list"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "169.254.169.254", "[::1]"])
+def test_a_strangers_page_leads_nowhere_inside(world: World, host: str) -> None:
+    for kind in ("git", "mod"):
+        world.forge.pages["go.test/x"] = (200, tag(f"go.test/x {kind} https://{host}/vanity"))
+        proxy = world.start(private="", upstream="direct")
+        assert proxy.get("go.test/x/@v/list").status in (403, 502)
+        proxy.stop()
+    assert set(world.way.asked) == {"go.test:443"}
+
+
+def test_a_private_page_may_lead_inside(world: World) -> None:
+    page = tag("go.test/x git https://127.0.0.1/vanity")
+    world.forge.pages["go.test/x"] = (200, page)
+    world.environ["NO_PROXY"] = ""
+    assert world.start().get("go.test/x/@v/list").status == 200
+
+
+def test_private_modules_need_git(tmp_path: Path) -> None:
+    ended = finish(tmp_path, "-private=x.test", environ={"PATH": str(tmp_path)})
+    assert (ended.status, ended.err.count("\n"), "need git" in ended.err) == (1, 1, True)
+
+
+# --- private modules by each client's credentials ----------------------------
+
+
+def test_a_client_shows_its_own_credentials(world: World) -> None:
+    world.forge.accepted = {DEPLOY}
+    proxy = world.start(f"git.test basic deploy {SECRET}", private_auth="client")
+    asked = proxy.get(f"{TOOL}/v1.0.0.mod")
+    assert (asked.status, asked.headers["www-authenticate"]) == (401, 'Basic realm="goproxy"')
+    assert world.forge.seen == []
+    assert proxy.get(f"{TOOL}/v1.0.0.mod", Authorization=basic("x", "y")).status == 403
+    answer = proxy.get(f"{TOOL}/v1.0.0.mod", Authorization=DEPLOY)
+    assert (answer.status, answer.headers["cache-control"]) == (200, "private, no-store")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_stored_is_shown_to_nobody_else(world: World, workers: int) -> None:
+    world.forge.accepted = {DEPLOY}
+    proxy = world.start(private_auth="client", workers=workers)
+    names = [f"{TOOL}/{name}" for name in ("list", "v1.0.0.info", "v1.0.0.mod", "v1.0.0.zip")]
+    for _ in range(3):
+        for name in [*names, "git.test/team/tool/@latest"]:
+            assert proxy.get(name, Authorization=DEPLOY).status == 200
+            assert proxy.get(name).status == 401
+            assert proxy.get(f"cached-only/{name}").status == 401
+            assert proxy.get(name, Authorization=basic("x", "y")).status == 403
+            assert proxy.get(name, method="HEAD").status == 401
+
+
+def test_good_credentials_are_believed_for_a_while(world: World) -> None:
+    world.forge.accepted = {DEPLOY, basic("other", "one")}
+    proxy = world.start(private_auth="client")
+    for name in ("v1.0.0.info", "v1.0.0.mod", "v1.0.0.zip"):
+        assert proxy.get(f"{TOOL}/{name}", Authorization=DEPLOY).status == 200
+    before = world.forge.listings()
+    for name in ("v1.0.0.info", "v1.0.0.mod", "v1.0.0.zip"):
+        assert proxy.get(f"{TOOL}/{name}", Authorization=DEPLOY).status == 200
+    assert world.forge.listings() == before
+    assert proxy.get(f"{TOOL}/v1.0.0.mod", Authorization=basic("other", "one")).status == 200
+    assert world.forge.listings() == before + 1
+
+
+def test_public_modules_need_no_credentials_of_clients(world: World) -> None:
+    proxy = world.start(private_auth="client")
+    assert proxy.get(INFO).body == SITE[INFO]
+    assert proxy.get(INFO, Authorization=DEPLOY).body == SITE[INFO]
+    assert [one.headers.get("authorization") for one in world.upstream.seen] == [None]
+
+
+# --- private modules over ssh, git:// and from a folder ----------------------
+
+
+SSHD = """\
+Port {port}
+ListenAddress 127.0.0.1
+HostKey {folder}/host
+PidFile none
+AuthorizedKeysFile {folder}/user.pub
+StrictModes no
+PasswordAuthentication no
+UsePAM no
+"""
+
+
+class Ssh(NamedTuple):
+    folder: Path
+    port: int
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ssh]:
+    """A real one, which knows one key."""
+    folder, port = tmp_path_factory.mktemp("ssh"), free_port()
+    for name in ("host", "user"):
+        make = [installed("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
+        subprocess.run(make, check=True)
+    (folder / "sshd.conf").write_text(SSHD.format(port=port, folder=folder))
+    host = (folder / "host.pub").read_text()
+    (folder / "known").write_text(f"[127.0.0.1]:{port} {host}")
+    (folder / "unknown").write_text("")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    with program(port, "sshd", "-D", "-f", str(folder / "sshd.conf"), "-E", str(folder / "log")):
+        yield Ssh(folder, port)
+
+
+@pytest.mark.parametrize(
+    ("known", "status"), [("known", 200), ("unknown", 502), ("", 403)], ids=str
+)
+def test_a_key_opens_a_repository_over_ssh(
+    run: Run, sshd: Ssh, repositories: Path, known: str, status: int
+) -> None:
+    """The last case has no key."""
+    line = f"127.0.0.1:* ssh {sshd.folder}/user {sshd.folder}/{known}" if known else ""
+    rule = (
+        f"git.test/*/*=ssh://{getpass.getuser()}@127.0.0.1:{sshd.port}{repositories}/{{path}}.git"
+    )
+    proxy = run({"GOPROXY_VCS_AUTH": line, "GOPROXY_VCS": rule}, private="git.test", upstream="off")
+    answer = proxy.get(f"{TOOL}/v1.0.0.zip")
+    assert answer.status == status, answer.text
+
+
+def test_git_daemon_serves_in_clear_text(run: Run, repositories: Path) -> None:
+    port = free_port()
+    options = ["--reuseaddr", "--export-all", "--listen=127.0.0.1", f"--port={port}"]
+    with program(port, "git", "-c", "safe.directory=*", "daemon", *options, str(repositories)):
+        rule = f"git.test/*/*=git://127.0.0.1:{port}{repositories}/{{path}}.git"
+        proxy = run({"GOPROXY_VCS": rule}, private="git.test", upstream="off")
+        assert proxy.get(f"{TOOL}/v1.0.0.zip").status == 200
+        assert proxy.get("git.test/team/none/@v/list").status == 404
+
+
+def test_a_repository_may_be_a_folder(run: Run, repositories: Path) -> None:
+    rule = f"git.test/*/*=file://{repositories}/{{path}}.git"
+    proxy = run(vcs=rule, private="git.test", upstream="off")
+    assert proxy.get(f"{TOOL}/list").versions == ["v1.0.0", "v1.1.0"]
+
+
 # =============================================================================
 # 9. Mirror
 # =============================================================================
@@ -7033,7 +7873,7 @@ def again(storage: goproxy.Storage, upstream: Upstream, request: Any) -> Iterato
     flags_given = ["-recheck=0", f"-upstream={upstream.url()}", *getattr(request, "param", [])]
     settings = goproxy.Settings.load(flags_given, {})
     with contextlib.closing(goproxy.Client(dialer(), {})) as client:
-        source = goproxy.open_sources(client, settings.upstream)
+        source = goproxy.open_sources(client, settings.upstream, goproxy.Nowhere())
         recheck = goproxy.Recheck(source, storage, lambda path, version: True, settings, QUIET_LOG)
         yield Again(storage, recheck, upstream)
 
@@ -7685,10 +8525,6 @@ def test_a_zip_that_is_not_stored_has_no_head_offline(run: Run, upstream: Upstre
 
 
 # --- users -------------------------------------------------------------------
-
-
-def basic(user: str, password: str) -> str:
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 def enrol(folder: Path, user: str, *arguments: str, password: str = "sesame") -> str:
@@ -8853,6 +9689,34 @@ def test_a_bad_zip_does_not_keep_go_from_the_next_proxy(
 def test_go_shows_why_something_was_not_found(shared: Shared, make_go: GoMaker) -> None:
     ended = make_go(shared.proxy.url).run("mod", "download", "example.com/quote@v1.5.0")
     assert "not found: example.com/quote@v1.5.0" in ended.err
+
+
+def through(port: int) -> Callable[[socket.socket], None]:
+    """Talk of a TLS server before the plain one at `port`."""
+
+    def talk(sock: socket.socket) -> None:
+        with dial(port) as server:
+            asked = b""
+            while b"\r\n\r\n" not in asked:
+                asked += sock.recv(65536)
+            server.sendall(asked.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            sock.sendall(read_all(server))
+
+    return talk
+
+
+@needs_go
+def test_go_shows_its_credentials(world: World, make_go: GoMaker, trust: Trust) -> None:
+    """As it shows none without TLS, a server for that stands before the proxy."""
+    world.forge.accepted = {DEPLOY}
+    proxy = world.start(private_auth="client")
+    with Peer(through(proxy.port), trust.server) as secure:
+        go = make_go(f"https://127.0.0.1:{secure.port}", SSL_CERT_FILE=trust.cert, GONOSUMDB="*")
+        assert "401 Unauthorized" in go.run("mod", "download", "git.test/team/tool@latest").err
+        known = f"machine 127.0.0.1:{secure.port} login deploy password {SECRET}\n"
+        (go.folder / ".netrc").write_text(known)
+        (got,) = go.download("git.test/team/tool@latest")
+        assert (got["Version"], got["Sum"][:3]) == ("v1.1.0", "h1:")
 
 
 # --- with the real upstream --------------------------------------------------
