@@ -2680,11 +2680,29 @@ class Draft:
         self._wakes: list[Callable[[], None]] = []
 
     def write(self, data: bytes) -> None:
-        self.file.append(data)
+        try:
+            self.file.append(data)
+        except OSError:
+            self._move()
+            self.file.append(data)
         self.written += len(data)
         if self.written - WITHHELD > self._visible:
             self._visible = self.written - WITHHELD
             self._wake()
+
+    def _move(self) -> None:
+        """Goes on in the folder for temporary files, where the disk may not be full; readers do
+        not notice. Without a name, the draft will not become an artifact of a folder."""
+        descriptor, path = tempfile.mkstemp(prefix="draft-")
+        other = OpenFile(descriptor)
+        os.unlink(path)
+        with self.file.reading() as file:
+            for start in range(0, self.written, CHUNK):
+                other.append(file.read(min(CHUNK, self.written - start)))
+        os.dup2(descriptor, self.file.descriptor, inheritable=False)
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        self.path = ""
 
     def finish(self) -> None:
         """All bytes are right: readers may have the tail."""
@@ -5142,7 +5160,11 @@ class DiskStorage(Folder, Storage):
                     os.unlink(path)
 
     def draft(self) -> Draft:
-        return _draft_in(self._drafts, named=True)
+        """On a disk that takes no file, one that cannot be stored, but given out."""
+        try:
+            return Draft(self._drafts)
+        except OSError:
+            return _draft_in(tempfile.gettempdir(), named=False)
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
         with store_errors(name):
@@ -5155,6 +5177,8 @@ class DiskStorage(Folder, Storage):
                 raise
 
     def adopt(self, name: str, draft: Draft) -> bool:
+        if not draft.path:
+            raise StoreDown("the store fails: its disk is full or not writable")
         with store_errors(name):
             return self._publish(name, draft, replace=False)
 
@@ -5492,6 +5516,9 @@ class SqlDialect(Protocol):
     def connect(self) -> SqlLine:
         """Raises StoreDown, StoreAway."""
 
+    def check_room(self, line: SqlLine, size: int) -> None:
+        """Raises StoreDown if so many bytes are known to find no room."""
+
     def refuse(self, error: StoreDown) -> None:
         """Raises StartError for an error at the start that will not go away by itself."""
 
@@ -5640,6 +5667,7 @@ class SqlStorage(RemoteStorage):
         if size <= self._SMALL:
             body, data = None, file.read()
         else:
+            self._with(lambda line: self._dialect.check_room(line, size))
             body, data = self._upload(file), None
         row = (name, name.rpartition("/")[0], size, modified, body, data)
         try:
@@ -5653,12 +5681,15 @@ class SqlStorage(RemoteStorage):
         waste = "INSERT INTO goproxy_waste (body, since) VALUES (?, ?)"
         self._change(waste, body, time.time())
         insert = "INSERT INTO goproxy_chunks (body, number, data) VALUES (?, ?, ?)"
-        for number in itertools.count():
-            data = file.read(self._SMALL)
-            if not data:
-                return body
-            self._change(insert, body, number, data)
-        raise AssertionError
+        chunks = iter(functools.partial(file.read, self._SMALL), b"")
+        try:
+            for number, data in enumerate(chunks):
+                self._change(insert, body, number, data)
+        except StoreDown:
+            with contextlib.suppress(StoreDown):
+                self._with(lambda line: self._discard(line, body))
+            raise
+        return body
 
     def _publish(self, line: SqlLine, row: Sequence[Any], replace: bool) -> bool:
         name, body = row[0], row[4]
@@ -5696,9 +5727,13 @@ class SqlStorage(RemoteStorage):
         self._tidy_at = time.monotonic() + self._TIDY_SECONDS
         select = "SELECT body FROM goproxy_waste WHERE since < ? ORDER BY since LIMIT ?"
         for row in line.rows(select, time.time() - self._WASTE_SECONDS, self._TIDY_BODIES):
-            with _transaction(line):
-                line.change("DELETE FROM goproxy_waste WHERE body = ?", row[0])
-                line.change("DELETE FROM goproxy_chunks WHERE body = ?", row[0])
+            self._discard(line, row[0])
+
+    @staticmethod
+    def _discard(line: SqlLine, body: int) -> None:
+        with _transaction(line):
+            line.change("DELETE FROM goproxy_waste WHERE body = ?", body)
+            line.change("DELETE FROM goproxy_chunks WHERE body = ?", body)
 
     def remove(self, name: str) -> None:
         def work(line: SqlLine) -> int:
@@ -5789,6 +5824,7 @@ class Sqlite(SqlDialect):
     blob, text = "BLOB", "TEXT"
     _SETUP = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL")
     _QUICK = 256 << 20  # bytes of a file that is looked through at the start
+    _SPARE = 8 << 20  # what the write-ahead file takes
 
     def __init__(self, path: str) -> None:
         """Raises ValueError where Python has no SQLite, StartError."""
@@ -5821,6 +5857,16 @@ class Sqlite(SqlDialect):
             found = line.rows("PRAGMA quick_check(1)")[0][0]
             if found != "ok":
                 raise StoreDown(f"the store fails: {found}")
+
+    def check_room(self, line: SqlLine, size: int) -> None:
+        """A disk filled to the last page would leave no room to take anything away either."""
+        (pages,), (page,) = line.rows("PRAGMA freelist_count") + line.rows("PRAGMA page_size")
+        try:
+            free = shutil.disk_usage(os.path.dirname(self._path)).free
+        except OSError as error:
+            raise StoreDown(f"the store fails: {error.strerror}") from None
+        if free + pages * page < size + self._SPARE:
+            raise StoreDown("the store fails: its disk is full")
 
     def refuse(self, error: StoreDown) -> None:
         raise StartError(
@@ -5907,6 +5953,9 @@ class Postgres(SqlDialect):
 
     def connect(self) -> SqlLine:
         return PostgresLine(self._driver, self._url)
+
+    def check_room(self, line: SqlLine, size: int) -> None:
+        pass
 
     def refuse(self, error: StoreDown) -> None:
         """What cannot be reached may be there later; what the server itself refuses stays so."""

@@ -401,6 +401,22 @@ def _truncate(exchange: Exchange, body: bytes) -> None:
     exchange.cut()
 
 
+def _vary(exchange: Exchange, body: bytes) -> None:
+    """Good, but other bytes each time, as from an upstream that makes its zips anew."""
+    path = exchange.path_asked
+    count = exchange.server.upstream.asked.count(path)
+    varied = body + b"\n" * count
+    if path.endswith(".zip"):
+        held = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(body)) as old, zipfile.ZipFile(held, "w") as new:
+            for name in old.namelist():
+                new.writestr(
+                    zipfile.ZipInfo(name, (1980 + count % 99, 1, 1, 0, 0, 0)), old.read(name)
+                )
+        varied = held.getvalue()
+    exchange.reply(200, varied)
+
+
 def _wrong_info(exchange: Exchange, body: bytes) -> None:
     exchange.reply(200, info_of("v9.9.9"))
 
@@ -433,6 +449,7 @@ FAULTS: dict[str, Fault] = {
     "reset": _reset,
     "swap-once": _swap_once,
     "truncate": _truncate,
+    "vary": _vary,
     "wronginfo": _wrong_info,
 }
 
@@ -6026,6 +6043,133 @@ def test_a_driver_that_is_missing_is_one_line_and_status_2(tmp_path: Path) -> No
     assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
     assert "CACHE_DIR=postgres://u:***@127.0.0.1/x" in ended.err
     assert "pip install 'psycopg[binary]'" in ended.err
+
+
+# --- a full disk -------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(run: Run) -> Iterator[Path]:
+    """A disk of 12 MB."""
+    disk = run.folder / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(disk)]
+    if (
+        not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("may not mount")
+    yield disk
+    run.stop()
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("place", ["{}/cache", "sqlite:{}/store.db"])
+def test_what_the_disk_has_no_room_for_is_given_out_all_the_same(
+    run: Run, upstream: Upstream, small_disk: Path, place: str
+) -> None:
+    large, held = "example.com/large/@v/v1.0.0.zip", io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr("example.com/large@v1.0.0/go.mod", "module example.com/large\n")
+        archive.writestr("example.com/large@v1.0.0/noise", NOISE * 50)
+    upstream.files[large] = held.getvalue()
+    proxy = run(cache=place.format(small_disk), upstream=upstream.url())
+    for _ in range(2):
+        assert proxy.get(large).body == held.getvalue()
+        proxy.logged("degraded: ")
+        assert [proxy.get(path).body for path in (INFO, BIG)] == [SITE[INFO], SITE[BIG]]
+    proxy.logged("the store works again")
+    assert [proxy.get(path).headers["x-cache"] for path in (INFO, BIG)] == ["HIT", "HIT"]
+
+
+# --- replicas ----------------------------------------------------------------
+
+HAPROXY = """
+defaults
+  mode http
+  timeout connect 2s
+  timeout client 30s
+  timeout server 30s
+  retries 3
+  option redispatch
+  option httpchk GET /readyz
+  default-server check inter 100ms fall 1 rise 1
+frontend front
+  bind 127.0.0.1:{front}
+  default_backend replicas
+backend replicas
+  balance random
+"""
+
+
+@contextlib.contextmanager
+def balanced(folder: Path, ports: Iterable[int]) -> Iterator[int]:
+    """HAProxy in front of replicas; its port."""
+    front = free_port()
+    servers = "".join(f"  server r{port} 127.0.0.1:{port}\n" for port in ports)
+    (folder / "haproxy.cfg").write_text(HAPROXY.format(front=front) + servers)
+    with program(front, "haproxy", "-f", f"{folder}/haproxy.cfg"):
+        yield front
+
+
+def read_at_last(port: int, path: str) -> bytes:
+    """The whole body, asked for again like the go command's user would, until it comes."""
+    end = soon()
+    while time.monotonic() < end:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        with (
+            contextlib.closing(connection),
+            contextlib.suppress(http.client.HTTPException, OSError),
+        ):
+            answer = ask(connection, "GET", f"/{path}", {})
+            if answer.status == 200 and answer.whole:
+                return answer.body
+    raise AssertionError(f"{path} never came")
+
+
+class Replicas:
+    """Three processes over one store, behind a balancer; one of them is killed now and then."""
+
+    KILLS = (12, 30, 50, 70)  # after so many reads
+
+    def __init__(self, run: Run, place: str, upstream: str) -> None:
+        self._start = functools.partial(run, cache=place, upstream=upstream)
+        self._dice, self._killing = random.Random(5), threading.Lock()
+        self._count = itertools.count()
+        self.proxies = {port: self._start(port=port) for port in [free_port() for _ in range(3)]}
+
+    def read(self, front: int, path: str) -> tuple[str, str]:
+        """The path, and the hash of what came."""
+        if next(self._count) in self.KILLS:
+            with self._killing:
+                port = self._dice.choice(list(self.proxies))
+                self.proxies[port].kill()
+                self.proxies[port] = self._start(port=port)
+        return path, hashlib.sha256(read_at_last(front, path)).hexdigest()
+
+
+def check_one_hash(run: Run, upstream: Upstream, place: str) -> None:
+    """Whatever replicas, kills and an upstream with other bytes each time: every read of a name
+    gives the same."""
+    modules = {f"example.com/m{number}@v1.0.0": MODULES[QUOTE] for number in range(6)}
+    upstream.files.update(site({**modules, "example.com/big@v1.0.0": {"noise": NOISE}}))
+    paths = [
+        path for path in upstream.files if re.search(r"/(m\d|big)/@v/.*\.(info|mod|zip)", path)
+    ]
+    replicas = Replicas(run, place, upstream.url("vary"))
+    with balanced(run.folder, replicas.proxies) as front, ThreadPoolExecutor(8) as pool:
+        # Each path twice in a row, so that replicas fetch it at the same time.
+        asked = [path for path in paths for _ in range(2)] + paths * 2
+        seen = set(pool.map(functools.partial(replicas.read, front), asked))
+    with opened(place) as storage:
+        assert seen == {(path, hashlib.sha256(read(storage, path)).hexdigest()) for path in paths}
+
+
+QUOTE = "example.com/quote@v1.0.0"
+
+
+def test_replicas_over_one_database_give_one_hash_per_name(run: Run, upstream: Upstream) -> None:
+    check_one_hash(run, upstream, database().url(database().make()))
 
 
 # --- a folder ----------------------------------------------------------------
