@@ -199,6 +199,10 @@ class HeadTooSlow(ProxyError):
     status = 408
 
 
+class LengthRequired(ProxyError):
+    status = 411
+
+
 class BodyTooLarge(ProxyError):
     status = 413
 
@@ -5143,7 +5147,8 @@ class DiskStorage(Folder, Storage):
             self.sweep()
             descriptor, probe = tempfile.mkstemp(dir=self._drafts)
             os.close(descriptor)
-            os.unlink(probe)
+            with contextlib.suppress(FileNotFoundError):  # another process has swept it
+                os.unlink(probe)
         except OSError as error:
             raise StartError(
                 f"cannot write to the cache folder {folder}: {error.strerror}; "
@@ -6490,7 +6495,15 @@ class OwnModules(Source):
     is missing beside that is made from it. Nothing is remembered, so changes count at once."""
 
     def __init__(self, folders: Sequence[str]) -> None:
+        self._folders = folders
         self._shelves = {folder: Folder(folder) for folder in folders}
+
+    def writable(self) -> DiskStorage:
+        """The first folder, where new versions go. Raises StoreDown."""
+        try:
+            return open_own(self._folders[0])
+        except StartError as error:
+            raise StoreDown(str(error)) from None
 
     def _shelf(self, stem: str) -> Folder | None:
         """The folder that has <module>/@v/<version>, both escaped. A share that is not mounted is
@@ -9762,6 +9775,48 @@ _ALL_KINDS = ("info", "mod", "zip", "record")
 # no body lengths, know no deadline and spend a thread on every idle or slow client.
 
 
+class Upload(Blob):
+    """The body of a request, which whoever wants it takes from the client, not the loop. A client
+    that is silent or slow for too long is given up."""
+
+    _STALL, _GRACE, _RATE = 10.0, 30.0, 32 << 10  # seconds, seconds, bytes a second
+
+    def __init__(self, sock: socket.socket, ahead: bytes, size: int, awaits: bool) -> None:
+        """`ahead`: what has been read of it; `awaits`: the client asks whether to send it."""
+        self._sock = sock
+        self._ahead = ahead[:size]
+        self._left = self.size = size
+        self._awaits = awaits and not ahead
+        self._until = time.monotonic() + self._GRACE + size / self._RATE
+
+    def read(self, count: int) -> bytes:
+        """Raises HeadTooSlow, BadRequest."""
+        if self._awaits:
+            self._awaits = False
+            with contextlib.suppress(OSError):
+                self._sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if not self._ahead and self._left:
+            self._ahead = self._receive(min(count, self._left))[: self._left]
+        data, self._ahead = self._ahead[:count], self._ahead[count:]
+        self._left -= len(data)
+        return data
+
+    def _receive(self, count: int) -> bytes:
+        try:
+            while True:
+                with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+                    data = self._sock.recv(count)
+                    break
+                patience = min(self._STALL, self._until - time.monotonic())
+                if patience <= 0 or not _is_ready(self._sock, READABLE, patience):
+                    raise HeadTooSlow("request body too slow")
+        except (OSError, ValueError):  # closed, by the client or by us
+            data = b""
+        if not data:
+            raise BadRequest("request body cut short")
+        return data
+
+
 class Request(NamedTuple):
     """A request whose head has been checked. `target` is the path as sent, without the query;
     `keep` tells whether the client wants the connection kept."""
@@ -9774,6 +9829,8 @@ class Request(NamedTuple):
     body: int  # bytes of body that follow
     reach: Reach = Reach.READY
     client: str = ""
+    user: str = ""  # of -auth
+    upload: Upload | None = None  # the body, if it is wanted
 
     @property
     def asker(self) -> Asker:
@@ -9794,6 +9851,12 @@ _KNOWN_METHODS = frozenset(
     ["CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"]
 )
 _AUTHORITY = re.compile(r"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
+
+
+def with_upload(request: Request, sock: socket.socket, ahead: bytes) -> Request:
+    """The request with its body, of which some has been read ahead."""
+    awaits = request.chunks and "expect" in request.fields
+    return request._replace(upload=Upload(sock, ahead, request.body, awaits))
 
 
 def parse_request(head: bytes) -> Request:
@@ -9818,7 +9881,7 @@ def parse_request(head: bytes) -> Request:
         fields=fields,
         keep="close" not in options and (is_new or "keep-alive" in options),
         chunks=is_new,
-        body=_body_length(fields, is_new),
+        body=_body_length(fields, is_new, match[1] == b"PUT"),
     )
 
 
@@ -9844,14 +9907,18 @@ def _target(target: str, fields: Fields, is_new: bool) -> str:
     return target.partition("?")[0]
 
 
-def _body_length(fields: Fields, is_new: bool) -> int:
-    """Bytes of body to pass over. Nothing here wants a body; short ones are tolerated."""
+def _body_length(fields: Fields, is_new: bool, is_wanted: bool) -> int:
+    """Bytes of body to take, or to pass over: short ones that nobody wants are tolerated."""
     length = content_length(fields)
     if "transfer-encoding" in fields:
         if length is not None or not is_new or fields["transfer-encoding"].lower() != "chunked":
             raise BadRequest("ambiguous body length")
+        if is_wanted:
+            raise LengthRequired("a body needs a content-length")
         raise BodyTooLarge("no body is wanted here")
-    if (length or 0) > _BODY_LIMIT:
+    if is_wanted and (length or 0) > MAX_ZIP:
+        raise BodyTooLarge(f"a module zip has {MAX_ZIP} bytes at most")
+    if not is_wanted and (length or 0) > _BODY_LIMIT:
         raise BodyTooLarge("no body is wanted here")
     if fields.get("expect", "100-continue").lower() != "100-continue":
         raise ExpectationFailed("unknown expectation")
@@ -10095,6 +10162,7 @@ class App(NamedTuple):
     used: Callable[[str], None]  # told the name of each stored file that a client is given
     gate: Gate | None = None
     tls: Tls | None = None
+    own: OwnModules = OwnModules(())
 
     def watch(self, request: Request, artifact: Sequence[str], here: bool) -> None:
         """Lets read-ahead see what a client asks; `artifact` is path, version and kind."""
@@ -10175,6 +10243,58 @@ def serve_artifact(app: App, request: Request, module: str, version: str, kind: 
     return _replied(answer, KINDS[kind].content_type, None)
 
 
+def serve_put(app: App, request: Request, module: str, version: str, kind: str) -> Reply:
+    """PUT /<module>/@v/<version>.zip: publishes a version of our own. 201 for a new one, 200 if
+    that very version is there already, 409 if another one is."""
+    artifact = _own_artifact(module, version, kind)
+    storage = app.own.writable()
+    with contextlib.closing(storage), _drafting(storage) as draft:
+        if app.own.has(*artifact[:2]) and storage.stamp(artifact.name) is None:
+            raise Conflict("another folder of -modules has this version")
+        assert request.upload
+        for data in iter(functools.partial(request.upload.read, CHUNK), b""):
+            with store_errors(artifact.name):
+                draft.write(data)
+        sums = check_module_zip(draft, artifact.path, artifact.version)
+        is_new = publish(storage, artifact, draft, sums)
+    app.log.line(f"{artifact.path}@{artifact.version}: published by {request.user} {sums.zip}")
+    name = f"{artifact.path} {artifact.version}"
+    lines = f"{name} {sums.zip}\n{name}/go.mod {sums.mod}\n"
+    return Reply(201 if is_new else 200, lines.encode(), headers=(_NO_STORE,))
+
+
+@contextlib.contextmanager
+def _drafting(storage: Storage) -> Iterator[Draft]:
+    """A draft of which nothing is left in the end, unless it was adopted."""
+    draft = storage.draft()
+    try:
+        yield draft
+    finally:
+        draft.fail(StoreDown("not kept"))
+
+
+def serve_delete(app: App, request: Request, module: str, version: str, kind: str) -> Reply:
+    """DELETE /<module>/@v/<version>.zip: moves a version of our own aside."""
+    artifact = _own_artifact(module, version, kind)
+    with contextlib.closing(app.own.writable()) as storage:
+        if storage.stamp(artifact.name) is None:
+            raise NotFound("not in the first folder of -modules")
+        Attic(storage).put_away(artifact.path, artifact.version)
+    app.log.line(f"{artifact.path}@{artifact.version}: moved aside by {request.user}")
+    return Reply(204, None, headers=(_NO_STORE,))
+
+
+def _own_artifact(module: str, version: str, kind: str) -> Artifact:
+    artifact = Artifact(unescape_path(module), unescape_version(version), kind)
+    if kind != "zip":
+        raise MethodNotAllowed("the .zip stands for all files of a version")
+    check_module(artifact.path, artifact.version)
+    return artifact
+
+
+_NO_STORE = ("Cache-Control", "no-store")
+
+
 def _artifact_answer(mirror: Modules, artifact: Artifact, reach: Reach) -> Answer:
     return (
         mirror.large(artifact, reach) if artifact.kind == "zip" else mirror.small(artifact, reach)
@@ -10219,18 +10339,30 @@ def serve_sum_tile(app: App, request: Request, database: str, what: str) -> Repl
     return _replied(answer, "application/octet-stream", None)
 
 
+class Change(NamedTuple):
+    """Who answers a method that changes something, and what it takes to be let in."""
+
+    endpoint: Callable[..., Reply]
+    role: str
+
+
 class Route(NamedTuple):
     """What matches the path, percent-decoded, without its leading slash, and who answers."""
 
     pattern: str
     endpoint: Callable[..., Reply]
+    changes: Mapping[str, Change] = {}  # by method; with -auth and -modules
     is_open: bool = False  # to those as well who are none of the users
 
 
 # Most asked first.
 ROUTES = [
     Route(r"(?P<module>[^@]+)/@v/list", serve_list),
-    Route(r"(?P<module>[^@]+)/@v/(?P<version>[^/]+)\.(?P<kind>info|mod|zip)", serve_artifact),
+    Route(
+        r"(?P<module>[^@]+)/@v/(?P<version>[^/]+)\.(?P<kind>info|mod|zip)",
+        serve_artifact,
+        {"DELETE": Change(serve_delete, "admin"), "PUT": Change(serve_put, "publisher")},
+    ),
     Route(r"(?P<module>[^@]+)/@latest", serve_latest),
     Route(
         r"sumdb/(?P<database>[^/]+)/lookup/(?P<module>[^@]+)@(?P<version>[^/]+)", serve_sum_lookup
@@ -10271,15 +10403,19 @@ def dispatch(app: App, request: Request) -> Reply:
         path = path[len(_CACHED_ONLY) :]
         request = request._replace(reach=Reach.STORED)
     route, groups = _route(path)
+    change = route.changes.get(request.method) if route and app.settings.modules else None
     if app.gate and not (route and route.is_open):
         module = groups.get("module")
         user = app.gate.user(request)
-        user.check("reader", None if module is None else unescape_path(module))
+        role = change.role if change else ROLES[0]
+        user.check(role, None if module is None else unescape_path(module))
+        request = request._replace(user=user.name)
     if not route:
         raise BadName("no such page")
-    if request.method not in ("GET", "HEAD"):
+    if request.method not in ("GET", "HEAD") and not (change and app.gate):
         raise MethodNotAllowed("only GET and HEAD are allowed here")
-    return _explained(lambda: route.endpoint(app, request, **groups), path)
+    endpoint = change.endpoint if change else route.endpoint
+    return _explained(lambda: endpoint(app, request, **groups), path)
 
 
 def _route(path: str) -> tuple[Route | None, dict[str, str]]:
@@ -11021,6 +11157,9 @@ class Handler(Courier, BaseHTTPRequestHandler):
                 return
             self._head = head
             self._skip = self._asked.body
+            if self._asked.method == "PUT":  # the body stays where it is until somebody wants it
+                self._asked = with_upload(self._asked, self.sock, self._buffer)
+                self._buffer, self._skip = b"", 0
             if not self._buffer and len(received) <= _KNOWN_LIMIT and self._is_alike():
                 self.loop.know(received, self._asked.target)
         taken = min(self._skip, len(self._buffer))
@@ -11054,13 +11193,11 @@ class Handler(Courier, BaseHTTPRequestHandler):
         if not self._announced:
             self.loop.access.begins(self.client, request)
         self._announced = False
-        gate = self.loop.app.gate
+        lane = self.loop.lane_for(request)
         if request.target == _HEALTH:
             self.work()
-        elif not gate or not gate.is_stranger(request):
-            self.loop.request_lane.do(self.work)
-        elif self.loop.password_lane.waiting < _STRANGERS:
-            self.loop.password_lane.do(self.work)
+        elif lane:
+            lane.do(self.work)
         else:
             self._start(refuse(Overloaded("too many passwords to check")))
 
@@ -11085,7 +11222,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
         unread = bytes(self._asked.body) + self._buffer  # a body is passed over there once more
         read = b"\n".join((self.client.encode(), self._head + b"\r\n\r\n" + unread))
         try:
-            if not is_writable(self.loop.fetcher, _HAND_OVER_SECONDS):
+            if not _is_ready(self.loop.fetcher, WRITABLE, _HAND_OVER_SECONDS):
                 return False  # it has enough to do: then this process fetches, too
             if isinstance(self.sock, TlsSocket):
                 relay(self, self.loop.fetcher, read)
@@ -11166,7 +11303,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
         except OSError:
             data = b""
         self._skip += len(data)
-        if not data or self._skip > _BODY_LIMIT:
+        if not data or self._skip > _LINGER_LIMIT:
             self.close()
 
     def expire(self) -> None:
@@ -11181,15 +11318,16 @@ READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _HEALTH = "/health"
 _HEAD_SECONDS, _IDLE_SECONDS, _STALL_SECONDS, _LINGER_SECONDS = 10.0, 75.0, 60.0, 1.0
 _REQUESTS_PER_CONNECTION = 100_000
+_LINGER_LIMIT = 16 << 20  # bytes of a body that is refused
 _STRANGERS = 64  # whose passwords wait to be checked
 _HAND_OVER_SECONDS, _FETCH_SECONDS = 0.5, 3600.0
 _KNOWN_LIMIT = 1024  # bytes of a head that is remembered
 
 
-def is_writable(sock: socket.socket, seconds: float) -> bool:
-    """Whether a socket takes bytes within so many seconds."""
+def _is_ready(sock: socket.socket, interest: int, seconds: float) -> bool:
+    """Whether a socket has or takes bytes within so many seconds."""
     with selectors.DefaultSelector() as selector:
-        selector.register(sock, WRITABLE)
+        selector.register(sock, interest)
         return bool(selector.select(seconds))
 
 
@@ -11326,7 +11464,8 @@ class Server(ThreadingHTTPServer):
     deadlines. Complete requests go to threads made at the start; nothing is spawned per client."""
 
     request_queue_size = 4096
-    _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS, _PASSWORDS, _HANDSHAKES = 4, 24, 12, 4, 2, 2
+    _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS = 4, 24, 12, 4
+    _PASSWORDS, _HANDSHAKES, _UPLOADS = 2, 2, 4
     _KNOWN = 4096
 
     def __init__(
@@ -11350,6 +11489,7 @@ class Server(ThreadingHTTPServer):
         self.known: dict[bytes, str] = {}  # targets of plain requests, by all their bytes
         self.hot = HotMemory(app.policy, _descriptor_limit() // 8)
         self.request_lane = Lane("request", self._REQUESTS)
+        self.upload_lane = Lane("upload", self._UPLOADS if app.gate else 1)
         self.password_lane = Lane("password", self._PASSWORDS if app.gate else 0)
         self.patient_lane = Lane("patient", self._WAITERS)
         # Who waits for the first bytes of a zip is not in the way of who waits for a list.
@@ -11504,6 +11644,15 @@ class Server(ThreadingHTTPServer):
         self._wheel.unfile(handler)
         self._handlers.discard(handler)
 
+    def lane_for(self, request: Request) -> Lane | None:
+        """Where a request is worked on; None: too many wait there."""
+        gate = self.app.gate
+        if request.upload:
+            return self.upload_lane
+        if not gate or not gate.is_stranger(request):
+            return self.request_lane
+        return self.password_lane if self.password_lane.waiting < _STRANGERS else None
+
     def know(self, received: bytes, target: str) -> None:
         """Remembers what the bytes of a plain request ask for."""
         if len(self.known) >= self._KNOWN:
@@ -11542,7 +11691,7 @@ class Server(ThreadingHTTPServer):
         for handler in list(self._handlers):
             handler.close()
         lanes = (self.request_lane, self.patient_lane, self.zip_lane, self.transfer_lane)
-        for lane in (*lanes, self.password_lane, self.handshake_lane):
+        for lane in (*lanes, self.password_lane, self.handshake_lane, self.upload_lane):
             lane.close()
         self._poller.close()
         self._wake_receiver.close()
@@ -12180,8 +12329,8 @@ class Daemon:
             saw, end = _watching(settings, found.policy, storage, fetcher)
             used, end_evicting = _evicting(settings, found.policy, found.cache, log, fetcher)
             endings = [end, end_evicting]
-            gates = (self._gate, self._tls)
-            app = App(settings, found.policy, found.sumdb, storage, log, saw, used, *gates)
+            doors = (self._gate, self._tls, OwnModules(settings.modules))
+            app = App(settings, found.policy, found.sumdb, storage, log, saw, used, *doors)
             if not fetcher:
                 endings.append(_rechecking(settings, found.policy, found.source, storage, log))
             yield Server(self._socket, app, fetcher, handed)

@@ -9063,6 +9063,199 @@ def test_go_downloads_by_tls(
     assert (quote["Sum"], big["Sum"]) == (hash1(SITE[ZIP]), hash1(SITE[BIG]))
 
 
+# --- publishing --------------------------------------------------------------
+
+PAUL, ADA = basic("paul", "p"), basic("ada", "a")
+OURS = "example.com/ours/@v/v1.0.0"
+OUR_ZIP = make_zip("example.com/ours@v1.0.0", {"go.mod": "module example.com/ours\n", "a.o": NOISE})
+OTHER_ZIP = make_zip("example.com/ours@v1.0.0", {"go.mod": "module example.com/ours\n\ngo 1.21\n"})
+
+
+def put(proxy: Proxy, path: str, body: Any, shown: str = PAUL, **fields: str) -> Answer:
+    with contextlib.closing(proxy.connect()) as connection:
+        connection.request("PUT", "/" + path, body, {"Authorization": shown, **fields})
+        with connection.getresponse() as response:
+            return answer_from(response)
+
+
+@pytest.fixture
+def press(run: Run, upstream: Upstream, users: Path, modules: Path) -> Proxy:
+    """A proxy that takes versions from paul, and lets ada remove them."""
+    lines = [f"paul publisher example.com/ours {goproxy.hash_token('p')}"]
+    lines += [f"ada admin * {goproxy.hash_token('a')}", ""]
+    users.write_text("\n".join(lines) + QUICK_USERS.replace("/...", ""))
+    return run(upstream=upstream.url(), auth=users, modules=modules)
+
+
+def left_in(modules: Path) -> list[str]:
+    """What is stored, and what was left lying about."""
+    return sorted(str(file.relative_to(modules)) for file in modules.rglob("*") if file.is_file())
+
+
+def test_a_published_version_is_there_at_once(press: Proxy, modules: Path) -> None:
+    assert press.get(f"{OURS}.zip", Authorization=PAUL).status == 404
+    answer = put(press, f"{OURS}.zip", OUR_ZIP)
+    assert (answer.status, answer.text.split()[2]) == (201, hash1(OUR_ZIP))
+    found = {
+        kind: press.get(f"{OURS}.{kind}", Authorization=PAUL) for kind in ("info", "mod", "zip")
+    }
+    assert found["zip"].body == OUR_ZIP
+    assert (found["info"].version, found["mod"].text) == ("v1.0.0", "module example.com/ours\n")
+    assert press.get("example.com/ours/@v/list", Authorization=PAUL).versions == ["v1.0.0"]
+    kinds = ["info", "mod", "zip", "ziphash"]
+    assert left_in(modules) == [f"{OURS}.{kind}" for kind in kinds]
+    press.logged("example.com/ours@v1.0.0: published by paul h1:")
+
+
+def test_a_published_version_never_changes(press: Proxy, modules: Path) -> None:
+    answers = [put(press, f"{OURS}.zip", body) for body in (OUR_ZIP, OUR_ZIP, OTHER_ZIP)]
+    assert [answer.status for answer in answers] == [201, 200, 409]
+    assert press.get(f"{OURS}.zip", Authorization=PAUL).body == OUR_ZIP
+    assert press.get(f"{OURS}.mod", Authorization=PAUL).text == "module example.com/ours\n"
+
+
+def test_of_two_publishers_at_once_the_first_wins_whole(press: Proxy) -> None:
+    zips = [OUR_ZIP, OTHER_ZIP] * 2
+    statuses = together(4, lambda number: put(press, f"{OURS}.zip", zips[number]).status)
+    assert sorted(statuses) == [200, 201, 409, 409] or sorted(statuses) == [201, 201, 409, 409]
+    kept = press.get(f"{OURS}.zip", Authorization=PAUL).body
+    assert kept == zips[statuses.index(201)]
+    with zipfile.ZipFile(io.BytesIO(kept)) as archive:
+        go_mod = archive.read("example.com/ours@v1.0.0/go.mod")
+    assert press.get(f"{OURS}.mod", Authorization=PAUL).body == go_mod
+
+
+@pytest.mark.parametrize(
+    ("path", "shown", "status"),
+    [
+        (f"{OURS}.zip", "", 401),
+        (f"{OURS}.zip", ALICE, 403),
+        ("example.com/quote/@v/v1.0.0.zip", PAUL, 403),
+        (f"{OURS}.mod", PAUL, 405),
+        (f"{OURS}.zip", PAUL + "x", 401),
+        ("example.com/ours/@v/v2.0.0.zip", PAUL, 404),
+        ("example.com/ours/@v/list", PAUL, 405),
+        ("health", PAUL, 405),
+    ],
+)
+def test_what_may_not_be_published_is_refused_unread(
+    press: Proxy, modules: Path, path: str, shown: str, status: int
+) -> None:
+    head = f"PUT /{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n"
+    fields = f"Authorization: {shown}\r\n" * bool(shown) + "Expect: 100-continue\r\n\r\n"
+    (answer,) = responses(talk(press.port, (head + fields).encode()))
+    assert (answer.status, answer.headers["connection"]) == (status, "close")
+    assert left_in(modules) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "not a valid zip"),
+        (OUR_ZIP[:-1], "not a valid zip"),
+        (make_zip("example.com/ours@v1.0.1", {"go.mod": "module example.com/ours\n"}), "prefix"),
+        (make_zip("example.com/ours@v1.0.0", {"go.mod": "module example.com/x\n"}), "go.mod says"),
+        (make_zip("example.com/ours@v1.0.0", {"go.mod": "\n"}), "module line"),
+        (make_zip("example.com/ours@v1.0.0", {"aux.go": "\n"}), "aux"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_zip_is_not_published(press: Proxy, modules: Path, body: bytes, reason: str) -> None:
+    answer = put(press, f"{OURS}.zip", body)
+    assert (answer.status, reason in answer.text) == (400, True)
+    assert left_in(modules) == []
+
+
+def test_a_zip_without_go_mod_gets_the_one_that_go_makes(press: Proxy) -> None:
+    assert (
+        put(press, f"{OURS}.zip", make_zip("example.com/ours@v1.0.0", {"a.go": ""})).status == 201
+    )
+    assert press.get(f"{OURS}.mod", Authorization=PAUL).text == "module example.com/ours\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [("Transfer-Encoding: chunked", 411), ("Content-Length: 524288001", 413)],
+)
+def test_the_length_of_an_upload_must_be_told_and_be_bounded(
+    press: Proxy, fields: str, status: int
+) -> None:
+    head = f"PUT /{OURS}.zip HTTP/1.1\r\nHost: x\r\nAuthorization: {PAUL}\r\n{fields}\r\n\r\n"
+    (answer,) = responses(talk(press.port, head.encode()))
+    assert answer.status == status
+
+
+def begin_upload(proxy: Proxy, *fields: str) -> socket.socket:
+    head = [f"PUT /{OURS}.zip HTTP/1.1", "Host: x", f"Authorization: {PAUL}", *fields]
+    client = dial(proxy.port)
+    client.sendall("\r\n".join([*head, f"Content-Length: {len(OUR_ZIP)}", "", ""]).encode())
+    return client
+
+
+def test_who_asks_is_told_to_go_on(press: Proxy) -> None:
+    with begin_upload(press, "Expect: 100-continue") as client:
+        assert exactly(client, 25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(OUR_ZIP)
+        assert read_all(client).startswith(b"HTTP/1.1 201 ")
+
+
+def test_a_version_may_be_published_by_tls(
+    press: Proxy, run_tls: TlsRun, trust: Trust, modules: Path
+) -> None:
+    proxy = run_tls(upstream="off", auth="users", modules=modules)
+    with contextlib.closing(tls_to(proxy, trust)) as connection:
+        connection.request("PUT", f"/{OURS}.zip", OUR_ZIP, {"Authorization": PAUL})
+        assert connection.getresponse().status == 201
+    assert (modules / f"{OURS}.zip").read_bytes() == OUR_ZIP
+
+
+def test_slow_uploads_keep_nobody_waiting(press: Proxy, modules: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            stack.enter_context(begin_upload(press)).sendall(OUR_ZIP[:1000])
+        assert press.get(MOD, Authorization=ALICE).status == 200
+        assert press.get("health").status == 200
+    press.logged("[ERROR 400]", times=12)
+    assert left_in(modules) == []
+
+
+def test_an_upload_that_stalls_or_drips_is_given_up() -> None:
+    class Hasty(goproxy.Upload):
+        _STALL = 0.01
+
+    class Greedy(goproxy.Upload):
+        _GRACE = 0.0
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        for kind in (Hasty, Greedy):
+            with pytest.raises(goproxy.HeadTooSlow):
+                kind(ours, b"", 10, False).read(10)
+        theirs.sendall(b"more than asked")
+        assert goproxy.Upload(ours, b"ab", 6, False).read_all(9) == b"abmore"
+
+
+def test_an_admin_moves_a_version_aside(press: Proxy, modules: Path) -> None:
+    put(press, f"{OURS}.zip", OUR_ZIP)
+    assert press.get(f"{OURS}.zip", Authorization=ADA).status == 200
+    path = f"{OURS}.zip"
+    assert press.get(path, "DELETE", Authorization=PAUL).status == 403
+    assert [press.get(path, "DELETE", Authorization=ADA).status for _ in range(2)] == [204, 404]
+    assert press.get(path, Authorization=ADA).status == 404
+    assert (modules / ".goproxy-removed" / path).read_bytes() == OUR_ZIP
+
+
+@pytest.mark.parametrize("given", ["modules", "auth", "quiet"])
+@pytest.mark.parametrize("method", ["DELETE", "PUT"])
+def test_nothing_is_published_without_users_or_without_a_folder(
+    press: Proxy, run: Run, given: str, method: str
+) -> None:
+    settings: dict[str, Any] = {"auth": "users", "modules": "modules", "quiet": "true"}
+    proxy = run(upstream="off", **{given: settings[given]})
+    assert proxy.get(f"{OURS}.zip", method, Authorization=ADA).status == 405
+
+
 # =============================================================================
 # 12. Daemon
 # =============================================================================
