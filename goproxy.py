@@ -6763,7 +6763,6 @@ _GIT_OPTIONS = (
     "gc.autoDetach=false",
     "http.lowSpeedLimit=1000",
     "http.lowSpeedTime=30",
-    "log.showSignature=false",
     "maintenance.autoDetach=false",
     "protocol.version=2",
     "safe.bareRepository=all",
@@ -6868,12 +6867,10 @@ _SCHEME = re.compile(r"(file|git|http|https|ssh|git\+ssh|ssh\+git)://[^-\s][\x21
 
 
 class Commit(NamedTuple):
-    """A commit: `time` in seconds since the epoch; `ref` the full name that led to it, "" if that
-    was a hash; `name` the tag it was asked for by, else its hash."""
+    """A commit: `time` in seconds since the epoch, `name` the tag that led to it, else its hash."""
 
     hash: str
     time: int
-    ref: str
     name: str
 
 
@@ -6905,11 +6902,11 @@ class BareRepository:
         if not os.path.isdir(self._folder):
             return None
         try:
-            said = self.ask("log", "-n1", "--format=%H %ct", "--end-of-options", revision, "--")
+            said = self.ask("rev-list", "--timestamp", "-n1", "--end-of-options", revision, "--")
         except _GitFailed:
             return None
         words = said.decode().split()
-        return (words[0], int(words[1])) if len(words) == 2 else None
+        return (words[1], int(words[0])) if len(words) == 2 else None
 
     @contextlib.contextmanager
     def filling(self, url: str, hash_length: int) -> Iterator[Callable[..., None]]:
@@ -6935,8 +6932,6 @@ class BareRepository:
             time.sleep(0.05)
 
     def _make(self, url: str, hash_length: int) -> None:
-        if os.path.exists(self._unfinished):
-            self._sweep()
         if os.path.isdir(self._folder):
             return
         new = f"{self._folder}.new"
@@ -6963,12 +6958,15 @@ class BareRepository:
         options = ("-q", "-f", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head")
         variables = {"GIT_DIR": self._folder, **self._network()}
         words = ("fetch", *options, *arguments)
+        if os.path.exists(self._unfinished):
+            self._sweep()
         with open(self._unfinished, "wb"):
             pass
         try:
             self._git.run(_Order(words, variables, TRANSFER.total, aloud=True, lock=lock))
-        except _GitFailed:
-            os.unlink(self._unfinished)
+        except _GitFailed as error:
+            if error.status > 0:  # it was not killed
+                os.unlink(self._unfinished)
             raise
         os.unlink(self._unfinished)
 
@@ -7050,23 +7048,20 @@ class Repository:
     def find(self, revision: str) -> Commit:
         """What a tag, branch, HEAD or a hash of seven digits or more stands for, with its files at
         hand. Raises NotFound."""
-        pin = _pin(revision)
-        here = self._content.commit(pin)
+        here = self._content.commit(_pin(revision))
         if here:
-            return Commit(*here, f"refs/tags/{revision}", revision)
+            return Commit(*here, revision)
         here = self._content.commit(revision) if _HEX.fullmatch(revision) else None
         if here:
-            return Commit(*here, "", here[0])
+            return Commit(*here, here[0])
         began = time.monotonic()
         ref = self._named(revision, self.refs())
         if not ref:
             ref = self._named(revision, self.refs(time.monotonic() - began))
         if not ref:
             return self._find_in_history(revision)
-        is_tag = ref == f"refs/tags/{revision}"
-        wanted = self.refs(math.inf)[ref]
-        found = self._fill(wanted, ref, pin if is_tag else f"refs/pinned/{wanted}")
-        return Commit(*found, ref, revision if is_tag else found[0])
+        tag = revision if ref == f"refs/tags/{revision}" else ""
+        return self._fill(self.refs(math.inf)[ref], ref, tag)
 
     @staticmethod
     def _named(revision: str, refs: Mapping[str, str]) -> str:
@@ -7089,15 +7084,13 @@ class Repository:
                 self._update_history()
                 found = self._history.commit(revision)
             if found:
-                return Commit(
-                    *self._fill(found[0], found[0], f"refs/pinned/{found[0]}"), "", found[0]
-                )
+                return self._fill(found[0], found[0])
         raise NotFound(f"unknown revision {revision}")
 
-    def _fill(self, wanted: str, source: str, pin: str) -> tuple[str, int]:
+    def _fill(self, wanted: str, source: str, tag: str = "") -> Commit:
         """Fetches a commit and its files by a ref or hash, and gives it a name here. What fails
         for whatever reason is tried again with everything."""
-        content = self._content
+        content, pin = self._content, _pin(tag) if tag else f"refs/pinned/{wanted}"
         with self._explained(), content.filling(self.url, len(wanted)) as fetch:
             if not content.commit(wanted):
                 with contextlib.suppress(_GitFailed):
@@ -7106,11 +7099,11 @@ class Repository:
                 deepen = ["--unshallow"] if content.is_shallow else []
                 everything = [spec.format("all/") for spec in _ALL]
                 fetch("--prune", *deepen, "--end-of-options", "origin", *everything)
+            found = content.commit(wanted)
+            if not found:
+                raise NotFound(f"unknown revision {tag or wanted}")
             content.ask("update-ref", "--end-of-options", pin, wanted)
-        found = content.commit(wanted)
-        if not found:
-            raise NotFound(f"unknown revision {wanted}")
-        return found
+        return Commit(*found, tag or found[0])
 
     def _update_history(self) -> None:
         """Makes `history` what the repository is now; without files if the server can."""
@@ -7357,7 +7350,7 @@ class GitModule(ModuleFolder):
             versions = self.versions()
             query = newest(versions) if versions else ""
         commit = self._find(query)
-        return self._info(commit, self._convert(commit, query), query)
+        return self._info(commit, self._convert(commit, query))
 
     def _find(self, query: str) -> Commit:
         """The commit of a query, "" for the newest of the main branch."""
@@ -7366,7 +7359,7 @@ class GitModule(ModuleFolder):
         head = self._repository.refs().get("HEAD")
         if not head:
             raise NotFound("no commits")
-        return self._repository.find(head)._replace(ref="HEAD")
+        return self._repository.find(head)
 
     def _revision(self, query: str) -> str:
         if not is_semver(query):
@@ -7375,31 +7368,17 @@ class GitModule(ModuleFolder):
             return query.partition("+")[0].rpartition("-")[2]
         return self._tag_prefix + _without_mark(query)
 
-    def _info(self, commit: Commit, version: str, query: str) -> Info:
+    def _info(self, commit: Commit, version: str) -> Info:
         origin = {"VCS": "git", "URL": mask(self._repository.url), "Subdir": self._folder}
         origin["Hash"] = commit.hash
-        if is_pseudo(version) and (version != query or not version.startswith("v0.0.0-")):
-            origin["TagPrefix"] = self._tag_prefix + (self._major and self._major[1:] + ".")
-            origin["TagSum"] = self._tag_sum(origin["TagPrefix"])
-        origin["Ref"] = commit.ref
+        if not is_pseudo(version):
+            origin["Ref"] = f"refs/tags/{self._tag_prefix}{_without_mark(version)}"
         fields = {
             "Version": version,
             "Time": _moment(commit, "%Y-%m-%dT%H:%M:%SZ"),
             "Origin": {name: value for name, value in origin.items() if value},
         }
         return read_info(json.dumps(fields, separators=(",", ":")).encode(), version)
-
-    def _tag_sum(self, prefix: str) -> str:
-        """What tells whether a tag has come or gone that would change a pseudo-version."""
-        start = prefix.rfind("/") + 1
-        total = hashlib.sha256()
-        for tag, commit in sorted(self._repository.tags().items()):
-            rest = tag[start:]
-            version = canonical(rest).partition("+")[0]
-            counts = version and rest.startswith(version) and not is_pseudo(rest)
-            if counts and tag.startswith(prefix):
-                total.update(f'"{tag}" {commit}\n'.encode("utf-8", "surrogateescape"))
-        return "t1:" + base64.b64encode(total.digest()).decode()
 
     def _convert(self, commit: Commit, query: str) -> str:
         """The version of a commit that was asked for as `query`. Raises NotFound."""
@@ -7521,7 +7500,7 @@ class GitModule(ModuleFolder):
 
     def info(self, version: str) -> Info:
         """The .info of a version. Raises NotFound if it is no version of this module."""
-        return self._info(self.at(version), version, version)
+        return self._info(self.at(version), version)
 
     def go_mod(self, version: str) -> bytes:
         """The go.mod of a version; a made one if there is none. Raises NotFound."""

@@ -6373,6 +6373,809 @@ def test_a_repository_that_is_not_there_is_absent(quote: Origin) -> None:
         git_source(quote).versions("github.com/acme/quote")
 
 
+class NotingGit:
+    """A git before the real one: it notes what it is asked to do, one line each, and then does
+    what a shell script says."""
+
+    def __init__(self, folder: Path, script: str = "") -> None:
+        self._notes = folder / "notes"
+        folder.mkdir()
+        self.path = f"{folder}:{os.environ['PATH']}"
+        program = folder / "git"
+        note = (
+            f'note=$(printf "%s " "$@" | sed "s/-c [^ ]* //g")\necho "$note" >> "{self._notes}"\n'
+        )
+        program.write_text(f'#!/bin/sh\n{note}{script}\nexec "{shutil.which("git")}" "$@"\n')
+        program.chmod(0o755)
+
+    def asked(self, verb: str) -> list[str]:
+        return [line for line in self._notes.read_text().splitlines() if line.startswith(verb)]
+
+
+def watched_source(origin: Origin, watched: NotingGit) -> goproxy.GitSource:
+    kept = goproxy.Repositories(str(origin.folder.parent / "kept"), lambda url: {}, watched.path)
+    return goproxy.GitSource(lambda path: goproxy.Site("github.com/acme/quote", origin.url), kept)
+
+
+def weight(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+ACME_QUOTE = "github.com/acme/quote"
+GIT_KINDS = ("info", "mod", "zip")
+
+
+def read_from(source: goproxy.GitSource, version: str, kind: str) -> bytes:
+    with contextlib.closing(source.open(goproxy.Artifact(ACME_QUOTE, version, kind))) as blob:
+        return blob.read_all(1 << 30)
+
+
+def test_twenty_clients_cost_one_fetch(quote: Origin, tmp_path: Path) -> None:
+    watched = NotingGit(tmp_path / "bin")
+    source = watched_source(quote, watched)
+    answers = together(20, lambda number: read_from(source, "v1.0.0", GIT_KINDS[number % 3]))
+    assert len(set(answers)) == 3
+    assert len(watched.asked("ls-remote")) == len(watched.asked("fetch")) == 1
+
+
+def test_a_version_of_a_large_repository_costs_little(tmp_path: Path) -> None:
+    noise = {number: random.Random(number).randbytes(30_000) for number in range(40)}
+    steps = [Step({"go.mod": GIT_MOD, "noise": noise[number]}) for number in range(40)]
+    steps[20] = steps[20]._replace(tags="v1.0.0")
+    origin = Origin(tmp_path / "quote", steps)
+    source = git_source(origin)
+    read_from(source, "v1.0.0", "zip")
+    origin("config", "uploadpack.allowFilter", "true")
+    pseudo = source.resolve(ACME_QUOTE, origin.names["s30"]).version
+    assert pseudo.startswith("v1.0.1-0.")
+    assert weight(origin.folder) > 40 * 30_000 > 8 * weight(tmp_path / "kept")
+
+
+def test_a_fetched_tag_stays_what_it_was(quote: Origin) -> None:
+    source = git_source(quote)
+    before = read_from(source, "v1.0.0", "info")
+    quote("tag", "-f", "v1.0.0", "dev")
+    assert read_from(source, "v1.0.0", "info") == before
+    assert read_from(git_source(quote), "v1.0.0", "info") == before
+
+
+def test_a_new_tag_is_found_at_once(quote: Origin) -> None:
+    source = git_source(quote)
+    assert source.versions(ACME_QUOTE) == ["v1.0.0"]
+    quote("tag", "v1.1.0", "dev")
+    assert source.resolve(ACME_QUOTE, "v1.1.0").version == "v1.1.0"
+    assert source.versions(ACME_QUOTE) == ["v1.0.0", "v1.1.0"]
+
+
+def test_a_branch_may_move_and_change_places_with_folders(quote: Origin) -> None:
+    source, again = git_source(quote), git_source(quote)
+    first = source.resolve(ACME_QUOTE, "dev").version
+    quote("branch", "-m", "dev", "dev/sub")
+    quote("update-ref", "refs/heads/dev/sub", quote.names["c1"])
+    assert again.resolve(ACME_QUOTE, quote.names["s1"]).version == "v1.0.0"
+    assert read_from(again, first, "info")
+
+
+def test_commits_of_strangers_are_not_served(quote: Origin) -> None:
+    """Forges keep the commits of proposals, and give them to whoever knows the hash."""
+    quote("config", "uploadpack.allowAnySHA1InWant", "true")
+    quote("config", "uploadpack.allowFilter", "true")
+    quote("update-ref", "refs/pull/1/head", "dev")
+    quote("branch", "-D", "dev")
+    source = git_source(quote)
+    for revision in (quote.names["c2"], quote.names["s2"]):
+        for _ in range(2):  # the second time with a history at hand
+            with pytest.raises(goproxy.NotFound):
+                source.resolve(ACME_QUOTE, revision)
+
+
+class Dumb(SimpleHTTPRequestHandler):
+    """Files over HTTP: git can neither cut a history there nor leave anything out."""
+
+    def log_message(self, *args: object) -> None:
+        """Says nothing."""
+
+
+def test_a_server_that_refuses_little_gives_all(quote: Origin) -> None:
+    quote("update-server-info")
+    handler = functools.partial(Dumb, directory=str(quote.folder.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        origin = Origin.__new__(Origin)
+        origin.folder, origin.url = quote.folder, f"http://127.0.0.1:{server.server_port}/quote"
+        source = git_source(origin)
+        pseudo = source.resolve(ACME_QUOTE, "dev").version
+        versions = {version: read_from(source, version, "zip") for version in ("v1.0.0", pseudo)}
+        server.shutdown()
+    other = git_source(quote)
+    assert versions == {version: read_from(other, version, "zip") for version in versions}
+
+
+SAYINGS = [
+    ("ERROR: Repository not found.", goproxy.NotFound),
+    ("fatal: repository 'https://x.test/y/' not found", goproxy.NotFound),
+    ("fatal: '/y' does not appear to be a git repository", goproxy.NotFound),
+    ("fatal: remote error: access denied or repository not exported: /y", goproxy.NotFound),
+    ("remote: The project you were looking for could not be found", goproxy.NotFound),
+    ("fatal: could not read Username for 'https://x.test': No such device", goproxy.Forbidden),
+    ("git@x.test: Permission denied (publickey).", goproxy.Forbidden),
+    (
+        "fatal: unable to access 'https://x/': The requested URL returned error: 403",
+        goproxy.Forbidden,
+    ),
+    (
+        "fatal: unable to access 'https://x/': The requested URL returned error: 503",
+        goproxy.Overloaded,
+    ),
+    ("fatal: unable to access 'https://x/': Could not resolve host: x", goproxy.Unreachable),
+    ("ssh: connect to host x port 22: Connection refused", goproxy.Unreachable),
+    ("fatal: early EOF", goproxy.Unreachable),
+    ("", goproxy.Unreachable),
+]
+
+
+@pytest.mark.parametrize(("words", "kind"), SAYINGS)
+def test_only_what_git_says_is_absent_is_absent(
+    quote: Origin, tmp_path: Path, words: str, kind: type[goproxy.ProxyError]
+) -> None:
+    watched = NotingGit(tmp_path / "bin", f'echo "{words}" >&2; exit 128')
+    with pytest.raises(goproxy.ProxyError) as caught:
+        watched_source(quote, watched).versions(ACME_QUOTE)
+    assert type(caught.value) is kind
+
+
+def test_a_password_in_the_words_of_git_is_masked(quote: Origin, tmp_path: Path) -> None:
+    watched = NotingGit(tmp_path / "bin", "echo 'fatal: https://u:hush@x.test: no' >&2; exit 128")
+    with pytest.raises(goproxy.Unreachable) as caught:
+        watched_source(quote, watched).versions(ACME_QUOTE)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_machine_without_git_says_so(quote: Origin, tmp_path: Path) -> None:
+    kept = goproxy.Repositories(str(tmp_path / "kept"), lambda url: {}, str(tmp_path))
+    with pytest.raises(goproxy.BadUpstream, match="git cannot be run"):
+        kept.at(quote.url).refs()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait to be buried."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
+
+
+class HastyRunner(goproxy.GitRunner):
+    """Has no patience at all."""
+
+    @contextlib.contextmanager
+    def start(self, order: Any) -> Iterator[Any]:
+        with super().start(order._replace(seconds=0.2)) as running:
+            yield running
+
+
+def test_a_git_that_hangs_is_ended_with_all_it_began(quote: Origin, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    script = f'sh -c "echo \\$\\$ >> {pids}; sleep 600" & echo $$ >> {pids}; wait'
+    runner = HastyRunner(NotingGit(tmp_path / "bin", script).path)
+    repository = goproxy.Repository(runner, str(tmp_path / "kept"), quote.url, lambda url: {})
+    with pytest.raises(goproxy.UpstreamTimeout):
+        repository.refs()
+    ended = [int(line) for line in pids.read_text().split()]
+    assert len(ended) == 2
+    assert not any(map(is_alive, ended))
+
+
+def test_locks_of_a_killed_git_block_nobody(quote: Origin, tmp_path: Path) -> None:
+    """The first fetch leaves the lock of the list of shallow commits, as a killed one does."""
+    mark = tmp_path / "killed"
+    script = f"""case "$note" in fetch*) if [ ! -e {mark} ]; then
+touch {mark} "$GIT_DIR/shallow.lock" "$GIT_DIR/objects/pack/tmp_pack_x"; kill -9 $$; fi;; esac"""
+    source = watched_source(quote, NotingGit(tmp_path / "bin", script))
+    assert read_from(source, "v1.0.0", "zip")
+    assert not [
+        *(tmp_path / "acme/kept").rglob("tmp_*"),
+        *(tmp_path / "acme/kept").rglob("*/*/*.lock"),
+    ]
+
+
+def test_what_a_dead_process_has_begun_is_finished(quote: Origin, tmp_path: Path) -> None:
+    """Its git has inherited the lock, and lives: so long nobody else touches the repository."""
+    script = "import fcntl,os,sys;f=os.open(sys.argv[1],os.O_CREAT|os.O_WRONLY);fcntl.flock(f,2)"
+    source = git_source(quote)
+    read_from(source, "v1.0.0", "mod")
+    (lock,) = (tmp_path / "acme" / "kept").rglob("content.lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{script};print(1,flush=True);input()", lock],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout and other.stdout.readline() == b"1\n"
+        waiting = goproxy.in_thread(lambda: source.resolve(ACME_QUOTE, "dev"))
+        assert not waiting.done()
+        other.communicate(b"\n")
+        assert waiting.result(PATIENCE).version
+
+
+EVIL_URLS = """
+ext::sh -c touch% {canary}
+ext://sh%20-c%20touch {canary}
+fd::17
+--upload-pack=touch {canary}
+-oProxyCommand=touch {canary}
+ssh://-oProxyCommand=touch${{IFS}}{canary}/x
+ssh://host -oProxyCommand=touch/x
+git@host:path
+/absolute/path
+relative/path
+testgit::/x
+transport::address
+ftp://host/x
+javascript://x
+https://
+https://-host/x
+file://-x
+http://a b/
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("url", EVIL_URLS)
+def test_what_is_no_url_for_git_never_reaches_git(tmp_path: Path, url: str) -> None:
+    canary = tmp_path / "canary"
+    watched = NotingGit(tmp_path / "bin", f"touch {canary}; exit 0")
+    kept = goproxy.Repositories(str(tmp_path / "kept"), lambda url: {}, watched.path)
+    evil = url.format(canary=canary)
+    for spelling in (evil, evil + "\nx", " " + evil, evil.upper()):
+        with pytest.raises(goproxy.Forbidden):
+            kept.at(spelling)
+    assert not canary.exists()
+
+
+EVIL_REVISIONS = """
+--upload-pack=touch${{IFS}}{canary}
+-oProxyCommand=touch${{IFS}}{canary}
+--output={canary}
+--exec=touch
+:(exclude)x
+HEAD:a.go
+HEAD^{{tree}}
+@{{-1}}
+v1.0.0..dev
+refs/heads/dev
+^dev
+dev~1
+main@{{upstream}}
+:/quote
+--all
+-n1
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("revision", EVIL_REVISIONS)
+def test_a_query_is_no_option_and_no_expression(
+    quote: Origin, tmp_path: Path, revision: str
+) -> None:
+    query = revision.format(canary=tmp_path / "canary")
+    with pytest.raises(goproxy.NotFound):
+        git_source(quote).resolve(ACME_QUOTE, query)
+    assert not (tmp_path / "canary").exists()
+
+
+HOOKS = ["post-checkout", "pre-auto-gc", "reference-transaction", "post-update", "update"]
+
+
+def evil_home(folder: Path, canary: Path) -> dict[str, str]:
+    """Variables of a home whose settings make git run a program at every opportunity."""
+    program = folder / "evil"
+    hooks = folder / "hooks"
+    hooks.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\necho $0 $@ >> {canary}\ncat\n")
+    program.chmod(0o755)
+    for hook in HOOKS:
+        (hooks / hook).symlink_to(program)
+    template = folder / "template"
+    template.mkdir()
+    (template / "hooks").symlink_to(hooks)
+    (folder / ".gitconfig").write_text(
+        f"[core]\nfsmonitor = {program}\nhooksPath = {hooks}\nsshCommand = {program}\n"
+        f"alternateRefsCommand = {program}\n[init]\ntemplateDir = {template}\n"
+        f'[filter "evil"]\nsmudge = {program}\nclean = {program}\nrequired = true\n'
+        f'[diff "evil"]\ntextconv = {program}\n[uploadpack]\npackObjectsHook = {program}\n'
+        f'[tar "tar"]\ncommand = {program}\n[gpg]\nprogram = {program}\n'
+        "[submodule]\nrecurse = true\n[fetch]\nrecurseSubmodules = true\n"
+        "[protocol]\nallow = always\n"
+    )
+    return {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder), "GIT_TEMPLATE_DIR": str(template)}
+
+
+EVIL = Step(
+    {
+        "go.mod": GIT_MOD,
+        ".gitattributes": "* filter=evil diff=evil merge=evil text\n",
+        ".gitmodules": '[submodule "s"]\npath = s\nurl = ext::touch x\nupdate = !touch x\n',
+        "s*": b"0123456789012345678901234567890123456789",
+        ".lfsconfig": "[lfs]\nurl = ssh://-oProxyCommand=touch/x\n",
+        "hooks/post-checkout": "#!/bin/sh\ntouch canary\n",
+        "a.go": "package quote\n",
+    },
+    "v1.0.0 --upload-pack=touch",
+)
+
+
+def test_a_repository_executes_nothing(tmp_path: Path) -> None:
+    canary, origin = tmp_path / "canary", Origin(tmp_path / "quote", [EVIL, Step({"b.go": ""})])
+    home = evil_home(tmp_path / "home", canary)
+    for hook in HOOKS:
+        (origin.folder / "hooks").mkdir(exist_ok=True)
+        (origin.folder / "hooks" / hook).symlink_to(tmp_path / "home" / "evil")
+    source = git_source(origin, **home)
+    for query in ("main", "v1.0.0", "latest", "--upload-pack=touch"):
+        version = source.resolve(ACME_QUOTE, query).version
+        assert len({read_from(source, version, kind) for kind in GIT_KINDS}) == 3
+    assert not canary.exists()
+    env = {"PATH": os.environ["PATH"], **home}
+    plain = ["git", "clone", "-q", str(origin.folder), str(tmp_path / "clone")]
+    subprocess.run(plain, env=env, capture_output=True, check=False)
+    assert canary.exists()  # the trap works
+
+
+# What follows is asked twice, of us and of the go command in direct mode: each name is a repository
+# below github.com/acme, each question a path there with a query; {c1}, {s1} and {t1} are the hash
+# of its first commit, the beginning of that, and its time.
+
+
+def mod(path: str, rest: str = "go 1.21") -> str:
+    return (
+        f"module {path if '.' in path.partition('/')[0] else 'github.com/acme/' + path}\n\n{rest}\n"
+    )
+
+
+GO = "package p\n"
+MANY = {f"d{number}/f{number}.go": GO for number in range(40)}
+WILD = "sp ace.go a,b.go ö/é.go x@y.go ~t.go -dash.go --upload-pack=x &%$#!.go [a].go 中文.go"
+VENDORED = {
+    "vendor/modules.txt": GO,
+    "vendor/a.go": GO,
+    "vendor/x/x.go": GO,
+    "pkg/vendor/a.go": GO,
+    "pkg/vendor/x/x.go": GO,
+    "p/vendor/a.go": GO,
+}
+HISTORIES: dict[str, list[Step]] = {
+    "annotated": [
+        Step({"go.mod": mod("annotated")}, "!v1.0.0 !v1.1.0+meta v1.2 !note"),
+        Step({"a.go": GO}, "v1.3.0+meta"),
+        Step({"b.go": GO}),
+    ],
+    "attributes": [
+        Step(
+            {
+                ".gitattributes": "*.crlf eol=crlf\n*.id ident\nsecret export-ignore\n*.bin -text\n"
+                "*.sub export-subst\n*.utf working-tree-encoding=UTF-16\n*.lfs filter=lfs\n"
+                "*.auto text=auto\n",
+                "a.crlf": "one\ntwo\n",
+                "a.id": "$Id$\n",
+                "secret": "kept\n",
+                "a.sub": "$Format:%H$\n",
+                "a.utf": "wide\n",
+                "a.auto": "one\r\ntwo\n",
+                "a.lfs": "version https://git-lfs.github.com/spec/v1\n",
+                "a.bin": b"\0\r\n\xff",
+                "sub/.gitattributes": "*.crlf -text\n",
+                "sub/a.crlf": "one\ntwo\n",
+                "go.mod": mod("attributes"),
+            },
+            "v1.0.0",
+        )
+    ],
+    "bad-case": [Step({"a.go": GO, "A.go": GO}, "v1.0.0")],
+    "bad-colon": [Step({"a:b": "x"}, "v1.0.0"), Step({"a:b": None, "vendor/c:d/e": "x"}, "v1.0.1")],
+    "bad-con": [Step({"aux.c": "x"}, "v1.0.0")],
+    "bad-emoji": [Step({"😀.go": GO}, "v1.0.0")],
+    "bad-link": [Step({"a?@": "target"}, "v1.0.0")],
+    "bad-root": [Step({"GO.MOD": mod("bad-root")}, "v1.0.0")],
+    "branches": [
+        Step({"go.mod": mod("branches")}, "v1.0.0"),
+        Step({"a.go": GO}, branch="v9.9.9", start="1"),
+        Step({"b.go": GO}, branch="a/b", start="1"),
+        Step({"c.go": GO}, branch="v1", start="1"),
+        Step({"d.go": GO}, "a", branch="deadbeef", start="1"),
+        Step({"e.go": GO}, "v0.0.0-20200101000000-abcdefabcdef", start="1"),
+    ],
+    "both": [
+        Step({"go.mod": mod("both/v2"), "v2/go.mod": mod("both/v2")}, "v2.0.0"),
+        Step({"v2/go.mod": mod("both/v3")}, "v2.1.0"),
+        Step({"v2/go.mod": "go 1.21\n"}, "v2.2.0"),
+        Step({"v2/go.mod": None}, "v2.3.0"),
+    ],
+    "empty": [],
+    "fork": [
+        Step({"go.mod": mod("example.com/other")}, "v1.0.0"),
+        Step({"go.mod": mod("example.com/other/v2")}, "v1.1.0"),
+        Step({"go.mod": mod("gopkg.in/other.v3")}, "v1.2.0"),
+        Step({"go.mod": mod("gopkg.in/other.v1")}, "v1.3.0"),
+        Step({"go.mod": mod("example.com/other/v1")}, "v1.4.0"),
+    ],
+    "gopkg": [
+        Step({"a.go": GO}, "v1.0.0"),
+        Step({"b.go": GO}, "v2.0.0 v2", branch="main"),
+        Step({"go.mod": mod("gopkg.in/gopkg.v2")}, "v2.1.0"),
+        Step({"go.mod": mod("github.com/acme/gopkg")}, "v2.2.0"),
+        Step({"go.mod": mod("gopkg.in/gopkg.v2")}),
+    ],
+    "hg": [Step({".hg_archival.txt": "x", "sub/.hg_archival.txt": "y", "a.go": GO}, "v1.0.0")],
+    "incompatible": [
+        Step({"a.go": GO}, "v1.0.0"),
+        Step({"b.go": GO}, "v2.0.0 v2.1.0+incompatible"),
+        Step({"v3/go.mod": mod("incompatible/v3")}, "v3.0.0"),
+        Step({"c.go": GO}),
+        Step({"go.mod": mod("incompatible/v4")}, "v4.0.0", branch="four", start="4"),
+        Step({"d.go": GO}, "v5.0.0-rc.1 v5.0.0", start="4"),
+        Step({"e.go": GO}),
+    ],
+    "incompatible-not": [
+        Step({"a.go": GO}, "v2.0.0"),
+        Step({"go.mod": mod("incompatible-not")}, "v1.5.0"),
+        Step({"b.go": GO}),
+    ],
+    "license": [
+        Step(
+            {
+                "LICENSE": "top\r\n",
+                ".gitattributes": "LICENSE text eol=crlf\n",
+                "a/go.mod": mod("license/a"),
+                "b/go.mod": mod("license/b"),
+                "b/LICENSE": "own\n",
+                "c/go.mod": mod("license/c"),
+                "c/LICENSE@": "../LICENSE",
+                "d/go.mod": mod("license/d"),
+                "d/LICENSE/a": "folder",
+            },
+            "a/v1.0.0 b/v1.0.0 c/v1.0.0 d/v1.0.0",
+        )
+    ],
+    "links": [
+        Step(
+            {
+                "go.mod": mod("links"),
+                "file@": "go.mod",
+                "folder@": "sub",
+                "out@": "/etc/passwd",
+                "sub/a.go": GO,
+                "nested/go.mod@": "../go.mod",
+                "nested/a.go": GO,
+            },
+            "v1.0.0",
+        ),
+        Step({"go.mod": None, "real.mod": mod("links"), "go.mod@": "real.mod"}, "v1.1.0"),
+    ],
+    "major": [
+        Step({"go.mod": mod("major"), "a.go": GO}, "v1.0.0"),
+        Step({"go.mod": mod("major/v2")}, "v2.0.0", branch="two", start="1"),
+        Step({"b.go": GO}, branch="two"),
+        Step({"v3/go.mod": mod("major/v3"), "v3/a.go": GO}, "v3.0.0 v3.1.0-pre", start="1"),
+        Step({"v3/b.go": GO}),
+    ],
+    "merges": [
+        Step({"go.mod": mod("merges")}, "v1.0.0"),
+        Step({"a.go": GO}, "v1.1.0", branch="side", start="1"),
+        Step({"b.go": GO}, "v1.0.5 v1.2.0-rc.1", start="1"),
+        Step({"c.go": GO}, start="3 2"),
+        Step({"d.go": GO}, "v1.9.0", branch="later", start="1"),
+    ],
+    "mods": [
+        Step({"go.mod": "module (\n\tgithub.com/acme/mods\n)\n"}, "v1.0.0"),
+        Step({"go.mod": 'module "github.com/acme/mods" // why\n'}, "v1.1.0"),
+        Step({"go.mod": "go 1.21\n"}, "v1.2.0"),
+        Step({"go.mod": "// c\r\n\r\nmodule github.com/acme/mods\r\n"}, "v1.3.0"),
+        Step({"go.mod": mod("mods"), "GO.mod": "x"}, "v1.4.0"),
+    ],
+    "names": [
+        Step(dict.fromkeys(WILD.replace("sp ace", "sp_ace").split(), GO) | {"a b.go": GO}, "v1.0.0")
+    ],
+    "nested": [
+        Step(
+            {
+                "go.mod": mod("nested"),
+                "a.go": GO,
+                "in/go.mod": mod("nested/in"),
+                "in/a.go": GO,
+                "in/deep/go.mod": mod("nested/in/deep"),
+                "in/deep/a.go": GO,
+                "upper/GO.MOD": "x",
+                "upper/a.go": GO,
+                "infix/a.go": GO,
+                "none/a.go": GO,
+            },
+            "v1.0.0 in/v0.1.0 in/deep/v0.2.0 none/v1.0.0",
+        ),
+        Step({"in/b.go": GO}),
+    ],
+    "plain": [
+        Step({"go.mod": mod("plain"), "a.go": GO, "empty": "", **MANY}, "v1.0.0 v1.0.1-pre"),
+        Step({"b.go": GO}),
+        Step({"a.go": None}, "v1.1.0-rc.1"),
+        Step({"c.go": GO}, branch="topic"),
+    ],
+    "retracted": [
+        Step({"go.mod": mod("retracted")}, "v1.0.0"),
+        Step({"a.go": GO}, "v1.1.0"),
+        Step(
+            {"go.mod": mod("retracted", "retract v1.1.0 // bad\nretract [v1.2.0, v1.3.0]")},
+            "v1.2.0",
+        ),
+        Step({"b.go": GO}),
+    ],
+    "sha256": [Step({"go.mod": mod("sha256"), "a.go": GO}, "v1.0.0"), Step({"b.go": GO})],
+    "sub": [
+        Step({"a.go": GO, "x/go.mod": mod("sub/x"), "x/a.go": GO}, "v1.0.0 x/v1.0.0"),
+        Step({"x/v2/go.mod": mod("sub/x/v2"), "x/v2/a.go": GO}, "x/v2.0.0 v1.2.0"),
+        Step({"x/v2/b.go": GO, "x/b.go": GO}),
+        Step({"x/go.mod": mod("sub/x/v3")}, "x/v3.0.0", branch="three", start="3"),
+    ],
+    "submodule": [
+        Step(
+            {
+                ".gitmodules": '[submodule "s"]\n\tpath = s\n\turl = ../plain\n',
+                "s*": b"0123456789012345678901234567890123456789",
+                "a.go": GO,
+            },
+            "v1.0.0",
+        )
+    ],
+    "treetag": [Step({"a.go": GO})],
+    "untagged": [Step({"a.go": GO}), Step({"b.go": GO})],
+    "vendor-new": [
+        Step(
+            {
+                "go.mod": mod("vendor-new", "go 1.24.1"),
+                **VENDORED,
+            },
+            "v1.0.0",
+        )
+    ],
+    "vendor-old": [
+        Step(
+            {
+                "go.mod": mod("vendor-old", "go 1.23"),
+                **VENDORED,
+                "longer/name/vendor/a.go": GO,
+            },
+            "v1.0.0",
+        )
+    ],
+}
+ASKED = """
+annotated: v1.0.0 v1.1.0 note main {c2} v1.3.1-0.{t3}-{s3} v1.1.1-0.{t1}-{s1}
+attributes: v1.0.0
+bad-case: v1.0.0
+bad-colon: v1.0.0 v1.0.1
+bad-con: v1.0.0
+bad-emoji: v1.0.0
+bad-link: v1.0.0
+bad-root: v1.0.0
+branches: v9.9.9 a deadbeef main {c3} {s2} v0.0.0-20200101000000-abcdefabcdef v1.0.1-0.{t2}-{s2}
+both/v2: v2.0.0 v2.1.0 v2.2.0 v2.3.0
+both: v2.3.0 v2.3.0+incompatible
+empty: main latest
+fork: v1.0.0 v1.1.0 v1.2.0 v1.3.0 v1.4.0
+gopkg.in/gopkg.v1: v1.0.0 v2.0.0 main
+gopkg.in/gopkg.v2: v2.0.0 v2.1.0 v2.2.0 main
+gopkg.in/gopkg.v2-unstable: main
+hg: v1.0.0
+incompatible: v2.0.0 v2.0.0+incompatible v3.0.0 v3.0.0+incompatible v4.0.0 v5.0.0+incompatible
+incompatible: v1.0.0+incompatible main {c4} v5.0.1-0.{t7}-{s7}+incompatible v2.1.0+incompatible
+incompatible-not: v2.0.0+incompatible v1.5.0 main
+license/a: v1.0.0
+license/b: v1.0.0
+license/c: v1.0.0
+license/d: v1.0.0
+links: v1.0.0 v1.1.0
+major: v1.0.0 v2.0.0 two v3.0.0
+major/v2: v2.0.0 two v2.0.1-0.{t3}-{s3} main v2.0.0-{t3}-{s3} v1.0.0
+major/v3: v3.0.0 main v3.1.0-pre v3.1.0-pre.0.{t5}-{s5}
+merges: main v1.2.0-rc.1.0.{t4}-{s4} v1.1.1-0.{t4}-{s4} v1.9.1-0.{t4}-{s4} v1.0.6-0.{t4}-{s4}
+merges: v1.3.1-0.{t4}-{s4} v1.1.1-0.{t3}-{s3} v1.2.0 v1.0.1-0.{t1}-{s1}
+missing: v1.0.0
+mods: v1.0.0 v1.1.0 v1.2.0 v1.3.0 v1.4.0
+names: v1.0.0
+nested: v1.0.0 main
+nested/in: v0.1.0 main v1.0.0
+nested/in/deep: v0.2.0
+nested/none: v1.0.0 main
+nested/infix: main
+plain: v1.0.0 v1.0.1-pre v1.1.0-rc.1 main topic {c1} {s2} {c2} v1.0.1 nope HEAD
+plain: v1.0.2-0.{t2}-{s2} v1.0.1-0.{t2}-{s2} v1.0.1-pre.0.{t2}-{s2} v0.0.0-{t2}-{s2}
+plain: v1.0.0-{t2}-{s2}
+plain: v0.0.0-20200101000000-{s2} v0.0.0-{t1}-{s2} v0.0.0-{t2}-{c2} v0.0.0-{t2}-abcdefabcdef
+plain: v2.0.0-{t2}-{s2} v1.9.1-0.{t2}-{s2} v1.0.0+incompatible
+retracted: v1.1.0 {c2} main v1.2.0
+sha256: v1.0.0 main v1.0.1-0.{t2}-{s2}
+sub: v1.0.0 v1.2.0
+sub/x: v1.0.0 main v1.2.0 v2.0.0 v1.0.1-0.{t3}-{s3}
+sub/x/v2: v2.0.0 main v2.0.1-0.{t3}-{s3} v1.0.0
+sub/x/v3: v3.0.0 three
+sub/y: v1.0.0 main
+submodule: v1.0.0
+treetag: v1.0.0
+untagged: main v0.0.0-{t1}-{s1} v0.0.1-0.{t1}-{s1} v1.0.0-{t1}-{s1} {s1} latest v0.0.0-{t1}-{s2}
+vanity.test/mono: v1.0.0 main
+vanity.test/mono/v2: v2.0.0 main
+vanity.test/top/v2: v2.0.0 two
+vendor-new: v1.0.0
+vendor-old: v1.0.0
+"""
+# Paths that a web page leads to a repository, as find_repository of the go command sees it.
+PAGES = {
+    "gopkg.in/gopkg.v1": "gopkg.in/gopkg.v1 git https://github.com/acme/gopkg",
+    "gopkg.in/gopkg.v2": "gopkg.in/gopkg.v2 git https://github.com/acme/gopkg",
+    "gopkg.in/gopkg.v2-unstable": "gopkg.in/gopkg.v2-unstable git https://github.com/acme/gopkg",
+    "vanity.test/mono": "vanity.test/mono git https://github.com/acme/sub x",
+    "vanity.test/top/v2": "vanity.test/top/v2 git https://github.com/acme/major",
+}
+
+
+class Told(NamedTuple):
+    """An answer about a module version; empty where there is none. `info` has no Ref: the go
+    command may leave it out, depending on what it has fetched before."""
+
+    info: bytes = b""
+    mod: bytes = b""
+    h1: str = ""
+
+    @classmethod
+    def of(cls, info: bytes, raw: bytes, h1: str) -> Told:
+        return cls(re.sub(rb',"Ref":"[^"]*"', b"", info), raw, h1)
+
+
+class Imports(BaseHTTPRequestHandler):
+    """An HTTP proxy that knows the go-import tags of PAGES, and no HTTPS."""
+
+    def do_GET(self) -> None:
+        target = urllib.parse.urlsplit(self.path)
+        name = f"{target.netloc}{target.path}"
+        tag = next((tag for page, tag in PAGES.items() if (name + "/").startswith(page + "/")), "")
+        body = f'<head><meta name="go-import" content="{tag}"></head>'.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Says nothing."""
+
+
+class Comparison:
+    """The same repositories, seen by us and by the go command."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.origins = {
+            name: Origin(folder / "acme" / name, steps, "sha256" if name == "sha256" else "sha1")
+            for name, steps in HISTORIES.items()
+        }
+        self.origins["treetag"]("tag", "v1.0.0", "main^{tree}")
+        self.questions = [
+            (self._full(path), query.format_map(self._names(path))) for path, query in QUESTIONS
+        ]
+        self.said: dict[tuple[str, str], Told] = {}
+        self.found: dict[tuple[str, str], Told] = {}
+        self.paths = sorted({path for path, _ in self.questions})
+        variables = {
+            f"url.{(folder / 'acme').as_uri()}/.insteadOf": "https://github.com/acme/",
+            "safe.directory": "*",
+        }
+        self._git = {"GIT_CONFIG_COUNT": str(len(variables)), "GIT_ALLOW_PROTOCOL": "file"}
+        for number, (key, value) in enumerate(variables.items()):
+            self._git |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+        kept = goproxy.Repositories(str(folder / "kept"), lambda url: self._git, os.environ["PATH"])
+        self.source = goproxy.GitSource(self._site, kept)
+
+    @staticmethod
+    def _full(path: str) -> str:
+        return path if "." in path.partition("/")[0] else f"github.com/acme/{path}"
+
+    def _names(self, path: str) -> dict[str, str]:
+        name = self._site(self._full(path)).url.rpartition("/")[2]
+        return self.origins[name].names if name in self.origins else {}
+
+    def _site(self, path: str) -> goproxy.Site:
+        for page, tag in PAGES.items():
+            if (path + "/").startswith(page + "/"):
+                root, _, url, *subdir = tag.split()
+                return goproxy.Site(root, url, *subdir)
+        root = "/".join(path.split("/")[:3])
+        return goproxy.Site(root, f"https://{root}")
+
+    def _go(self, words: Sequence[str], number: int) -> Iterator[dict[str, Any]]:
+        """The JSON that the go command prints, of a proxy-less world of its own."""
+        home = self._folder / f"home{number}"
+        home.mkdir()
+        env = clean_environment(
+            home, {**self._git, "HTTP_PROXY": self._pages, "HTTPS_PROXY": self._pages}
+        )
+        env |= {"GOPROXY": "direct", "GOSUMDB": "off", "GOFLAGS": "-modcacherw", "GOVCS": "*:git"}
+        env |= {"GOINSECURE": "gopkg.in,vanity.test", "GOTOOLCHAIN": "local", "NO_PROXY": "none"}
+        env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GOENV": "off"}
+        done = subprocess.run(
+            ["go", *words], cwd=home, env=env, capture_output=True, text=True, check=False
+        )
+        decoder, text = json.JSONDecoder(), done.stdout.strip()
+        while text:
+            found, end = decoder.raw_decode(text)
+            yield found
+            text = text[end:].lstrip()
+
+    def by_go(self) -> None:
+        """Fills what the go command says: downloads by question, and versions by path."""
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Imports)
+        self._pages = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            together(4, self._download)
+            words = ("list", "-e", "-m", "-json", "-retracted", "-versions", *self.paths)
+            self.lists = {row["Path"]: row.get("Versions", []) for row in self._go(words, 4)}
+        finally:
+            server.shutdown()
+            server.server_close()
+
+    def _download(self, number: int) -> None:
+        words = [f"{path}@{query}" for path, query in self.questions[number::4]]
+        for row in self._go(["mod", "download", "-json", *words], number):
+            told, key = Told(), (row["Path"], row.get("Query") or row["Version"])
+            if "Error" not in row:
+                info, raw = (Path(row[kind]).read_bytes() for kind in ("Info", "GoMod"))
+                told = Told.of(info, raw, row["Sum"])
+            self.said[key] = told
+
+    def ours(self, path: str, query: str) -> Told:
+        """What we say. Only absence and modules that no zip can hold have no answer."""
+        try:
+            info = self.source.resolve(path, query)
+            raw = self.source.open(goproxy.Artifact(path, info.version, "mod")).read_all(1 << 20)
+            return Told.of(info.raw, raw, zip_hash(self.source, path, info.version))
+        except goproxy.NotFound:
+            return Told()
+        except goproxy.BadUpstream as error:
+            assert str(error).startswith(("create zip: ", "case-insensitive", "entry "))
+            return Told()
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    if not shutil.which("go"):
+        pytest.skip("no go command")
+    comparison = Comparison(tmp_path_factory.mktemp("compared"))
+    comparison.by_go()
+    with ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda key: comparison.ours(*key), comparison.questions)
+        comparison.found = dict(zip(comparison.questions, answers))
+    return comparison
+
+
+QUESTIONS = [
+    (path, query)
+    for path, _, queries in (line.partition(": ") for line in ASKED.split("\n") if line)
+    for query in queries.split()
+]
+
+
+@pytest.mark.parametrize("number", range(len(QUESTIONS)), ids=map("@".join, QUESTIONS))
+def test_git_modules_are_those_of_go(compared: Comparison, number: int) -> None:
+    key = compared.questions[number]
+    assert compared.found[key] == compared.said[key]
+
+
+def test_git_lists_are_those_of_go(compared: Comparison) -> None:
+    def ours(path: str) -> list[str]:
+        try:
+            return compared.source.versions(path)
+        except goproxy.NotFound:
+            return []
+
+    assert {path: ours(path) for path in compared.paths} == compared.lists
+
+
 # --- where repositories are --------------------------------------------------
 
 
