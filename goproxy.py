@@ -180,6 +180,10 @@ class Gone(NotFound):
     status = 410
 
 
+class Spoiled(NotFound):
+    """What is stored is not what was: a disk has forgotten, or somebody has changed a file."""
+
+
 class NotHere(NotFound):
     """Not in the store, for one who asked for what is in it alone: nobody else is told so."""
 
@@ -2677,6 +2681,7 @@ class Draft:
         self.size: int | None = None
         self.modified = time.time()
         self.written = 0
+        self.digest = hashlib.sha256()  # of what has been written
         self.error: BaseException | None = None
         self._visible = 0
         self._ended = False
@@ -2689,6 +2694,7 @@ class Draft:
         except OSError:
             self._move()
             self.file.append(data)
+        self.digest.update(data)
         self.written += len(data)
         if self.written - WITHHELD > self._visible:
             self._visible = self.written - WITHHELD
@@ -5130,17 +5136,37 @@ def _user() -> str:
     return f" (uid {os.getuid()})" if hasattr(os, "getuid") else ""
 
 
+def _attribute(descriptor: int, name: str) -> bytes:
+    """An attribute of a file, b"" where there is none."""
+    if hasattr(os, "getxattr"):
+        with contextlib.suppress(OSError):
+            return os.getxattr(descriptor, name)
+    return b""
+
+
+def _digest_of(blob: FileBlob) -> bytes:
+    digest = hashlib.sha256()
+    with contextlib.closing(blob.again()) as whole:
+        while data := whole.read(CHUNK):
+            digest.update(data)
+    return digest.digest()
+
+
 class DiskStorage(Folder, Storage):
     """A folder in the layout that file:// and nginx read as well.
 
     Files appear by rename, after fsync, and their folder is synced too: of 200 files written and
-    renamed without, a power cut left none."""
+    renamed without, a power cut left none. Where the file system keeps attributes, each has the
+    digest of its bytes, and is held to it at the first use by every process."""
 
-    _OWN = OWN_MARK + "drafts"
+    _OWN, _BAD = OWN_MARK + "drafts", OWN_MARK + "bad"
+    _SEAL = "user.goproxy.sha256"
+    _REMEMBERED = 20_000
 
     def __init__(self, folder: str) -> None:
         """Creates the folder and sweeps drafts of dead processes. Raises StartError."""
         super().__init__(folder)
+        self._sound: set[object] = set()  # stamps of files whose bytes were found to be right
         self._drafts = os.path.join(self._root, self._OWN)
         try:
             self._make_folder(self._drafts)
@@ -5163,6 +5189,25 @@ class DiskStorage(Folder, Storage):
                 file = OpenFile(os.open(path, os.O_RDWR))
                 if lock_draft(file.descriptor):
                     os.unlink(path)
+
+    def open(self, name: str) -> FileBlob:
+        """Raises Spoiled, too; the file has been moved aside then."""
+        blob = super().open(name)
+        if blob.stamp not in self._sound:
+            with store_errors(name):
+                self._check(name, blob)
+        return blob
+
+    def _check(self, name: str, blob: FileBlob) -> None:
+        seal = _attribute(blob.descriptor, self._SEAL)
+        if seal and seal != _digest_of(blob):
+            aside = os.path.join(self._root, self._BAD, name)
+            self._make_folder(os.path.dirname(aside))
+            os.replace(self._path(name), aside)
+            raise Spoiled(f"its bytes have changed on the disk: moved aside to {self._BAD}/{name}")
+        if len(self._sound) >= self._REMEMBERED:
+            self._sound = set()
+        self._sound.add(blob.stamp)
 
     def draft(self) -> Draft:
         """On a disk that takes no file, one that cannot be stored, but given out."""
@@ -5189,6 +5234,9 @@ class DiskStorage(Folder, Storage):
 
     def _publish(self, name: str, draft: Draft, replace: bool) -> bool:
         path = self._path(name)
+        if hasattr(os, "setxattr"):
+            with contextlib.suppress(OSError):  # not every file system has attributes
+                os.setxattr(draft.file.descriptor, self._SEAL, draft.digest.digest())
         os.chmod(draft.path, 0o644)
         os.utime(draft.path, (draft.modified, draft.modified))
         os.fsync(draft.file.descriptor)
@@ -5994,6 +6042,9 @@ class WatchedStorage(Storage):
             yield
         except StoreDown as error:
             self._note(half, error)
+            raise
+        except Spoiled as error:
+            self._log.error(str(error))
             raise
         except NotFound:
             self._note(half, None)

@@ -6238,6 +6238,49 @@ def test_a_folder_in_the_place_of_a_file_is_a_miss(proxy: Proxy, run: Run) -> No
     assert proxy.get(INFO).body == SITE[INFO]
 
 
+def spoil_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def spoil_end(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def spoil_zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("spoil", [spoil_byte, spoil_end, spoil_zero])
+@pytest.mark.parametrize("name", [INFO, MOD, ZIP])
+def test_bytes_that_changed_on_the_disk_are_not_served_but_fetched_again(
+    run: Run, upstream: Upstream, name: str, spoil: Callable[[Path], None]
+) -> None:
+    run(upstream=upstream.url()).get(name)
+    keeps_attributes(run.cache)
+    spoil(run.cache / name)
+    bad = (run.cache / name).read_bytes()
+    proxy = run(upstream=upstream.url())
+    assert proxy.get(name).body == SITE[name] == (run.cache / name).read_bytes()
+    assert (run.cache / ".goproxy-bad" / name).read_bytes() == bad
+    assert f"moved aside to .goproxy-bad/{name}" in proxy.stop().log
+
+
+def keeps_attributes(folder: Path) -> None:
+    try:
+        os.setxattr(folder, "user.test", b"")
+    except (AttributeError, OSError):
+        pytest.skip("this file system keeps no attributes, so no digests")
+
+
+def test_a_spoiled_file_is_not_served_offline(run: Run, upstream: Upstream) -> None:
+    run(upstream=upstream.url()).get(ZIP)
+    keeps_attributes(run.cache)
+    spoil_byte(run.cache / ZIP)
+    assert run(offline="true").get(ZIP).status == 404
+
+
 def test_a_full_disk_does_not_cost_the_client_its_answer(run: Run, upstream: Upstream) -> None:
     proxy = run(upstream=upstream.url())
     shutil.rmtree(run.cache)
