@@ -964,15 +964,16 @@ class VcsRule(NamedTuple):
     url: str  # with {path} for what follows the root's first element
 
     def covers(self, path: str) -> str:
-        """The root of a module path, "" if the rule is not about it. Raises NotFound for a path
-        that ends before the root."""
+        """The root of a module path, "" if the rule is not about it."""
+        elements, length = path.split("/"), self.glob.count("/") + 1
+        known = len(elements) >= length and matches((self.glob,), path)
+        return "/".join(elements[:length]) if known else ""
+
+    def is_deeper(self, path: str) -> bool:
+        """Whether a path ends before the roots of the rule, and can still lead to one."""
         elements, globs = path.split("/"), self.glob.split("/")
-        shared = min(len(elements), len(globs))
-        if not matches(("/".join(globs[:shared]),), path):
-            return ""
-        if len(elements) < len(globs):
-            raise NotFound(f"a repository has {len(globs)} path elements there, says -vcs")
-        return "/".join(elements[:shared])
+        begun = "/".join(globs[: len(elements)])
+        return len(elements) < len(globs) and matches((begun,), path)
 
     def place(self, root: str) -> str:
         return self.url.replace("{path}", root.partition("/")[2])
@@ -7743,11 +7744,12 @@ class GitAccess:
 
     def _check_way(self, url: str) -> None:
         """Raises Forbidden where -proxy should be used and cannot."""
-        scheme, _, rest = url.partition("://")
-        authority = rest.partition("/")[0].rpartition("@")[2]
-        host, _, port = authority.partition(":")
-        if self._dialer.route.proxy_for(host, int(port or _VCS_PORTS[scheme])):
-            raise Forbidden(f"{scheme} does not go through -proxy: use https, or NO_PROXY={host}")
+        place = urllib.parse.urlsplit(url)
+        host = place.hostname or ""
+        if self._dialer.route.proxy_for(host, place.port or _VCS_PORTS[place.scheme]):
+            raise Forbidden(
+                f"{place.scheme} does not go through -proxy: use https, or NO_PROXY={host}"
+            )
 
     def _filter_url(self) -> str:
         with self._mutex:
@@ -7940,6 +7942,8 @@ class Finder:
             root = rule.covers(path)
             if root:
                 return Found(root, "git", rule.place(root), "", True)
+        if any(rule.is_deeper(path) for rule in self._rules):
+            raise NotFound("its repository would lie deeper, says -vcs")
         trusted = matches(self._private, path)
         root, url = _known_place(path)
         return Found(root, "git", url, "", trusted) if root else self._discover(path, trusted)
@@ -12421,8 +12425,11 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     with contextlib.closing(dialer.resolver), contextlib.closing(client):
         for finding in _way_findings(settings, dialer, environ.get("SSL_CERT_FILE")):
             print(finding, flush=True)
+        git = shutil.which("git", path=environ.get("PATH", os.defpath))
+        if settings.private:
+            print(_git_finding("private", git), flush=True)
         status = 0
-        for number, finding in enumerate(_upstream_findings(settings, dialer, client)):
+        for number, finding in enumerate(_upstream_findings(settings, dialer, client, git)):
             print(finding, flush=True)
             status = status or int(number == 0 and not finding.good)
         for database in settings.sumdb:
@@ -12467,7 +12474,13 @@ def _way_findings(settings: Settings, dialer: Dialer, ca_file: str | None) -> It
             yield Finding("dns", str(server), True, "not asked: the proxy looks up every name")
 
 
-def _upstream_findings(settings: Settings, dialer: Dialer, client: Client) -> Iterator[Finding]:
+def _git_finding(label: str, git: str | None) -> Finding:
+    return Finding(label, "git", bool(git), git or "not on the PATH")
+
+
+def _upstream_findings(
+    settings: Settings, dialer: Dialer, client: Client, git: str | None
+) -> Iterator[Finding]:
     """Each upstream is asked what costs nobody a fetch."""
     databases = [database.name for database in settings.sumdb]
     question = f"sumdb/{[*databases, _SOME_NAME][0]}/supported"
@@ -12478,6 +12491,8 @@ def _upstream_findings(settings: Settings, dialer: Dialer, client: Client) -> It
             is_there = os.path.isdir(hop.folder)
             words = "a folder" if is_there else "no such folder"
             yield Finding("upstream", str(hop), is_there, words)
+        elif hop.kind == "direct":
+            yield _git_finding("upstream direct", git)
 
 
 _SOME_NAME = "sum.golang.org"

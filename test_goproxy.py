@@ -5262,6 +5262,14 @@ def test_what_a_container_file_names_exists(name: str) -> None:
     assert set(re.findall(r'goproxy.py", "([a-z]+)"', text)) == {"health"}
 
 
+def test_check_looks_for_git_where_it_is_needed(tmp_path: Path) -> None:
+    arguments = ["check", "-upstream=direct", "-private=git.test", "-sumdb=off"]
+    told = finish(tmp_path, *arguments)
+    assert (told.status, told.out.count("ok  ")) == (0, 2)
+    told = finish(tmp_path, *arguments, environ={"PATH": str(tmp_path)})
+    assert (told.status, told.out.count("FAIL")) == (1, 2)
+
+
 @pytest.mark.parametrize("name", sorted(goproxy.COMMANDS))
 def test_a_command_has_its_own_help_and_the_same_flags(tmp_path: Path, name: str) -> None:
     ended = finish(tmp_path, name, "-help")
@@ -7350,12 +7358,15 @@ def test_a_place_is_remembered_for_a_while() -> None:
 
 
 def test_the_operator_says_where_repositories_are() -> None:
-    rules = "git.test/*/*=ssh://git@in.test:22/{path}.git,go.test/x=file:///srv/x"
+    rules = (
+        "git.test/*/*=ssh://git@in.test:22/{path}.git,go.test/x=file:///srv/x,git.test/b=git://b"
+    )
     ours = finder({}, vcs=rules)
     url = "ssh://git@in.test:22/a/b.git"
     assert ours.find("git.test/a/b/c/v2") == goproxy.Found("git.test/a/b", "git", url, "", True)
     assert ours.find("go.test/x/y").url == "file:///srv/x"
-    with pytest.raises(goproxy.NotFound, match="3 path elements"):
+    assert ours.find("git.test/b").url == "git://b"
+    with pytest.raises(goproxy.NotFound, match="deeper, says -vcs"):
         ours.find("git.test/a")
 
 
@@ -7575,7 +7586,10 @@ def test_git_over_ssh_never_asks_and_has_one_key() -> None:
     assert two["GIT_SSH_COMMAND"] == f"{start} /keys/in -oStrictHostKeyChecking=accept-new"
 
 
-@pytest.mark.parametrize("url", ["ssh://git@git.test/x", "git://git.test/x", "http://git.test/x"])
+@pytest.mark.parametrize(
+    "url",
+    ["ssh://git@git.test/x", "git://git.test:1/x", "http://git.test/x", "ssh://[2001:db8::1]/x"],
+)
 def test_what_cannot_go_through_the_proxy_does_not_go_around_it(url: str) -> None:
     denied = pytest.raises(goproxy.Forbidden, match="NO_PROXY")
     with git_access("http://127.0.0.1:1") as access, denied:
@@ -7926,6 +7940,18 @@ def test_a_strangers_page_leads_nowhere_inside(world: World, host: str) -> None:
     assert set(world.way.asked) == {"go.test:443"}
 
 
+def test_a_strangers_name_leads_nowhere_inside(world: World) -> None:
+    """Whoever answers for it; the operator's word does."""
+    port = world.forge.server_address[1]
+    world.environ["GOPROXY_VCS"] = f"go.test/y=https://go.test:{port}/vanity"
+    world.environ["HTTPS_PROXY"] = ""
+    with UdpDns() as resolver:
+        proxy = world.start(private="", upstream="direct", dns=f"127.0.0.1:{resolver.port}")
+        assert proxy.get("go.test/x/@v/list").status == 403
+        assert (resolver.asked != [], world.forge.seen) == (True, [])
+        assert proxy.get("go.test/y/@v/list").versions == ["v0.1.0"]
+
+
 def test_a_private_page_may_lead_inside(world: World) -> None:
     page = tag("go.test/x git https://127.0.0.1/vanity")
     world.forge.pages["go.test/x"] = (200, page)
@@ -7957,13 +7983,14 @@ def test_what_is_stored_is_shown_to_nobody_else(world: World, workers: int) -> N
     world.forge.accepted = {DEPLOY}
     proxy = world.start(private_auth="client", workers=workers)
     names = [f"{TOOL}/{name}" for name in ("list", "v1.0.0.info", "v1.0.0.mod", "v1.0.0.zip")]
-    for _ in range(3):
+    for _ in range(2):
         for name in [*names, "git.test/team/tool/@latest"]:
             assert proxy.get(name, Authorization=DEPLOY).status == 200
             assert proxy.get(name).status == 401
             assert proxy.get(f"cached-only/{name}").status == 401
-            assert proxy.get(name, Authorization=basic("x", "y")).status == 403
+            assert proxy.get(f"cached-only/{name}", Authorization=basic("x", "y")).status == 403
             assert proxy.get(name, method="HEAD").status == 401
+        assert proxy.get(names[-1], Authorization=basic("x", "y")).status == 403
 
 
 def test_good_credentials_are_believed_for_a_while(world: World) -> None:
@@ -11042,6 +11069,36 @@ def test_go_downloads_a_toolchain(public: Public, make_safe_go: GoMaker) -> None
     assert system[2] == wanted
     name = f"v0.0.1-{wanted}.{system[3].replace('/', '-')}.zip"
     assert f"golang.org/toolchain/@v/{name}" in public.run.stored()
+
+
+# --- with real repositories --------------------------------------------------
+
+REAL = ["github.com/pkg/errors@v0.9.1", "golang.org/x/sync@v0.8.0", "gopkg.in/yaml.v3@v3.0.1"]
+
+
+def why_no_repositories() -> str:
+    """Why the forges of REAL cannot be asked from this machine, or nothing."""
+    for url in ("https://github.com/pkg/errors", "https://sum.golang.org/latest"):
+        try:
+            with urllib.request.urlopen(url, timeout=PATIENCE):
+                pass
+        except OSError as error:
+            return f"{url} cannot be reached: {error}"
+    return ""
+
+
+@needs_go
+@pytest.mark.network
+def test_real_modules_from_git_have_the_sums_of_the_database(
+    run: Run, make_safe_go: GoMaker
+) -> None:
+    """One by its path, two by pages; the go command compares what it gets with the database."""
+    if reason := why_no_repositories():
+        pytest.skip(reason)
+    proxy = run(upstream="direct")
+    got = make_safe_go(proxy.url).download(*REAL)
+    assert [f"{one['Path']}@{one['Version']}" for one in got] == REAL
+    assert proxy.get("github.com/pkg/errors/@latest").version == "v0.9.1"
 
 
 # =============================================================================
