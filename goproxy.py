@@ -4997,7 +4997,8 @@ class Shelf(Protocol):
         """Raises NotFound, StoreDown."""
 
     def names(self, prefix: str) -> list[str]:
-        """What stands directly below a prefix that ends in a slash, without the prefix."""
+        """What is stored directly below a prefix that ends in a slash, without the prefix, and
+        perhaps folders there."""
 
     def stamp(self, name: str) -> object:
         """The stamp that a blob of the name would have now, None if there is none: a quick way to
@@ -5228,12 +5229,12 @@ class DiskStorage(Folder, Storage):
                 raise
 
     def adopt(self, name: str, draft: Draft) -> bool:
-        if not draft.path:
-            raise StoreDown("the store fails: its disk is full or not writable")
         with store_errors(name):
             return self._publish(name, draft, replace=False)
 
     def _publish(self, name: str, draft: Draft, replace: bool) -> bool:
+        if not draft.path:
+            raise StoreDown("the store fails: its disk is full or not writable")
         path = self._path(name)
         if hasattr(os, "setxattr"):
             with contextlib.suppress(OSError):  # not every file system has attributes
@@ -5931,7 +5932,7 @@ class Sqlite(SqlDialect):
 
 class PostgresLine(SqlLine):
     begin = "BEGIN"
-    _SECONDS = 15.0  # for one statement
+    _SECONDS = 10.0  # for one statement
     _CONNECT_SECONDS = 3
 
     def __init__(self, driver: Any, url: str) -> None:
@@ -6021,8 +6022,8 @@ class Postgres(SqlDialect):
 
 
 class WatchedStorage(Storage):
-    """A storage that tells when it begins to fail and when it works again. One that is away is
-    tried by one caller at a time, with a pause between; the others are refused at once."""
+    """A storage that tells when it begins to fail and when it works again. While it is away, all
+    are refused at once, and a thread of its own looks whether it is there again."""
 
     _PAUSE = 2.0  # seconds
     _PROBED = OWN_MARK + "probe"
@@ -6032,13 +6033,15 @@ class WatchedStorage(Storage):
         self._log = log
         self._mutex = threading.Lock()
         self._troubles: dict[str, StoreDown] = {}  # by what does not work: read or write
-        self._try_at = 0.0
+        self._is_sought = False
+        self._ended = threading.Event()
         self.remark, self.is_shared = storage.remark, storage.is_shared
 
     @contextlib.contextmanager
     def _watch(self, half: str) -> Iterator[None]:
-        if self._troubles:
-            self._refuse_away()
+        away = self._away()
+        if away:
+            raise StoreAway(str(away))
         try:
             yield
         except StoreDown as error:
@@ -6053,32 +6056,46 @@ class WatchedStorage(Storage):
         else:
             self._note(half, None)
 
-    def _refuse_away(self) -> None:
-        with self._mutex:
-            now = time.monotonic()
-            away = [error for error in self._troubles.values() if isinstance(error, StoreAway)]
-            if away and now < self._try_at:
-                raise StoreAway(str(away[0]))
-            self._try_at = now + self._PAUSE
+    def _away(self) -> StoreAway | None:
+        return next((e for e in self._troubles.values() if isinstance(e, StoreAway)), None)
 
     def _note(self, half: str, error: StoreDown | None) -> None:
         if error is None and not self._troubles:
             return
         with self._mutex:
             before, self._troubles = self._troubles, self._after(half, error)
-            self._try_at = time.monotonic() + self._PAUSE
             after = self._troubles
+            seek = bool(self._away()) and not self._is_sought
+            self._is_sought |= seek
         if after and not before:
             self._log.error(f"degraded: what cannot be read or stored is only fetched: {error}")
         elif before and not after:
             self._log.line("the store works again")
+        if seek:
+            in_thread(self._seek)
 
     def _after(self, half: str, error: StoreDown | None) -> dict[str, StoreDown]:
-        """The troubles that are left; whatever works shows that the store is not away."""
+        """The troubles that are left; any other answer shows that the store is not away."""
         rest = {other: trouble for other, trouble in self._troubles.items() if other != half}
-        if error:
-            return {**rest, half: error}
-        return {key: value for key, value in rest.items() if not isinstance(value, StoreAway)}
+        if not isinstance(error, StoreAway):
+            rest = {key: value for key, value in rest.items() if not isinstance(value, StoreAway)}
+        return {**rest, half: error} if error else rest
+
+    def _seek(self) -> None:
+        """Asks until there is an answer."""
+        while not self._ended.wait(self._PAUSE):
+            trouble = None
+            try:
+                self._storage.open(self._PROBED).close()
+            except StoreAway:
+                continue
+            except StoreDown as error:
+                trouble = error
+            except NotFound:
+                pass
+            self._is_sought = False
+            self._note("read", trouble)
+            return
 
     def check(self) -> str:
         """What is wrong with the store now; nothing if it works."""
@@ -6125,6 +6142,7 @@ class WatchedStorage(Storage):
             self._storage.remove(name)
 
     def close(self) -> None:
+        self._ended.set()
         self._storage.close()
 
 

@@ -5744,12 +5744,13 @@ class Moody(goproxy.MemoryStorage):
 
 
 class Watched(goproxy.WatchedStorage):
-    """A moody storage, watched by somebody with so much patience and a log in a list."""
+    """A moody storage, watched with so many seconds between looks, and a log in a queue."""
 
     def __init__(self, pause: float) -> None:
-        self.moody, self._PAUSE, self.told = Moody(), pause, list[str]()
+        self.moody, self._PAUSE = Moody(), pause
+        self.told: queue.SimpleQueue[str] = queue.SimpleQueue()
         super().__init__(self.moody, goproxy.Log(2, False))
-        self._log.line = lambda text, *_, **__: self.told.append(text)  # type: ignore[method-assign]
+        self._log.line = lambda text, *_, **__: self.told.put(text)  # type: ignore[method-assign]
 
     def fails(self, error: goproxy.StoreDown | None) -> bool:
         """Whether opening does, in this mood of the storage."""
@@ -5762,26 +5763,25 @@ class Watched(goproxy.WatchedStorage):
         return False
 
 
-def test_a_store_that_is_away_is_not_tried_by_each_request() -> None:
-    watched = Watched(pause=1e9)
-    assert [watched.fails(goproxy.StoreAway("away")) for _ in range(5)] == [True] * 5
-    assert watched.moody.asked == 1
-    assert watched.check() == "away"
+def test_a_store_that_is_away_is_not_tried_by_requests() -> None:
+    with contextlib.closing(Watched(pause=PATIENCE)) as watched:
+        assert [watched.fails(goproxy.StoreAway("away")) for _ in range(5)] == [True] * 5
+        assert watched.moody.asked == 1
+        assert watched.check() == "away"
 
 
 def test_a_store_that_comes_back_is_used_again() -> None:
-    watched = Watched(pause=0)
-    assert watched.fails(goproxy.StoreAway("away"))
-    assert not watched.fails(None)
-    assert watched.check() == ""
-    assert [text.partition(":")[0] for text in watched.told] == [
-        "degraded",
-        "the store works again",
-    ]
+    with contextlib.closing(Watched(pause=0.001)) as watched:
+        assert watched.fails(goproxy.StoreAway("away"))
+        assert watched.told.get(timeout=PATIENCE).startswith("degraded: ")
+        watched.moody.error = None
+        assert watched.told.get(timeout=PATIENCE) == "the store works again"
+        assert not watched.fails(None)
+        assert watched.check() == ""
 
 
 def test_one_file_that_fails_keeps_nobody_from_the_others() -> None:
-    watched = Watched(pause=1e9)
+    watched = Watched(pause=PATIENCE)
     assert watched.fails(goproxy.StoreDown("bad sector"))
     assert not watched.fails(None)
     assert watched.moody.asked == 2
