@@ -73,6 +73,7 @@ import argparse
 import base64
 import collections
 import concurrent.futures
+import configparser
 import contextlib
 import contextvars
 import dataclasses
@@ -114,6 +115,7 @@ import traceback
 import unicodedata
 import urllib.parse
 import weakref
+import xml.etree.ElementTree
 import zipfile
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
@@ -1110,10 +1112,84 @@ def _sqlite_place(text: str) -> Place:
     return Place("sqlite", text)
 
 
+@dataclasses.dataclass(frozen=True)
+class BucketPlace:
+    """A bucket of an S3-compatible service. `prefix` is empty or ends in a slash; `endpoint` and
+    `region` say None and "" where the AWS variables and files decide."""
+
+    bucket: str
+    prefix: str = ""
+    endpoint: Url | None = None
+    region: str = ""
+    path_style: bool | None = None  # None: what suits the endpoint
+    public: Url | None = None  # where clients reach the service, if not at the endpoint
+    redirect: bool = False  # zips are answered with a link into the bucket
+    local: str = ""  # a folder in front
+
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
+_KEY_PREFIX = re.compile(r"[0-9A-Za-z!._~/@+=-]*")
+
+
+def _region(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
+        raise ValueError("want letters, digits and dashes")
+    return text
+
+
+def _local(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("want a folder")
+    return text
+
+
+_BUCKET_PARAMETERS: dict[str, Callable[[str], Any]] = {
+    "endpoint": parse_url,
+    "local": _local,
+    "path_style": _switch,
+    "public": parse_url,
+    "redirect": _switch,
+    "region": _region,
+}
+
+
+def parse_bucket(text: str) -> BucketPlace:
+    """s3://bucket[/prefix][?parameter=value&...]. Raises ValueError saying what is wrong."""
+    where, _, query = text.partition("?")
+    scheme, _, bucket = where.partition("://")
+    bucket, _, prefix = bucket.partition("/")
+    if scheme != "s3" or not _BUCKET.fullmatch(bucket):
+        raise ValueError("want s3://bucket/prefix (keys come from the AWS variables or files)")
+    prefix = prefix.strip("/")
+    if not _KEY_PREFIX.fullmatch(prefix) or "//" in prefix:
+        raise ValueError("want a plain prefix: letters, digits and . _ ~ / @ + = ! -")
+    given = _parameters(query, _BUCKET_PARAMETERS)
+    return BucketPlace(bucket, f"{prefix}/" if prefix else "", **given)
+
+
+def _parameters(query: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+    values = {}
+    for pair in filter(None, query.split("&")):
+        name, _, value = pair.partition("=")
+        if name not in known:
+            raise ValueError(f"unknown parameter {name}, want one of {', '.join(sorted(known))}")
+        try:
+            values[name] = known[name](urllib.parse.unquote(value))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return values
+
+
+def _bucket_place(text: str) -> Place:
+    parse_bucket(text)
+    return Place("s3", text)
+
+
 _PLACES: dict[str, Callable[[str], Place]] = {
     "memory": _memory_place,
     "postgres": _postgres_place,
     "postgresql": _postgres_place,
+    "s3": _bucket_place,
     "sqlite": _sqlite_place,
 }
 _SIZES = {
@@ -1210,7 +1286,11 @@ class Settings:
         "users, written by goproxy.py passwd; nobody else is let in",
     )
     cache: Place = _option(  # noqa: RUF009 (it is a dataclasses.field)
-        "CACHE_DIR", "./cache", _place, "STORE", "a folder, memory:, postgres://... or sqlite:FILE"
+        "CACHE_DIR",
+        "./cache",
+        _place,
+        "STORE",
+        "a folder, memory:, postgres://..., s3://bucket or sqlite:FILE",
     )
     dns: tuple[Url, ...] = _option(
         "DNS_SERVER",
@@ -2794,6 +2874,9 @@ class GrowingBlob(FileBlob):
     def when_ready(self, wake: Callable[[], None]) -> None:
         self._draft.when_ready(self.offset, wake)
 
+    def again(self) -> GrowingBlob:
+        return GrowingBlob(self._draft)
+
     def is_at_hand(self, count: int) -> bool:
         return True  # it has just been written
 
@@ -3977,13 +4060,16 @@ class Response(Blob):
     _HEAD_LIMIT = 64 * 1024
     _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: .*)?")
 
-    def __init__(self, wire: _Wire, patience: Patience, release: Callable[[], None]) -> None:
+    def __init__(
+        self, wire: _Wire, patience: Patience, release: Callable[[], None], bodiless: bool = False
+    ) -> None:
+        """`bodiless`: it answers a HEAD, so that no body follows whatever the head says."""
         self._wire = wire
         self.peer = wire.peer  # who answers, in words
         self._patience = patience
         self._release = release
         self._read_head()
-        self._frame()
+        self._frame(bodiless)
 
     def _read_head(self) -> None:
         stall = self._patience.header
@@ -3999,7 +4085,7 @@ class Response(Blob):
                 return
         raise BadRequest("too many interim answers")
 
-    def _frame(self) -> None:
+    def _frame(self, bodiless: bool) -> None:
         """How long the body is: RFC 9112, section 6.3, with every doubtful case refused."""
         coding = self.fields.get("transfer-encoding")
         self.size = content_length(self.fields)
@@ -4007,8 +4093,8 @@ class Response(Blob):
             raise BadRequest("ambiguous body length")
         if self.fields.get("content-encoding", "identity").lower() != "identity":
             raise BadRequest("compressed although nobody asked for it")
-        if self.status in (204, 304):
-            self.size = 0
+        if bodiless or self.status in (204, 304):
+            self.size, coding = 0, None
         self.whole = coding is not None or self.size is not None  # else it ends when it ends
         self._keep = self._keep and self.whole and "close" not in self.fields.tokens("connection")
         self._left: int | None = 0 if coding else self.size
@@ -4073,8 +4159,59 @@ HOP_FIELD = "X-Goproxy-Hop"
 HOP = secrets.token_hex(8)  # in each of our requests, and so in those that come back to us
 
 
+class Body(NamedTuple):
+    """What a request carries: its length in bytes, and `read_at(count, offset)`, which gives the
+    same bytes as often as it is asked."""
+
+    size: int
+    read_at: Callable[[int, int], bytes]
+
+    def pieces(self) -> Iterator[bytes]:
+        """Raises BadRequest if the bytes end early."""
+        offset = 0
+        while offset < self.size:
+            piece = self.read_at(min(CHUNK, self.size - offset), offset)
+            if not piece:
+                raise BadRequest("a body became shorter while it was sent")
+            offset += len(piece)
+            yield piece
+
+
+def bytes_body(data: bytes) -> Body:
+    return Body(len(data), lambda count, offset: data[offset : offset + count])
+
+
+class Outgoing(NamedTuple):
+    """A request. One whose method is idempotent may be sent twice (RFC 9110, section 9.2.2)."""
+
+    method: str
+    url: Url
+    headers: Sequence[tuple[str, str]] = ()
+    body: Body | None = None
+
+    def head(self, proxy: Url | None) -> bytes:
+        """Its first bytes, in absolute form for a proxy. Nothing in it may break a line: six CVEs
+        of http.client say why."""
+        url = self.url
+        lines = [
+            f"{self.method} {f'http://{url.authority}' if proxy else ''}{url.path or '/'} HTTP/1.1",
+            f"Host: {url.authority}",
+            f"User-Agent: goproxy.py/{__version__}",
+            "Accept-Encoding: identity",
+            *(f"{name}: {value}" for name, value in self.headers),
+        ]
+        if self.body is not None:
+            lines.append(f"Content-Length: {self.body.size}")
+        if proxy and proxy.user:
+            lines.append(f"Proxy-Authorization: {_basic(proxy.user, proxy.password)}")
+        for line in lines:
+            if not re.fullmatch(r"[\x20-\x7e]+", line):
+                raise BadUpstream(f"{url.authority}: unsafe character in a request")
+        return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+
 class Client:
-    """GET over pooled connections: 100 idle ones in all, 10 to a host, for 90 seconds.
+    """HTTP over pooled connections: 100 idle ones in all, 10 to a host, for 90 seconds.
 
     Redirects are followed ten times at most, never from https to http, and credentials never
     follow to another scheme, host or port."""
@@ -4109,8 +4246,7 @@ class Client:
         target = url
         for _ in range(self._REDIRECTS + 1):
             extra = [("Authorization", authorization)] if authorization else []
-            response = self._exchange(target, [*headers, *extra], patience, until)
-            _check_forwarded(response, self._dialer.forward_proxy(target))
+            response = self.send(Outgoing("GET", target, [*headers, *extra]), patience, until)
             if response.status not in (301, 302, 303, 307, 308):
                 return response
             response.close()
@@ -4127,25 +4263,33 @@ class Client:
             url.host, ""
         )
 
-    def _exchange(
-        self, url: Url, headers: Sequence[tuple[str, str]], patience: Patience, until: float
+    def send(self, request: Outgoing, patience: Patience, until: float) -> Response:
+        """The answer to one request, whatever its status; `until` is monotonic. No redirect is
+        followed and no credentials are added. Raises as get does."""
+        proxy = self._dialer.forward_proxy(request.url)
+        response = self._send(request, proxy, patience, until)
+        _check_forwarded(response, proxy)
+        return response
+
+    def _send(
+        self, request: Outgoing, proxy: Url | None, patience: Patience, until: float
     ) -> Response:
-        proxy = self._dialer.forward_proxy(url)
-        request = _request_head(url, headers, proxy)
-        wire = self._lend(url)
+        head = request.head(proxy)
+        wire = self._lend(request.url)
         if wire:
-            # An idle connection may be closed under our hands; nothing was answered then, and a
-            # GET may be sent again.
+            # An idle connection may be closed under our hands; nothing was answered then.
             try:
-                return self._send(wire, url, request, patience, until)
+                return self._exchange(wire, request, head, patience, until)
             except UpstreamTimeout:
                 raise
             except Unreachable:
-                pass
-        return self._send(self._connect(url, proxy, until), url, request, patience, until)
+                if request.method == "POST":
+                    raise
+        wire = self._connect(request.url, proxy, until)
+        return self._exchange(wire, request, head, patience, until)
 
-    def _send(
-        self, wire: _Wire, url: Url, request: bytes, patience: Patience, until: float
+    def _exchange(
+        self, wire: _Wire, request: Outgoing, head: bytes, patience: Patience, until: float
     ) -> Response:
         wire.until = until
         with self._mutex:
@@ -4155,11 +4299,25 @@ class Client:
         try:
             with _blaming(wire.peer):
                 wire.sock.settimeout(patience.header)
-                wire.sock.sendall(request)
-                return Response(wire, patience, lambda: self._give_back(url, wire))
+                wire.sock.sendall(head)
+                sent = self._feed(wire, request.body, patience.stall)
+                release = functools.partial(self._give_back, request.url, wire)
+                keep = release if sent else wire.close
+                return Response(wire, patience, keep, request.method == "HEAD")
         except BaseException:
             wire.close()
             raise
+
+    @staticmethod
+    def _feed(wire: _Wire, body: Body | None, stall: float) -> bool:
+        """Whether the whole body went out: who refuses it says why, and may hang up."""
+        try:
+            for piece in body.pieces() if body else ():
+                wire.sock.settimeout(min(stall, time_left(wire.until)))
+                wire.sock.sendall(piece)
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        return True
 
     def _connect(self, url: Url, proxy: Url | None, until: float) -> _Wire:
         if proxy:
@@ -4209,24 +4367,6 @@ class Client:
             self._idle.clear()
         for wire in wires:
             wire.close()
-
-
-def _request_head(url: Url, headers: Sequence[tuple[str, str]], proxy: Url | None) -> bytes:
-    """The bytes of a GET, in absolute form for a proxy. Nothing in it may break a line: six CVEs
-    of http.client say why."""
-    lines = [
-        f"GET {f'http://{url.authority}' if proxy else ''}{url.path or '/'} HTTP/1.1",
-        f"Host: {url.authority}",
-        f"User-Agent: goproxy.py/{__version__}",
-        "Accept-Encoding: identity",
-        *(f"{name}: {value}" for name, value in headers),
-    ]
-    if proxy and proxy.user:
-        lines.append(f"Proxy-Authorization: {_basic(proxy.user, proxy.password)}")
-    for line in lines:
-        if not re.fullmatch(r"[\x20-\x7e]+", line):
-            raise BadUpstream(f"{url.authority}: unsafe character in a request")
-    return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
 def _check_forwarded(response: Response, proxy: Url | None) -> None:
@@ -4977,6 +5117,735 @@ def _hang_up(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
+# Object storage: S3's REST API, signed with Signature Version 4 (Amazon S3 API Reference,
+# "Authenticating Requests"), by nothing but GET, HEAD, PUT, POST and DELETE.
+
+
+@dataclasses.dataclass(frozen=True)
+class AwsKeys:
+    """What requests are signed with; `expires` in seconds since the epoch."""
+
+    access: str
+    secret: str = dataclasses.field(repr=False)
+    token: str = dataclasses.field(default="", repr=False)
+    expires: float = math.inf
+
+
+_ALGORITHM = "AWS4-HMAC-SHA256"
+_UNSIGNED = "UNSIGNED-PAYLOAD"
+
+
+class Signer(NamedTuple):
+    """Signs requests for one region at one moment (seconds since the epoch)."""
+
+    keys: AwsKeys
+    region: str
+    moment: float
+
+    @property
+    def stamp(self) -> str:
+        return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.moment))
+
+    @property
+    def scope(self) -> str:
+        return f"{self.stamp[:8]}/{self.region}/s3/aws4_request"
+
+    def headers(
+        self, method: str, url: Url, headers: Sequence[tuple[str, str]], payload: str
+    ) -> list[tuple[str, str]]:
+        """`headers` and those that prove who asks; all of them are signed. The path of `url` is
+        as canonical_path makes it; `payload` is the SHA-256 of the body in hex."""
+        ours = [("x-amz-content-sha256", payload), ("x-amz-date", self.stamp)]
+        if self.keys.token:
+            ours.append(("x-amz-security-token", self.keys.token))
+        every = [*headers, *ours]
+        signed = sorted((name.lower(), value.strip()) for name, value in every)
+        signed = sorted([("host", url.authority), *signed])
+        names = ";".join(name for name, _ in signed)
+        proof = self._signature(method, url.path, signed, payload)
+        words = f"Credential={self.keys.access}/{self.scope},SignedHeaders={names}"
+        return [*every, ("Authorization", f"{_ALGORITHM} {words},Signature={proof}")]
+
+    def link(self, method: str, url: Url, seconds: int) -> str:
+        """`url`, whose path has no query, as whoever has it may ask for it for so long."""
+        pairs = {
+            "X-Amz-Algorithm": _ALGORITHM,
+            "X-Amz-Credential": f"{self.keys.access}/{self.scope}",
+            "X-Amz-Date": self.stamp,
+            "X-Amz-Expires": str(seconds),
+            "X-Amz-SignedHeaders": "host",
+        }
+        if self.keys.token:
+            pairs["X-Amz-Security-Token"] = self.keys.token
+        path = f"{url.path}?{_canonical_query(pairs)}"
+        proof = self._signature(method, path, [("host", url.authority)], _UNSIGNED)
+        return f"{url.scheme}://{url.authority}{path}&X-Amz-Signature={proof}"
+
+    def _signature(
+        self, method: str, path: str, signed: Sequence[tuple[str, str]], payload: str
+    ) -> str:
+        path, _, query = path.partition("?")
+        lines = [f"{name}:{value}" for name, value in signed]
+        names = ";".join(name for name, _ in signed)
+        request = "\n".join([method, path or "/", query, *lines, "", names, payload])
+        digest = hashlib.sha256(request.encode()).hexdigest()
+        text = "\n".join([_ALGORITHM, self.stamp, self.scope, digest])
+        key = f"AWS4{self.keys.secret}".encode()
+        for part in self.scope.split("/"):
+            key = hmac.digest(key, part.encode(), "sha256")
+        return hmac.digest(key, text.encode(), "sha256").hex()
+
+
+def _canonical_query(pairs: Mapping[str, str]) -> str:
+    quote = functools.partial(urllib.parse.quote, safe="")
+    return "&".join(sorted(f"{quote(name)}={quote(value)}" for name, value in pairs.items()))
+
+
+class _NoKeys(StoreDown):
+    """Nobody gives us AWS keys."""
+
+
+class AwsProfile:
+    """The section of the shared files that AWS_PROFILE names; both files may be missing.
+    (AWS SDKs and Tools Reference Guide, "Shared config and credentials files".)"""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._name = environ.get("AWS_PROFILE") or "default"
+        home = "~/.aws/"
+        self._files = [
+            (environ.get("AWS_CONFIG_FILE") or home + "config", "profile "),
+            (environ.get("AWS_SHARED_CREDENTIALS_FILE") or home + "credentials", ""),
+        ]
+
+    def read(self) -> dict[str, str]:
+        """Its settings, read anew: other programs refresh keys there. Raises UsageError."""
+        values: dict[str, str] = {}
+        for path, before in self._files:
+            parser = configparser.RawConfigParser(strict=False)
+            try:
+                parser.read(os.path.expanduser(path), encoding="utf-8")
+            except (configparser.Error, UnicodeDecodeError):  # whose text may hold a secret
+                raise UsageError(f"{path}: not a file as the AWS tools write it") from None
+            for section in (self._name, before + self._name):
+                if parser.has_section(section):
+                    values.update(parser.items(section))
+        return values
+
+
+_ROLE_HOSTS = ("127.0.0.1", "169.254.170.2", "169.254.170.23", "::1", "fd00:ec2::23", "localhost")
+_ROLE_PATIENCE = Patience(2.0, 2.0, 4.0)
+
+
+class AwsKeyChain:
+    """The keys of whoever runs us: variables, shared files, the container's role, the machine's
+    role, in this order; those that expire are renewed before.
+
+    Roles are asked on a link of the machine itself, so never through a proxy."""
+
+    _EARLY, _PAUSE = 300.0, 10.0  # seconds before the end, and between two attempts
+
+    def __init__(self, environ: Mapping[str, str], resolver: Resolver) -> None:
+        self._environ = environ
+        self._dialer = Dialer(resolver, ProxyRoute())
+        self._profile = AwsProfile(environ)
+        self._keys: AwsKeys | None = None
+        self._failure = _NoKeys("")
+        self._next_try = 0.0  # monotonic
+
+    def keys(self) -> AwsKeys:
+        """Keys that are still good. Raises StoreDown."""
+        keys, now = self._keys, time.time()
+        if keys and now < keys.expires - self._EARLY:
+            return keys
+        if time.monotonic() >= self._next_try:
+            self._next_try = time.monotonic() + self._PAUSE  # one thread is enough to try
+            try:
+                keys = self._keys = self._find()
+            except _NoKeys as error:
+                self._failure = error
+        if keys and time.time() < keys.expires:
+            return keys
+        raise _NoKeys(str(self._failure) or "s3: keys are being renewed")
+
+    def forget(self) -> None:
+        """The service refuses the keys: they are sought again."""
+        self._next_try, self._keys = 0.0, None
+
+    def _find(self) -> AwsKeys:
+        try:
+            for provider in (self._from_variables, self._from_files, self._from_container):
+                keys = provider()
+                if keys:
+                    return keys
+            return self._from_machine()
+        except (BadUpstream, OSError, UsageError) as error:
+            raise _NoKeys(f"s3: no AWS keys: {error}") from None
+
+    def _from_variables(self) -> AwsKeys | None:
+        get = self._environ.get
+        access, secret = get("AWS_ACCESS_KEY_ID"), get("AWS_SECRET_ACCESS_KEY")
+        return AwsKeys(access, secret, get("AWS_SESSION_TOKEN", "")) if access and secret else None
+
+    def _from_files(self) -> AwsKeys | None:
+        get = self._profile.read().get
+        access, secret = get("aws_access_key_id"), get("aws_secret_access_key")
+        return AwsKeys(access, secret, get("aws_session_token", "")) if access and secret else None
+
+    def _from_container(self) -> AwsKeys | None:
+        get = self._environ.get
+        full = get("AWS_CONTAINER_CREDENTIALS_FULL_URI", "")
+        if get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"):
+            full = f"http://169.254.170.2{get('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI')}"
+        if not full:
+            return None
+        url = _role_url(full)
+        token = get("AWS_CONTAINER_AUTHORIZATION_TOKEN", "")
+        if get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"):
+            with open(get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", ""), encoding="ascii") as file:
+                token = file.read().strip()
+        return _role_keys(self._ask("GET", url, [("Authorization", token)] if token else []))
+
+    def _from_machine(self) -> AwsKeys:
+        """Instance metadata, version 2 (Amazon EC2 User Guide, "Use IMDSv2")."""
+        if self._environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+            raise BadUpstream("none in the variables, the shared files and the container")
+        base = self._environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
+        url = _role_url(base.rstrip("/") + "/latest/api/token")
+        lifetime = [("X-aws-ec2-metadata-token-ttl-seconds", "21600")]
+        token = self._ask("PUT", url, lifetime).decode("latin-1").strip()
+        proof = [("X-aws-ec2-metadata-token", token)]
+        path = "/latest/meta-data/iam/security-credentials/"
+        listed = self._ask("GET", dataclasses.replace(url, path=path), proof).decode("latin-1")
+        role = urllib.parse.quote(listed.split()[0] if listed.split() else "", safe="")
+        return _role_keys(self._ask("GET", dataclasses.replace(url, path=path + role), proof))
+
+    def _ask(self, method: str, url: Url, headers: Sequence[tuple[str, str]]) -> bytes:
+        body = bytes_body(b"") if method == "PUT" else None
+        until = time.monotonic() + _ROLE_PATIENCE.total
+        request = Outgoing(method, url, headers, body)
+        with contextlib.closing(Client(self._dialer, {})) as client:
+            response = client.send(request, _ROLE_PATIENCE, until)
+            if response.status != 200:
+                raise BadUpstream(f"{url.authority} answered {response.status}")
+            return response.read_all(64 * 1024)
+
+
+def _role_url(text: str) -> Url:
+    """Raises BadUpstream for a URL to which no secret should go in clear text."""
+    base, mark, query = text.partition("?")
+    try:
+        url = parse_url(base)
+    except ValueError as error:
+        raise BadUpstream(f"the URL of the role: {error}") from None
+    link_local = is_ip(url.host) and ipaddress.ip_address(url.host).is_link_local
+    if url.scheme != "https" and url.host not in _ROLE_HOSTS and not link_local:
+        raise BadUpstream("the URL of the role: only https leaves this machine")
+    return dataclasses.replace(url, path=url.path + mark + query)
+
+
+def _role_keys(raw: bytes) -> AwsKeys:
+    try:
+        found = json.loads(raw)
+        access, secret, token = found["AccessKeyId"], found["SecretAccessKey"], found["Token"]
+        return AwsKeys(str(access), str(secret), str(token), iso_seconds(found["Expiration"]))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise BadUpstream("the role's answer holds no keys") from None
+
+
+def iso_seconds(text: str) -> float:
+    """Seconds since the epoch of a time like 2006-01-02T15:04:05.000Z. Raises ValueError."""
+    return _utc_seconds(text[:19], "%Y-%m-%dT%H:%M:%S")
+
+
+def http_seconds(text: str) -> float:
+    """Seconds since the epoch of an HTTP date (RFC 9110, section 5.6.7). Raises ValueError."""
+    return _utc_seconds(text, "%a, %d %b %Y %H:%M:%S GMT")
+
+
+def _utc_seconds(text: str, form: str) -> float:
+    moment = datetime.datetime.strptime(text, form)
+    return moment.replace(tzinfo=datetime.timezone.utc).timestamp()
+
+
+def parse_xml(data: bytes) -> xml.etree.ElementTree.Element:
+    """A document, its names without their namespace. Raises ValueError, also for a document type:
+    that is where entities come from, which can make gigabytes of a few lines."""
+    text = data.decode("utf-8")
+    if "<!DOCTYPE" in text:
+        raise ValueError("a document type is not wanted")
+    try:
+        root = xml.etree.ElementTree.fromstring(text)
+    except xml.etree.ElementTree.ParseError as error:
+        raise ValueError(f"not XML: {error}") from None
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+    return root
+
+
+class BucketError(StoreDown):
+    """An object storage service refuses: `code` is its own word for why, "" if it gave none, and
+    `passing` whether the same may be granted in a moment."""
+
+    def __init__(self, text: str, answered: int, code: str, passing: bool) -> None:
+        super().__init__(text)
+        self.answered = answered
+        self.code = code
+        self.passing = passing
+
+
+class Listed(NamedTuple):
+    """A key in a listing; or a common prefix, which ends in a slash and has neither size (bytes)
+    nor time (seconds since the epoch)."""
+
+    key: str
+    size: int = 0
+    modified: float = 0.0
+
+
+class ObjectHead(NamedTuple):
+    """What a service says of an object: bytes, seconds since the epoch, its mark for this content,
+    and the SHA-256 in hex where it is known."""
+
+    size: int
+    modified: float
+    etag: str
+    sha256: str
+
+
+class _Ask(NamedTuple):
+    """One operation; the key is "" for the bucket itself, `payload` the SHA-256 of the body."""
+
+    method: str
+    key: str
+    query: Mapping[str, str] = {}
+    headers: tuple[tuple[str, str], ...] = ()
+    body: Body | None = None
+    payload: str = hashlib.sha256().hexdigest()
+    wanted: tuple[int, ...] = (200,)
+    patience: Patience = Patience(5.0, 5.0, 10.0)
+
+
+_READ = Patience(5.0, 30.0, 600.0)
+_WRITE = Patience(30.0, 30.0, 600.0)
+_ASSEMBLY = Patience(120.0, 120.0, 300.0)  # a service may take minutes to put parts together
+_PASSING = frozenset(
+    [
+        "ConditionalRequestConflict",
+        "InternalError",
+        "OperationAborted",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+    ]
+)
+_EXPIRED = frozenset(["ExpiredToken", "InvalidToken", "TokenRefreshRequired"])
+_REPLACED = frozenset(["InvalidAccessKeyId", "SignatureDoesNotMatch"])
+_SHA256_NOTE = (
+    "x-amz-meta-sha256"  # our own note: no service computes it for an object made of parts
+)
+_MAX_PAGE = 16 << 20
+
+
+def body_sha256(body: Body) -> str:
+    """In hex."""
+    digest = hashlib.sha256()
+    for piece in body.pieces():
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _read_from(body: Body, start: int, count: int, offset: int) -> bytes:
+    return body.read_at(count, start + offset)
+
+
+class BucketLine:
+    """The way to one bucket: operations are signed, sent and, where it may help, sent again."""
+
+    _ATTEMPTS = 4
+
+    def __init__(
+        self,
+        place: BucketPlace,
+        chain: AwsKeyChain,
+        client: Client,
+        say: Callable[[str], None],
+    ) -> None:
+        """`place` as settled_place gives it; `say` is told what is odd about this service, once."""
+        self._place = place
+        self._chain = chain
+        self._client = client
+        self._say = say
+        self._region = place.region
+        self._skew = 0.0  # seconds that the service's clock is ahead of ours
+        self._conditional = True  # it knows If-None-Match
+
+    def document(self, ask: _Ask) -> xml.etree.ElementTree.Element:
+        """The answer, as XML."""
+        with contextlib.closing(self.ask(ask)) as response, self._understanding():
+            return parse_xml(response.read_all(_MAX_PAGE))
+
+    def done(self, ask: _Ask) -> bool:
+        """True when it is done. An error may stand in an answer that began with 200, too."""
+        with contextlib.closing(self.ask(ask)) as response:
+            code = _read_fault(response).get("Code")
+            if code:
+                raise self._error(response, code, passing=False)
+        return True
+
+    def once(self, ask: _Ask) -> bool:
+        """As done, but False if there is an object already."""
+        if self._conditional:
+            try:
+                return self.done(ask._replace(headers=(*ask.headers, ("If-None-Match", "*"))))
+            except BucketError as error:
+                if error.answered == 412:
+                    return False
+                if error.answered != 501 and error.code != "NotImplemented":
+                    raise
+            self._conditional = False
+            self._say(f"{self.peer} does not know If-None-Match: of two writers the last one wins")
+        with contextlib.suppress(NotFound):
+            self.find(ask.key)
+            return False
+        return self.done(ask)
+
+    def find(self, key: str) -> ObjectHead:
+        """Raises NotFound."""
+        with contextlib.closing(self.ask(_Ask("HEAD", key))) as response:
+            return self.found(response)
+
+    def found(self, response: Response) -> ObjectHead:
+        """What the head of an answer to GET or HEAD says."""
+        fields = response.fields
+        with self._understanding():
+            size = content_length(fields)
+            if size is None:
+                raise ValueError("an object without a length")
+            modified = http_seconds(fields.get("last-modified", ""))
+        return ObjectHead(size, modified, fields.get("etag", ""), fields.get(_SHA256_NOTE, ""))
+
+    def ask(self, ask: _Ask) -> Response:
+        """An answer with a wanted status. Raises NotFound, BucketError, StoreAway."""
+        start = time.monotonic()
+        for attempt in range(1, self._ATTEMPTS + 1):
+            try:
+                response = self._send(ask, start + ask.patience.total)
+                if response.status in ask.wanted:
+                    return response
+                error = self._fault(ask, response)
+                if not error.passing:
+                    raise error
+                words = str(error)
+            except BadUpstream as failure:
+                words = f"{self.peer}: {failure}"
+            if time.monotonic() > start + 2 * ask.patience.header:
+                break  # who waits has waited long enough
+            time.sleep(random.uniform(0.0, 0.1 * 2.0**attempt))
+        raise StoreAway(words)
+
+    @property
+    def peer(self) -> str:
+        """The service and the bucket, in words."""
+        return f"s3 {self._endpoint.authority}, bucket {self._place.bucket}"
+
+    @property
+    def _endpoint(self) -> Url:
+        if self._place.endpoint:
+            return self._place.endpoint
+        china = ".cn" if self._region.startswith("cn-") else ""
+        return Url("https", f"s3.{self._region}.amazonaws.com{china}", 443)
+
+    def _url(self, base: Url, key: str, query: Mapping[str, str] = {}) -> Url:
+        host, path = base.host, base.path
+        if self._place.path_style:
+            path += f"/{self._place.bucket}"
+        else:
+            host = f"{self._place.bucket}.{host}"
+        path += f"/{urllib.parse.quote(self._place.prefix + key if key else '')}"
+        path += f"?{_canonical_query(query)}" if query else ""
+        return dataclasses.replace(base, host=host, path=path)
+
+    def _signer(self) -> Signer:
+        return Signer(self._chain.keys(), self._region, time.time() + self._skew)
+
+    def _send(self, ask: _Ask, until: float) -> Response:
+        url = self._url(self._endpoint, ask.key, ask.query)
+        headers = self._signer().headers(ask.method, url, ask.headers, ask.payload)
+        return self._client.send(Outgoing(ask.method, url, headers, ask.body), ask.patience, until)
+
+    def _fault(self, ask: _Ask, response: Response) -> BucketError:
+        """What the refusal means. Raises NotFound."""
+        with contextlib.closing(response):
+            said = _read_fault(response)
+        code = said.get("Code", "")
+        if code == "NoSuchKey" or (response.status == 404 and ask.method == "HEAD"):
+            raise NotFound("not in the store")
+        if code in _EXPIRED or code in _REPLACED:
+            self._chain.forget()
+        region = response.fields.get("x-amz-bucket-region") or said.get("Region", "")
+        mended = self._mends_clock(response) or self._mends_region(region)
+        may_pass = code in _PASSING or response.status in (429, 500, 502, 503, 504)
+        return self._error(response, code, mended or may_pass or code in _EXPIRED)
+
+    def _error(self, response: Response, code: str, passing: bool) -> BucketError:
+        """Its text quotes nothing that was sent: that holds signatures."""
+        said = f" {code}" if code else ""
+        text = f"{self.peer} answered {response.status}{said}"
+        return BucketError(text, response.status, code, passing)
+
+    def _mends_clock(self, response: Response) -> bool:
+        """Whether we were refused for a clock that is wrong; from now on we count with it."""
+        try:
+            skew = http_seconds(response.fields.get("date", "")) - time.time()
+        except ValueError:
+            return False
+        if response.status != 403 or abs(skew - self._skew) < 60:
+            return False
+        self._skew = skew
+        self._say(f"{self.peer}: its clock and ours are {abs(skew):.0f} s apart")
+        return True
+
+    def _mends_region(self, region: str) -> bool:
+        if region == self._region or not re.fullmatch("[a-z0-9-]{1,40}", region):
+            return False
+        self._region = region
+        return True
+
+    @contextlib.contextmanager
+    def _understanding(self) -> Iterator[None]:
+        try:
+            yield
+        except (BadUpstream, ValueError) as error:
+            raise StoreDown(f"{self.peer}: {error}") from None
+
+
+class Bucket(BucketLine):
+    """The objects of one bucket, below a prefix. Every verb raises StoreDown with the service's
+    name and its word for what is wrong; what may pass is tried again, after a random pause."""
+
+    _SPLIT, _PART = 64 << 20, 16 << 20  # bytes: what is longer goes up in parts so long
+    _ABANDONED = 86400.0  # seconds, then an upload is one that nobody will finish
+    _swept = False
+
+    def open(self, key: str, on_damage: Callable[[], None]) -> BucketObject:
+        """Raises NotFound."""
+        return BucketObject(self, key, on_damage)
+
+    def listing(self, prefix: str, delimiter: str = "") -> Iterator[Listed]:
+        """What has the prefix; beyond the next delimiter only what stands before it, once. A page
+        of a thousand is in memory at a time."""
+        query = {"encoding-type": "url", "list-type": "2", "prefix": self._place.prefix + prefix}
+        if delimiter:
+            query["delimiter"] = delimiter
+        while True:
+            page = self.document(_Ask("GET", "", query))
+            for part in page.iter("CommonPrefixes"):
+                yield Listed(self._key(page, part, "Prefix"))
+            for part in page.iter("Contents"):
+                with self._understanding():
+                    size = int(part.findtext("Size", ""))
+                    moment = iso_seconds(part.findtext("LastModified", ""))
+                yield Listed(self._key(page, part, "Key"), size, moment)
+            token = page.findtext("NextContinuationToken", "")
+            if page.findtext("IsTruncated") != "true" or not token:
+                return
+            query["continuation-token"] = token
+
+    def _key(
+        self,
+        page: xml.etree.ElementTree.Element,
+        part: xml.etree.ElementTree.Element,
+        tag: str,
+    ) -> str:
+        """Without our prefix. Not every service encodes keys when asked to."""
+        key = part.findtext(tag, "")
+        if page.findtext("EncodingType") == "url":
+            key = urllib.parse.unquote_plus(key)
+        return key[len(self._place.prefix) :]
+
+    def link(self, key: str, method: str, seconds: int) -> str:
+        """A URL by which whoever has it may GET or HEAD an object for so long; so it is secret."""
+        url = self._url(self._place.public or self._endpoint, key)
+        return self._signer().link(method, url, seconds)
+
+    def put(self, key: str, body: Body, once: bool) -> bool:
+        """Stores an object. With `once`, False and nothing stored if there is one already."""
+        payload = body_sha256(body)
+        if body.size > self._SPLIT:
+            return self._put_parts(key, body, payload, once)
+        note = ((_SHA256_NOTE, payload),)
+        ask = _Ask("PUT", key, {}, note, body, payload, patience=_WRITE)
+        return self.once(ask) if once else self.done(ask)
+
+    def _put_parts(self, key: str, body: Body, sha256: str, once: bool) -> bool:
+        if not self._swept:  # an upload costs its bytes until somebody aborts it
+            self._swept = True
+            with contextlib.suppress(ProxyError):
+                self.sweep(self._ABANDONED)
+        upload = self.begin(key, sha256)
+        size = max(self._PART, -(-body.size // 10_000))  # there may be so many parts
+        with contextlib.ExitStack() as undo:
+            undo.callback(upload.abort)
+            for start in range(0, body.size, size):
+                read = functools.partial(_read_from, body, start)
+                upload.add(Body(min(size, body.size - start), read))
+            stored = upload.finish(once)
+            if stored:
+                undo.pop_all()
+        return stored
+
+    def begin(self, key: str, sha256: str) -> Upload:
+        """An object that arrives in parts."""
+        note = ((_SHA256_NOTE, sha256),)
+        page = self.document(_Ask("POST", key, {"uploads": ""}, note, bytes_body(b"")))
+        return Upload(self, key, page.findtext("UploadId", ""))
+
+    def remove(self, key: str) -> None:
+        """Takes an object away; it is fine if there is none."""
+        self.done(_Ask("DELETE", key, wanted=(200, 202, 204)))
+
+    def sweep(self, age: float) -> None:
+        """Aborts uploads below our prefix that were begun more than `age` seconds ago."""
+        query = {"encoding-type": "url", "prefix": self._place.prefix, "uploads": ""}
+        page = self.document(_Ask("GET", "", query))
+        for part in page.iter("Upload"):
+            with self._understanding():
+                begun = iso_seconds(part.findtext("Initiated", ""))
+            if begun < time.time() + self._skew - age:
+                Upload(self, self._key(page, part, "Key"), part.findtext("UploadId", "")).abort()
+
+
+def _read_fault(response: Response) -> dict[str, str]:
+    """The texts of an <Error>; {} if the body is none."""
+    try:
+        root = parse_xml(response.read_all(64 * 1024))
+    except (BadUpstream, ValueError):
+        return {}
+    if root.tag != "Error":
+        return {}
+    texts = {element.tag: (element.text or "").strip() for element in root}
+    texts["Code"] = re.sub("[^0-9A-Za-z.]", "", texts.get("Code", ""))[:60] or "Error"
+    return texts
+
+
+class BucketObject(Blob):
+    """An object's bytes. A cut connection costs nothing: the rest of the same object is asked for.
+    Where its SHA-256 is known, a body that does not have it ends in a StoreDown, of which
+    `on_damage` is told before."""
+
+    def __init__(self, bucket: Bucket, key: str, on_damage: Callable[[], None]) -> None:
+        self._bucket = bucket
+        self._key = key
+        self._on_damage = on_damage
+        self._tries = 3
+        self._digest = hashlib.sha256()
+        self._delivered = 0
+        self._response = bucket.ask(_Ask("GET", key, patience=_READ))
+        try:
+            self.found = bucket.found(self._response)
+        except BaseException:
+            self.close()
+            raise
+        self.size: int = self.found.size
+        self.modified = self.found.modified
+
+    def read(self, count: int) -> bytes:
+        data = self._next(count)
+        self._delivered += len(data)
+        self._digest.update(data)
+        if self._delivered == self.size and self.found.sha256 not in ("", self._digest.hexdigest()):
+            self._on_damage()
+            raise StoreDown(f"{self._bucket.peer}: {self._key} does not have its SHA-256")
+        return data
+
+    def _next(self, count: int) -> bytes:
+        broken = False
+        while True:
+            try:
+                if broken:
+                    self._resume()
+                return self._response.read(count)
+            except BadUpstream as error:
+                broken = True
+                self._tries -= 1
+                if self._tries <= 0:
+                    raise StoreDown(f"{self._bucket.peer}: {error}") from None
+
+    def _resume(self) -> None:
+        self._response.close()
+        begins = f"bytes {self._delivered}-"
+        headers = (("If-Match", self.found.etag), ("Range", begins.replace(" ", "=")))
+        ask = _Ask("GET", self._key, {}, headers, wanted=(206,), patience=_READ)
+        self._response = self._bucket.ask(ask)
+        if not self._response.fields.get("content-range", "").startswith(begins):
+            raise StoreDown(f"{self._bucket.peer}: a range that was not asked for")
+
+    def close(self) -> None:
+        self._response.close()
+
+
+class Upload:
+    """An object that goes up in parts; each but the last has at least 5 MiB."""
+
+    def __init__(self, bucket: Bucket, key: str, number: str) -> None:
+        self._bucket = bucket
+        self._key = key
+        self._number = number
+        self._etags: list[str] = []
+
+    def add(self, body: Body) -> None:
+        """The next part."""
+        query = {"partNumber": str(len(self._etags) + 1), "uploadId": self._number}
+        ask = _Ask("PUT", self._key, query, (), body, body_sha256(body), patience=_WRITE)
+        with contextlib.closing(self._bucket.ask(ask)) as response:
+            self._etags.append(response.fields.get("etag", ""))
+
+    def finish(self, once: bool) -> bool:
+        """Puts the parts together. With `once`, False if there is an object already."""
+        root = xml.etree.ElementTree.Element("CompleteMultipartUpload")
+        for number, etag in enumerate(self._etags, 1):
+            part = xml.etree.ElementTree.SubElement(root, "Part")
+            xml.etree.ElementTree.SubElement(part, "PartNumber").text = str(number)
+            xml.etree.ElementTree.SubElement(part, "ETag").text = etag
+        body = bytes_body(xml.etree.ElementTree.tostring(root))
+        query = {"uploadId": self._number}
+        payload = body_sha256(body)
+        ask = _Ask("POST", self._key, query, (), body, payload, patience=_ASSEMBLY)
+        try:
+            return self._bucket.once(ask) if once else self._bucket.done(ask)
+        except BucketError as error:
+            if error.code != "NoSuchUpload":
+                raise
+        self._bucket.find(self._key)  # the first answer was lost: it has been put together
+        return True
+
+    def abort(self) -> None:
+        """Has the service forget it; what cannot be aborted now is swept a day later."""
+        with contextlib.suppress(ProxyError):
+            query = {"uploadId": self._number}
+            self._bucket.done(_Ask("DELETE", self._key, query, wanted=(200, 204)))
+
+
+def settled_place(place: BucketPlace, environ: Mapping[str, str]) -> BucketPlace:
+    """`place` with what the AWS variables and files say where it says nothing: its region is known
+    then. Raises UsageError."""
+    profile = AwsProfile(environ).read()
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    text = next(filter(None, map(environ.get, names)), profile.get("endpoint_url", ""))
+    try:
+        endpoint = place.endpoint or (parse_url(text) if text else None)
+    except ValueError as error:
+        raise UsageError(f"AWS_ENDPOINT_URL={mask(text)}: {error}") from None
+    regions = (place.region, environ.get("AWS_REGION"), environ.get("AWS_DEFAULT_REGION"))
+    region = next(filter(None, regions), profile.get("region", "us-east-1"))
+    # A certificate for *.s3.amazonaws.com does not cover a bucket with a dot in it.
+    path_style = endpoint is not None or "." in place.bucket
+    if place.path_style is not None:
+        path_style = place.path_style
+    return dataclasses.replace(place, endpoint=endpoint, region=region, path_style=path_style)
+
+
 # =============================================================================
 # 7. Storage: where bytes live
 # =============================================================================
@@ -5021,6 +5890,12 @@ class Storage(Shelf, Protocol):
 
     def sweep(self) -> None:
         """Removes what processes that have ended left unfinished."""
+
+    def link(self, name: str, method: str) -> str:
+        """A URL at which a client can GET or HEAD a stored name by itself, for some minutes, and
+        which must not be told to anybody else; "" if it is to have the bytes from us.
+        Raises NotFound, StoreDown."""
+        return ""
 
     def draft(self) -> Draft:
         """An empty draft to be filled and adopted."""
@@ -6123,6 +6998,10 @@ class WatchedStorage(Storage):
         with self._watch("read"):
             yield from self._storage.walk(prefix)
 
+    def link(self, name: str, method: str) -> str:
+        with self._watch("read"):
+            return self._storage.link(name, method)
+
     def sweep(self) -> None:
         self._storage.sweep()
 
@@ -6180,18 +7059,195 @@ def pieces_of(blob: Blob) -> Iterator[bytes]:
 
 
 class Means(NamedTuple):
-    """What a storage may need beside its place: a limit in bytes (-max-size), the way out, and
-    the variables of the environment."""
+    """What a storage may need beside its place: a limit in bytes (-max-size), the way out, the
+    variables of the environment, and somebody to tell what is odd."""
 
     limit: int | None
     dialer: Dialer
     environ: Mapping[str, str]
+    say: Callable[[str], None]
+
+
+class S3Storage(RemoteStorage):
+    """Objects in a bucket, whose keys are the names. What never changes is written only where
+    nothing is: of several replicas the first one wins, and no lock is needed."""
+
+    _MAX_KEY = 1024  # bytes
+    _LINK_SECONDS = 300
+
+    def __init__(self, place: BucketPlace, means: Means) -> None:
+        """Connects to nothing. Raises UsageError."""
+        super().__init__()
+        self._place = settled_place(place, means.environ)
+        self._means = means
+        self._buckets: dict[int, tuple[Bucket, Client]] = {}
+        self._damaged: set[str] = set()  # names whose bytes are no good: the next ones replace them
+
+    @property
+    def _bucket(self) -> Bucket:
+        """That of this process: no two may share a connection."""
+        pid = os.getpid()
+        made = self._buckets.get(pid) or self._buckets.setdefault(pid, self._make())
+        return made[0]
+
+    def _make(self) -> tuple[Bucket, Client]:
+        client = Client(self._means.dialer, {})
+        chain = AwsKeyChain(self._means.environ, self._means.dialer.resolver)
+        return Bucket(self._place, chain, client, self._means.say), client
+
+    def _fetch(self, name: str) -> Blob:
+        if name in self._damaged or len(name.encode()) > self._MAX_KEY:
+            raise NotFound("not in the store")
+        return self._bucket.open(name, functools.partial(self._damaged.add, name))
+
+    def put(self, name: str, data: bytes, replace: bool = True) -> bool:
+        return self._store(name, bytes_body(data), replace)
+
+    def adopt(self, name: str, draft: Draft) -> bool:
+        return self._store(name, Body(draft.written, draft.file.read_at), replace=False)
+
+    def _store(self, name: str, body: Body, replace: bool) -> bool:
+        with store_errors(name):
+            stored = self._bucket.put(name, body, not replace and name not in self._damaged)
+        self._damaged.discard(name)
+        self._forget(name)
+        return stored
+
+    def names(self, prefix: str) -> list[str]:
+        listing = self._bucket.listing(prefix, "/")
+        return list({listed.key[len(prefix) :].rstrip("/"): None for listed in listing})
+
+    def walk(self, prefix: str = "") -> Iterator[Item]:
+        for listed in self._bucket.listing(prefix):
+            if prefix or not listed.key.startswith(OWN_MARK):
+                yield Item(*listed)
+
+    def remove(self, name: str) -> None:
+        self._bucket.find(name)
+        self._bucket.remove(name)
+        self._forget(name)
+
+    def link(self, name: str, method: str) -> str:
+        if not self._place.redirect or name in self._damaged:
+            return ""
+        self._bucket.find(name)
+        return self._bucket.link(name, method, self._LINK_SECONDS)
+
+    def close(self) -> None:
+        super().close()
+        if os.getpid() in self._buckets:
+            self._buckets[os.getpid()][1].close()
+
+
+_LASTING = re.compile(r".+/@v/[^/]+\.(mod|zip|ziphash)|sumdb/[^/]+/(lookup|tile)/.+")
+
+
+def _is_lasting(name: str) -> bool:
+    """Whether what stands under a name never changes, and is no side file of ours."""
+    if name.startswith(OWN_MARK):
+        return False
+    stem, dot, _ = name.rpartition("/@v/")[2].rpartition(".info")
+    return bool(_LASTING.fullmatch(name)) or (dot != "" and is_canonical(stem))
+
+
+class FrontedStorage(Storage):
+    """A folder in front of a slower store, in which the truth is. What never changes is kept in
+    both; where the folder fails, the store does alone what both did."""
+
+    def __init__(self, near: DiskStorage, far: Storage) -> None:
+        self._near = near
+        self._far = far
+        self._mutex = threading.Lock()
+        self._coming: set[str] = set()
+        self._lane: Lane | None = None
+
+    def open(self, name: str) -> FileBlob:
+        if not _is_lasting(name):
+            return self._far.open(name)
+        with contextlib.suppress(NotFound, StoreDown):
+            return self._near.open(name)
+        blob = self._far.open(name)
+        with self._mutex:
+            self._lane = self._lane or Lane("copy", 2)  # of this process, not of its parent
+            if name not in self._coming:
+                self._coming.add(name)
+                self._lane.do(functools.partial(self._copy, name, blob.again()))
+        return blob
+
+    def _copy(self, name: str, blob: FileBlob) -> None:
+        with contextlib.suppress(ProxyError, OSError), contextlib.closing(blob):
+            draft = self._near.draft()
+            draft.modified = blob.modified  # so that all replicas tell the same time of it
+            try:
+                for data in iter(lambda: blob.read(CHUNK), b""):
+                    draft.write(data)
+                self._near.adopt(name, draft)
+            except BaseException as error:
+                draft.fail(error)
+                raise
+        with self._mutex:
+            self._coming.remove(name)
+
+    def put(self, name: str, data: bytes, replace: bool = True) -> bool:
+        stored = self._far.put(name, data, replace)
+        if stored and _is_lasting(name):
+            with contextlib.suppress(ProxyError):
+                self._near.put(name, data, replace)
+        return stored
+
+    def adopt(self, name: str, draft: Draft) -> bool:
+        stored = self._far.adopt(name, draft)
+        with contextlib.suppress(ProxyError):
+            if stored and draft.path:
+                self._near.adopt(name, draft)
+        with contextlib.suppress(OSError):
+            os.unlink(draft.path)
+        return stored
+
+    def draft(self) -> Draft:
+        with contextlib.suppress(StoreDown):
+            return self._near.draft()
+        return self._far.draft()
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(NotFound, StoreDown):
+            self._near.remove(name)
+        self._far.remove(name)
+
+    def stamp(self, name: str) -> object:
+        return self._near.stamp(name) or self._far.stamp(name)
+
+    def names(self, prefix: str) -> list[str]:
+        return self._far.names(prefix)
+
+    def walk(self, prefix: str = "") -> Iterator[Item]:
+        return self._far.walk(prefix)
+
+    def link(self, name: str, method: str) -> str:
+        return self._far.link(name, method)
+
+    def sweep(self) -> None:
+        with contextlib.suppress(OSError):
+            self._near.sweep()
+
+    def close(self) -> None:
+        if self._lane:
+            self._lane.close()
+        self._near.close()
+        self._far.close()
+
+
+def _open_s3(where: str, means: Means) -> Storage:
+    place = parse_bucket(where)
+    far = S3Storage(place, means)
+    return FrontedStorage(DiskStorage(place.local), far) if place.local else far
 
 
 STORAGES: dict[str, Callable[[str, Means], Storage]] = {
     "folder": lambda where, means: DiskStorage(where),
     "memory": lambda where, means: MemoryStorage(means.limit),
     "postgres": lambda where, means: SqlStorage(Postgres(where)),
+    "s3": _open_s3,
     "sqlite": lambda where, means: SqlStorage(Sqlite(where[len("sqlite:") :])),
 }
 
@@ -8421,6 +9477,9 @@ class Modules(Protocol):
     def large(self, artifact: Artifact, reach: Reach) -> Answer:
         """A .zip."""
 
+    def link(self, artifact: Artifact, method: str) -> str:
+        """Where the client itself can GET or HEAD a .zip; "" if it is to ask us for it."""
+
 
 class Mirror(Modules):
     """A source, remembered: everything a client can ask of a module, as bytes."""
@@ -8494,6 +9553,12 @@ class Mirror(Modules):
             return artifact.name + "hash", h1.encode()
 
         return self._cache.large(artifact.name, reach, lambda: self._source.open(artifact), check)
+
+    def link(self, artifact: Artifact, method: str) -> str:
+        try:
+            return self._cache.storage.link(artifact.name, method)
+        except (NotFound, StoreDown):
+            return ""  # what is wrong is told to whoever has it opened
 
 
 def _lines(versions: Iterable[str]) -> bytes:
@@ -8667,6 +9732,11 @@ class WithOwn(Modules):
             return self._others().large(artifact, reach)
         blob = self._own.open(artifact)
         return Answer(blob, Verdict.HIT, 0, _stamped(artifact.name, blob.stamp))
+
+    def link(self, artifact: Artifact, method: str) -> str:
+        if self._own.has(artifact.path, artifact.version):
+            return ""
+        return self._others().link(artifact, method)
 
 
 class Sight(NamedTuple):
@@ -10282,6 +11352,10 @@ def serve_artifact(app: App, request: Request, module: str, version: str, kind: 
         return _serve_query(app, request, artifact.path, artifact.version)
     check_module(artifact.path, artifact.version)
     mirror = app.policy.admit(artifact.path, request.asker)
+    link = mirror.link(artifact, request.method) if kind == "zip" else ""
+    if link:
+        headers = (("Cache-Control", "no-store"), ("Location", link))
+        return Reply(307, b"", headers=headers, verdict=Verdict.HIT)
     if kind == "zip" and request.method == "HEAD":
         return _zip_head(mirror, artifact, request)
     try:
@@ -12306,7 +13380,7 @@ class Daemon:
         self._gate = _open_gate(settings, self._log)
         self._outside = open_outside(settings, environ)
         self._tls = open_tls(settings)
-        means = Means(settings.max_size, self._outside.dialer, environ)
+        means = Means(settings.max_size, self._outside.dialer, environ, self._log.line)
         self._storage = open_store(settings, means)
         self._settings = _as_shared(settings, self._storage)
         prepare_git(settings, self._outside.search_path)
@@ -12546,10 +13620,11 @@ def run_fetch(settings: Settings, environ: Mapping[str, str]) -> int:
 @contextlib.contextmanager
 def _at_work(settings: Settings, environ: Mapping[str, str]) -> Iterator[Answering]:
     """What a command needs of the daemon."""
+    log = QuietLog()
     outside = open_outside(settings, environ)
     dialer, client = outside.dialer, Client(outside.dialer, outside.netrc_file)
-    storage = open_store(settings, Means(settings.max_size, dialer, environ))
-    answers = answering(settings, outside, client, storage, QuietLog())
+    storage = open_store(settings, Means(settings.max_size, dialer, environ, log.line))
+    answers = answering(settings, outside, client, storage, log)
     with contextlib.closing(dialer.resolver), contextlib.closing(client), answers as found:
         yield found
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import atexit
 import base64
+import calendar
 import contextlib
 import dataclasses
 import email.utils
@@ -629,7 +630,7 @@ COMPLAINTS = ("Traceback", "ResourceWarning", "Warning:", "Exception ignored")
 def clean_environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The variables a test may depend on: no proxy, no setting and no netrc of whoever runs it."""
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-    return {**kept, "HOME": str(home), **(extra or {})}
+    return {**kept, "HOME": str(home), **AWS, **(extra or {})}
 
 
 def flags(settings: Mapping[str, object]) -> list[str]:
@@ -1952,6 +1953,13 @@ BAD_SETTINGS = [
     ("cache", "CACHE_DIR", "gopher://x"),
     ("cache", "CACHE_DIR", "memory:x"),
     ("cache", "CACHE_DIR", "postgres://host"),
+    ("cache", "CACHE_DIR", "s3://"),
+    ("cache", "CACHE_DIR", "s3://bucket/a//b"),
+    ("cache", "CACHE_DIR", "s3://bucket?acl=public"),
+    ("cache", "CACHE_DIR", "s3://bucket?endpoint=ftp://host"),
+    ("cache", "CACHE_DIR", "s3://bucket?region=nowhere%20at%20all"),
+    ("cache", "CACHE_DIR", "s3://bucket?local="),
+    ("cache", "CACHE_DIR", "s3://bucket?redirect=perhaps"),
     ("cache", "CACHE_DIR", "sqlite:"),
     ("evict-private", "GOPROXY_EVICT_PRIVATE", "some"),
     ("exclude", "GOPROXY_EXCLUDE", "example.com/["),
@@ -3522,12 +3530,6 @@ def dialer(proxy: str = "", no_proxy: str = "", **names: list[str]) -> goproxy.D
     return goproxy.Dialer(Table(**names), route(proxy, no_proxy))
 
 
-def find_coredns() -> str:
-    """Where `go install` puts it, if it is not on the PATH."""
-    told = subprocess.run([GO or "false", "env", "GOPATH"], capture_output=True, check=False)
-    return shutil.which("coredns", path=f"{told.stdout.decode().strip()}/bin") or "coredns"
-
-
 @pytest.fixture(scope="session")
 def coredns(trust: Trust, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """CoreDNS in all five ways: the value of -dns for each scheme."""
@@ -3539,7 +3541,7 @@ def coredns(trust: Trust, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         tls = "" if scheme == "dns" else f"tls {trust.cert} {trust.key}\n"
         ways += f"{scheme}://.:{port} {{\nbind 127.0.0.1\n{tls}file {folder}/zone test.\n}}\n"
     (folder / "Corefile").write_text(ways)
-    with program(ports["dns"], find_coredns(), "-conf", str(folder / "Corefile")):
+    with program(ports["dns"], go_tool("coredns"), "-conf", str(folder / "Corefile")):
         yield {
             "https": f"https://127.0.0.1:{ports['https']}/dns-query",
             "quic": f"quic://127.0.0.1:{ports['quic']}",
@@ -3703,6 +3705,172 @@ def hashed(method: str) -> str:
     """The password `secret`, as files of users have it, in a line."""
     command = [installed("openssl"), "passwd", method, "secret"]
     return subprocess.run(command, capture_output=True, check=True).stdout.decode()
+
+
+# --- object storage: stage ---------------------------------------------------
+
+AWS = {"AWS_ACCESS_KEY_ID": "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secretsecretsecret"}
+
+
+class Heard(NamedTuple):
+    """A request; header names in lower case."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes = b""
+
+
+class Said(NamedTuple):
+    """An answer. Status 0 breaks the connection; a Content-Length beyond the body cuts it."""
+
+    status: int
+    headers: Mapping[str, str] = {}
+    body: bytes = b""
+
+
+class _ScriptedExchange(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ScriptedServer
+
+    def do_GET(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        body = self.rfile.read(int(headers.get("content-length", "0")))
+        heard = Heard(self.command, self.path, headers, body)
+        self.server.scripted.seen.append(heard._replace(body=b""))
+        said = self.server.scripted.answer(heard)
+        self.close_connection = said.status == 0
+        if said.status:
+            self._say(said)
+
+    do_DELETE = do_HEAD = do_POST = do_PUT = do_GET
+
+    def _say(self, said: Said) -> None:
+        self.send_response_only(said.status)
+        fields = {"Content-Length": str(len(said.body)), "Date": self.date_time_string()}
+        fields.update(said.headers)
+        for name, value in fields.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(said.body)
+            self.close_connection = int(fields["Content-Length"]) != len(said.body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the witness is `Scripted.seen`."""
+
+
+class ScriptedServer(ThreadingHTTPServer):
+    scripted: Scripted
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Silent about peers that leave."""
+
+
+class Scripted:
+    """An HTTP server that answers as a function says, which may be changed while it runs."""
+
+    def __init__(self, answer: Callable[[Heard], Said]) -> None:
+        self.answer = answer
+        self.seen: list[Heard] = []
+        self._server = ScriptedServer(("127.0.0.1", 0), _ScriptedExchange)
+        self._server.scripted = self
+        self.port = self._server.server_port
+        self.base = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def handed_on(port: int, heard: Heard) -> Said:
+    """What the server at `port` says to a request that was made to somebody else."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        connection.putrequest(heard.method, heard.path, True, True)
+        for name, value in heard.headers.items():
+            connection.putheader(name, value)
+        connection.endheaders(heard.body)
+        response = connection.getresponse()
+        body = response.read()
+        return Said(response.status, dict(response.getheaders()), body)
+
+
+@contextlib.contextmanager
+def scripted(answer: Callable[[Heard], Said]) -> Iterator[Scripted]:
+    with contextlib.closing(Scripted(answer)) as server:
+        yield server
+
+
+def go_tool(name: str) -> str:
+    """Where `go install` puts a program, if it is not on the PATH."""
+    told = subprocess.run([GO or "false", "env", "GOPATH"], capture_output=True, check=False)
+    return shutil.which(name, path=f"{told.stdout.decode().strip()}/bin") or name
+
+
+@contextlib.contextmanager
+def versitygw(folder: Path) -> Iterator[str]:
+    """A real S3 server, with the place of a bucket in it."""
+    port = free_port()
+    (folder / "s3/modules").mkdir(parents=True)
+    keys = ["--access", AWS["AWS_ACCESS_KEY_ID"], "--secret", AWS["AWS_SECRET_ACCESS_KEY"]]
+    at = ["--port", f"127.0.0.1:{port}", "--keep-alive", "--quiet", "posix", str(folder / "s3")]
+    with program(port, go_tool("versitygw"), *keys, *at):
+        yield f"s3://modules/go?endpoint=http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def moto(folder: Path) -> Iterator[str]:
+    """Another one, which checks no signatures."""
+    port = free_port()
+    tool = Path(sys.executable).with_name("moto_server")
+    with program(port, str(tool), "-H", "127.0.0.1", "-p", str(port)):
+        assert handed_on(port, Heard("PUT", "/modules", {"Host": "x"})).status == 200
+        yield f"s3://modules/go?endpoint=http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session", params=["moto", "versitygw"])
+def s3_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Both in turn: the place of a bucket for all tests."""
+    make = {"moto": moto, "versitygw": versitygw}[request.param]
+    with make(tmp_path_factory.mktemp(request.param)) as place:
+        yield place
+
+
+OpenBucket = tuple[goproxy.Bucket, "list[str]"]
+
+
+@contextlib.contextmanager
+def open_bucket(place: str, environ: Mapping[str, str] = AWS) -> Iterator[OpenBucket]:
+    """A bucket, and what it says once."""
+    settled = goproxy.settled_place(goproxy.parse_bucket(place), environ)
+    chain = goproxy.AwsKeyChain(environ, Table())
+    said: list[str] = []
+    with contextlib.closing(goproxy.Client(dialer(), {})) as client:
+        yield goproxy.Bucket(settled, chain, client, said.append), said
+
+
+@pytest.fixture
+def bucket(s3_server: str, request: pytest.FixtureRequest) -> Iterator[goproxy.Bucket]:
+    """A prefix of the test's own in a bucket of each real server in turn."""
+    own = hashlib.sha256(request.node.name.encode()).hexdigest()[:16]
+    with open_bucket(s3_server.replace("/go?", f"/{own}?")) as (made, _):
+        yield made
+
+
+def as_body(text: str) -> goproxy.Body:
+    return goproxy.bytes_body(text.encode())
+
+
+def contents(bucket: goproxy.Bucket, key: str) -> bytes:
+    with contextlib.closing(bucket.open(key, lambda: None)) as blob:
+        return blob.read_all(1 << 30)
 
 
 # --- DNS messages ------------------------------------------------------------
@@ -5415,6 +5583,440 @@ def test_git_obeys_proxy_and_dns(
     assert git("-C", clone, "log", "--format=%s") == "one\n"
 
 
+# --- object storage ----------------------------------------------------------
+
+EXAMPLE = goproxy.AwsKeys("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")
+EXAMPLE_SIGNER = goproxy.Signer(EXAMPLE, "us-east-1", 1369353600.0)  # 24 May 2013
+STORAGE_CLASS = ("x-amz-storage-class", "REDUCED_REDUNDANCY")
+
+
+def example_url(path: str) -> goproxy.Url:
+    return goproxy.Url("https", "examplebucket.s3.amazonaws.com", 443, path)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "body", "signature"),
+    [
+        (
+            "GET", "/test.txt", [("Range", "bytes=0-9")], "",
+            "f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41",
+        ),
+        (
+            "PUT", "/test%24file.text",
+            [("Date", "Fri, 24 May 2013 00:00:00 GMT"), STORAGE_CLASS], "Welcome to Amazon S3.",
+            "98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd",
+        ),
+        (
+            "GET", "/?lifecycle=", [], "",
+            "fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543",
+        ),
+        (
+            "GET", "/?max-keys=2&prefix=J", [], "",
+            "34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7",
+        ),
+    ],
+)  # fmt: skip
+def test_signatures_are_those_of_the_published_examples(
+    method: str, path: str, headers: list[tuple[str, str]], body: str, signature: str
+) -> None:
+    payload = goproxy.body_sha256(as_body(body))
+    signed = EXAMPLE_SIGNER.headers(method, example_url(path), headers, payload)
+    assert dict(signed)["Authorization"].endswith(f"Signature={signature}")
+    assert EXAMPLE.secret not in repr(signed) + repr(EXAMPLE_SIGNER)
+
+
+def test_a_link_is_signed_as_in_the_published_example() -> None:
+    link = EXAMPLE_SIGNER.link("GET", example_url("/test.txt"), 86400)
+    signature = "aeeed9bbccd4d02ee5c0109b86d86835f995330da4c265957d157751f604d404"
+    assert link.endswith(f"&X-Amz-SignedHeaders=host&X-Amz-Signature={signature}")
+
+
+def keys_of(environ: Mapping[str, str]) -> goproxy.AwsKeys:
+    return goproxy.AwsKeyChain(environ, Table()).keys()
+
+
+def test_keys_come_from_the_variables_first(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("[default]\naws_access_key_id=F\naws_secret_access_key=G\n")
+    file = {"AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "keys")}
+    assert keys_of({**AWS, **file, "AWS_SESSION_TOKEN": "t"}).access == "AKIDTEST"
+    assert keys_of({**AWS, **file, "AWS_SESSION_TOKEN": "t"}).token == "t"
+    assert keys_of(file) == goproxy.AwsKeys("F", "G")
+
+
+def test_the_profile_has_keys_in_one_file_and_settings_in_the_other(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("[ci]\naws_access_key_id = C\naws_secret_access_key = a%b\n")
+    (tmp_path / "config").write_text(
+        "[default]\nregion = eu-west-1\n[profile ci]\nregion = eu-north-1\n"
+        "s3 =\n  addressing_style = path\nendpoint_url = http://127.0.0.1:9\n"
+    )
+    environ = {
+        "AWS_CONFIG_FILE": str(tmp_path / "config"),
+        "AWS_PROFILE": "ci",
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "keys"),
+    }
+    assert keys_of(environ) == goproxy.AwsKeys("C", "a%b")
+    place = goproxy.settled_place(goproxy.parse_bucket("s3://modules"), environ)
+    assert (place.region, str(place.endpoint)) == ("eu-north-1", "http://127.0.0.1:9")
+
+
+def test_a_file_that_is_none_of_aws_is_a_setting_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("aws_secret_access_key = hidden\n")
+    environ = {"HOME": str(tmp_path), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "keys")}
+    ended = finish(tmp_path, "-cache=s3://modules", "-port=0", environ=environ)
+    assert (ended.status, ended.err.count("\n"), "hidden" in ended.err) == (2, 1, False)
+
+
+def role_keys(access: str, seconds: float) -> bytes:
+    ends = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
+    keys = {"AccessKeyId": access, "SecretAccessKey": "s", "Token": "t", "Expiration": ends}
+    return json.dumps(keys).encode()
+
+
+def test_keys_come_from_the_role_of_the_container(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("Bearer x\n")
+    with scripted(lambda heard: Said(200, {}, role_keys("C", 3600))) as server:
+        environ = {
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": str(tmp_path / "token"),
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{server.base}/keys?id=1",
+        }
+        keys = keys_of({"HOME": str(tmp_path), **environ})
+    assert (keys.access, keys.token) == ("C", "t")
+    (heard,) = server.seen
+    assert (heard.path, heard.headers["authorization"]) == ("/keys?id=1", "Bearer x")
+
+
+def test_a_token_of_the_container_never_leaves_the_machine_in_clear_text() -> None:
+    url = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://192.0.2.1/keys"}
+    with pytest.raises(goproxy.StoreDown, match="only https leaves this machine"):
+        keys_of(url)
+
+
+def metadata(lives: Iterator[float]) -> Callable[[Heard], Said]:
+    """Instance metadata in its second version; `lives` are the seconds that keys will do."""
+
+    def answer(heard: Heard) -> Said:
+        if heard.method == "PUT" and heard.path == "/latest/api/token":
+            return Said(200, {}, b"proof")
+        if heard.headers.get("x-aws-ec2-metadata-token") != "proof":
+            return Said(401)
+        if heard.path.endswith("/security-credentials/"):
+            return Said(200, {}, b"my-role\n")
+        assert heard.path.endswith("/security-credentials/my-role")
+        return Said(200, {}, role_keys("M", next(lives)))
+
+    return answer
+
+
+def test_keys_of_the_machines_role_are_renewed_before_they_end() -> None:
+    with scripted(metadata(iter([100.0, 3600.0]))) as server:
+        chain = goproxy.AwsKeyChain({"AWS_EC2_METADATA_SERVICE_ENDPOINT": server.base}, Table())
+        first = chain.keys()
+        assert chain.keys() == first  # the next attempt is not due yet
+        chain.forget()
+        assert chain.keys().expires > first.expires
+        asked = len(server.seen)
+        assert (chain.keys().access, asked, len(server.seen)) == ("M", 6, 6)
+
+
+def test_without_keys_the_store_is_down_and_nobody_waits_twice() -> None:
+    with scripted(lambda heard: Said(404)) as server:
+        environ = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": server.base}
+        chain = goproxy.AwsKeyChain(environ, Table())
+        for _ in range(3):
+            with pytest.raises(goproxy.StoreDown, match=r"no AWS keys: 127.0.0.1:.* answered 404"):
+                chain.keys()
+        assert len(server.seen) == 1
+
+
+def test_a_bucket_gives_back_what_it_was_given(bucket: goproxy.Bucket) -> None:
+    before = time.time() - 5
+    assert bucket.put("a", as_body("one"), once=False)
+    assert bucket.put("a", as_body("two"), once=False)
+    found = bucket.find("a")
+    assert (contents(bucket, "a"), found.size) == (b"two", 3)
+    assert found.sha256 == hashlib.sha256(b"two").hexdigest()
+    assert before < found.modified < time.time() + 5
+    bucket.remove("a")
+    bucket.remove("a")
+    for look in (bucket.find, lambda key: contents(bucket, key)):
+        with pytest.raises(goproxy.NotFound):
+            look("a")
+
+
+def test_of_many_first_writers_one_wins(bucket: goproxy.Bucket) -> None:
+    won = together(12, lambda number: bucket.put("a", as_body(f"by {number}"), once=True))
+    assert won.count(True) == 1
+    assert contents(bucket, "a").decode() == f"by {won.index(True)}"
+
+
+ODD_KEYS = [
+    "github.com/!burnt!sushi/toml/@v/v1.0.0+incompatible.info",
+    "sumdb/sum.golang.org/tile/8/0/x001/234.p/5",
+    "x/~a_b-c/@v/feature,(1)=$'*:;&#?%25 +.info",
+    "x/ü/@v/ñ.info",
+]
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_a_bucket_takes_every_name(bucket: goproxy.Bucket, key: str) -> None:
+    assert bucket.put(key, as_body(key), once=True)
+    assert contents(bucket, key).decode() == key
+    assert [listed.key for listed in bucket.listing("")] == [key]
+    with urllib.request.urlopen(bucket.link(key, "GET", 60), timeout=PATIENCE) as response:
+        assert response.read().decode() == key
+
+
+def test_a_listing_is_as_long_as_what_there_is(tmp_path: Path) -> None:
+    folder = tmp_path / "s3/modules/go/m/@v"
+    with versitygw(tmp_path) as place, open_bucket(place) as (bucket, _):
+        folder.mkdir(parents=True)
+        for number in range(1005):
+            (folder / f"v1.{number}.0.info").write_text("12")
+        assert bucket.put("m/v2/@v/v2.0.0.info", as_body(""), once=False)
+        listed = list(bucket.listing("m/@v/", "/"))
+        assert len({one.key for one in listed}) == 1005
+        assert {one.size for one in listed} == {2}
+        assert [one.key for one in bucket.listing("m/", "/")] == ["m/@v/", "m/v2/"]
+
+
+def test_what_is_long_goes_up_in_parts_in_bounded_memory(
+    bucket: goproxy.Bucket, tmp_path: Path
+) -> None:
+    piece = random.Random(6).randbytes(1 << 20)
+    draft = goproxy.Draft(str(tmp_path))
+    for _ in range(70):
+        draft.write(piece)
+    body = goproxy.Body(draft.written, draft.file.read_at)
+    tracemalloc.start()
+    assert bucket.put("big", body, once=True)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+    assert not bucket.put("big", body, once=True)
+    assert contents(bucket, "big") == piece * 70
+    assert bucket.find("big").etag.rstrip('"').endswith("-5")
+
+
+@contextlib.contextmanager
+def fronted(place: str, answer: Callable[[int, Heard], Said]) -> Iterator[tuple[Scripted, str]]:
+    """A server in front of another one, whose port `answer` is given, and its place."""
+    (port,) = re.findall(r":(\d+)", place)
+    with scripted(lambda heard: answer(int(port), heard)) as front:
+        yield front, place.replace(port, str(front.port))
+
+
+def fault(code: str, **more: str) -> bytes:
+    inner = "".join(f"<{name}>{text}</{name}>" for name, text in {"Code": code, **more}.items())
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<Error>{inner}</Error>'.encode()
+
+
+def test_an_upload_that_fails_is_aborted(s3_server: str) -> None:
+    def answer(port: int, heard: Heard) -> Said:
+        return Said(403) if "partNumber=3" in heard.path else handed_on(port, heard)
+
+    with fronted(s3_server, answer) as (front, place), open_bucket(place) as (bucket, _):
+        with pytest.raises(goproxy.BucketError, match="403"):
+            bucket.put("big", goproxy.Body(70 << 20, lambda count, at: bytes(count)), once=True)
+        last = front.seen[-1]
+        assert (last.method, "uploadId=" in last.path) == ("DELETE", True)
+        with pytest.raises(goproxy.NotFound):
+            bucket.find("big")
+
+
+def test_uploads_that_nobody_finishes_are_swept(tmp_path: Path) -> None:
+    with versitygw(tmp_path) as place, open_bucket(place) as (bucket, _):
+        upload = bucket.begin("big", "")
+        bucket.sweep(3600.0)
+        upload.add(as_body("x"))
+        bucket.sweep(-60.0)
+        with pytest.raises(goproxy.BucketError, match="NoSuchUpload"):
+            upload.add(as_body("y"))
+
+
+LAST = "Fri, 24 May 2013 00:00:00 GMT"
+OBJECT = Said(200, {"ETag": '"1"', "Last-Modified": LAST}, b"bytes of the object")
+
+
+@contextlib.contextmanager
+def scripted_bucket(
+    answer: Callable[[Heard], Said], environ: Mapping[str, str] = AWS
+) -> Iterator[tuple[Scripted, goproxy.Bucket, list[str]]]:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(scripted(answer))
+        place = f"s3://modules/go?endpoint={server.base}"
+        yield (server, *stack.enter_context(open_bucket(place, environ)))
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Said(0),
+        Said(500, {}, fault("InternalError")),
+        Said(503, {}, fault("SlowDown")),
+        Said(503, {"Content-Length": "0"}),
+        Said(429),
+        Said(400, {}, fault("RequestTimeout")),
+        Said(409, {}, fault("ConditionalRequestConflict")),
+    ],
+    ids=repr,
+)
+def test_what_may_pass_is_tried_again(refusal: Said) -> None:
+    answers = iter([refusal, refusal, OBJECT])
+    with scripted_bucket(lambda heard: next(answers)) as (_, made, _said):
+        assert contents(made, "a") == OBJECT.body
+
+
+@pytest.mark.parametrize(
+    ("refusal", "words", "times"),
+    [
+        (Said(503, {}, fault("SlowDown")), "503 SlowDown", 4),
+        (Said(403, {}, fault("AccessDenied")), "403 AccessDenied", 1),
+        (Said(404, {}, fault("NoSuchBucket")), "404 NoSuchBucket", 1),
+        (Said(404, {}, b"<html>not S3"), "answered 404", 1),
+        (Said(301, {"Location": "http://127.0.0.1:1/"}), "answered 301", 1),
+        (Said(403, {}, b'<!DOCTYPE x [<!ENTITY y "z">]>' + fault("&y;")), "answered 403", 1),
+    ],
+    ids=repr,
+)
+def test_an_outage_of_the_bucket_is_no_absence(refusal: Said, words: str, times: int) -> None:
+    with scripted_bucket(lambda heard: refusal) as (server, made, _):
+        with pytest.raises(goproxy.StoreDown, match=words) as caught:
+            made.open("a", lambda: None)
+        assert len(server.seen) == times
+    assert f"s3 127.0.0.1:{server.port}, bucket modules" in str(caught.value)
+    assert "Signature" not in str(caught.value)
+
+
+def test_a_wrong_clock_is_put_right_by_the_services() -> None:
+    there = time.time() + 7200
+
+    def answer(heard: Heard) -> Said:
+        told = time.strptime(heard.headers["x-amz-date"], "%Y%m%dT%H%M%SZ")
+        date = {"Date": email.utils.formatdate(there, usegmt=True)}
+        if abs(calendar.timegm(told) - there) > 900:
+            return Said(403, date, fault("RequestTimeTooSkewed"))
+        return OBJECT._replace(headers={**OBJECT.headers, **date})
+
+    with scripted_bucket(answer) as (server, made, said):
+        assert contents(made, "a") == contents(made, "b") == OBJECT.body
+        assert len(server.seen) == 3
+    assert re.search("its clock and ours are 7[12][0-9]{2} s apart", "".join(said))
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Said(301, {"x-amz-bucket-region": "eu-west-1"}, fault("PermanentRedirect")),
+        Said(400, {}, fault("AuthorizationHeaderMalformed", Region="eu-west-1")),
+    ],
+)
+def test_a_bucket_is_found_in_its_region(refusal: Said) -> None:
+    def answer(heard: Heard) -> Said:
+        return OBJECT if "/eu-west-1/s3/" in heard.headers["authorization"] else refusal
+
+    with scripted_bucket(answer) as (server, made, _):
+        assert contents(made, "a") == contents(made, "b") == OBJECT.body
+        assert len(server.seen) == 3
+
+
+def test_expired_keys_are_sought_again(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("[default]\naws_access_key_id=OLD\naws_secret_access_key=G\n")
+
+    def answer(heard: Heard) -> Said:
+        if "=OLD/" not in heard.headers["authorization"]:
+            return OBJECT
+        file.write_text(file.read_text().replace("OLD", "NEW"))
+        return Said(400, {}, fault("ExpiredToken"))
+
+    with scripted_bucket(answer, {"AWS_SHARED_CREDENTIALS_FILE": str(file)}) as (_, made, _said):
+        assert contents(made, "a") == OBJECT.body
+
+
+def test_a_service_without_conditions_is_asked_first_and_told_of_once() -> None:
+    held: set[str] = set()
+
+    def answer(heard: Heard) -> Said:
+        if "if-none-match" in heard.headers:
+            return Said(501, {}, fault("NotImplemented"))
+        if heard.method == "HEAD":
+            return OBJECT if heard.path in held else Said(404)
+        held.add(heard.path)
+        return Said(200)
+
+    with scripted_bucket(answer) as (_, made, said):
+        stored = [made.put(key, as_body("x"), once=True) for key in ("a", "a", "b")]
+    assert stored == [True, False, True]
+    assert len(said) == 1
+    assert "does not know If-None-Match" in said[0]
+
+
+def test_an_object_that_is_cut_short_is_read_on(upstream: Upstream) -> None:
+    body = random.Random(1).randbytes(300_000)
+
+    def answer(heard: Heard) -> Said:
+        start = int((heard.headers.get("range") or "bytes=0-")[6:-1])
+        where = {"Content-Range": f"bytes {start}-299999/300000"}
+        length = {"Content-Length": str(len(body) - start)}
+        part = body[start : start + 150_000]
+        return Said(206 if start else 200, {**OBJECT.headers, **where, **length}, part)
+
+    with scripted_bucket(answer) as (server, made, _):
+        assert contents(made, "a") == body
+    assert [heard.headers.get("if-match") for heard in server.seen] == [None, '"1"']
+
+
+def test_bytes_that_were_not_stored_are_told_from_those_that_were() -> None:
+    noted = {**OBJECT.headers, "x-amz-meta-sha256": hashlib.sha256(b"other").hexdigest()}
+    damaged: list[str] = []
+    with scripted_bucket(lambda heard: OBJECT._replace(headers=noted)) as (_, made, _said):
+        blob = made.open("a", lambda: damaged.append("a"))
+        with pytest.raises(goproxy.StoreDown, match="does not have its SHA-256"):
+            blob.read_all(1000)
+    assert damaged == ["a"]
+
+
+def test_an_error_after_a_good_status_is_an_error() -> None:
+    with scripted_bucket(lambda heard: Said(200, {}, fault("InternalError"))) as (_, made, _said):
+        upload = goproxy.Upload(made, "a", "1")
+        with pytest.raises(goproxy.BucketError, match="InternalError"):
+            upload.finish(once=True)
+
+
+def test_who_refuses_a_body_is_heard_before_it_is_whole() -> None:
+    def refuse(sock: socket.socket) -> None:
+        sock.recv(1000)
+        sock.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            while sock.recv(65536):
+                pass
+
+    body = goproxy.Body(60 << 20, lambda count, at: bytes(count))
+    with (
+        Peer(refuse) as peer,
+        open_bucket(f"s3://modules?endpoint=http://127.0.0.1:{peer.port}") as it,
+    ):
+        bucket, _ = it
+        with pytest.raises(goproxy.StoreDown, match="answered 403"):
+            bucket.put("a", body, once=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "url"),
+    [
+        ("s3://mine", "https://mine.s3.us-east-1.amazonaws.com/a%2Bb"),
+        ("s3://mine?region=cn-north-1", "https://mine.s3.cn-north-1.amazonaws.com.cn/a%2Bb"),
+        ("s3://my.own/x/y", "https://s3.us-east-1.amazonaws.com/my.own/x/y/a%2Bb"),
+        ("s3://mine?endpoint=http://a.b:9/c", "http://a.b:9/c/mine/a%2Bb"),
+        ("s3://mine?endpoint=http://a.b&path_style=false", "http://mine.a.b/a%2Bb"),
+        ("s3://mine?endpoint=http://a.b&public=https://c.d", "https://c.d/mine/a%2Bb"),
+    ],
+)
+def test_a_bucket_has_its_address(place: str, url: str) -> None:
+    with open_bucket(place) as (made, _):
+        assert made.link("a+b", "GET", 60).partition("?")[0] == url
+
+
 # =============================================================================
 # 7. Storage
 # =============================================================================
@@ -5495,7 +6097,13 @@ def database() -> Database:
 
 
 def means(limit: int | None = None, **environ: str) -> goproxy.Means:
-    return goproxy.Means(limit, dialer(), environ)
+    return goproxy.Means(limit, dialer(), {**AWS, **environ}, print)
+
+
+@contextlib.contextmanager
+def fronting(folder: Path) -> Iterator[str]:
+    with versitygw(folder) as place:
+        yield f"{place}&local={urllib.parse.quote(str(folder / 'near'))}"
 
 
 Lent = contextlib.AbstractContextManager[str]
@@ -5504,11 +6112,13 @@ PLACES: dict[str, Callable[[Path], Lent]] = {
     "folder": lambda folder: contextlib.nullcontext(str(folder / "store")),
     "memory": lambda folder: contextlib.nullcontext("memory:"),
     "postgres": lambda folder: contextlib.nullcontext(database().url(database().make())),
+    "s3": versitygw,
+    "s3 behind a folder": fronting,
     "sqlite": lambda folder: contextlib.nullcontext(f"sqlite:{folder}/store.db"),
 }
 
 
-@pytest.fixture(params=sorted(goproxy.STORAGES))
+@pytest.fixture(params=sorted(PLACES))
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[goproxy.Storage]:
     """Every storage in turn: what is tested with this fixture is the contract of all."""
     with PLACES[request.param](tmp_path) as place:
@@ -6178,6 +6788,88 @@ QUOTE = "example.com/quote@v1.0.0"
 
 def test_replicas_over_one_database_give_one_hash_per_name(run: Run, upstream: Upstream) -> None:
     check_one_hash(run, upstream, database().url(database().make()))
+
+
+# --- a bucket ----------------------------------------------------------------
+
+
+def test_a_place_in_a_bucket_is_read_as_it_is_written() -> None:
+    text = "s3://bucket/go/mods/?endpoint=http://[::1]:9&region=eu-1&path_style=no&redirect=true"
+    place = goproxy.parse_bucket(f"{text}&local=/var/go%20mods&public=https://s3.example")
+    assert (place.bucket, place.prefix, place.region) == ("bucket", "go/mods/", "eu-1")
+    assert (str(place.endpoint), str(place.public)) == ("http://[::1]:9", "https://s3.example")
+    assert (place.path_style, place.redirect, place.local) == (False, True, "/var/go mods")
+
+
+@pytest.fixture
+def s3_place(run: Run) -> Iterator[str]:
+    with versitygw(run.folder) as place:
+        yield place
+        run.stop()
+
+
+def in_bucket(run: Run) -> list[str]:
+    """The names in the bucket of `s3_place`."""
+    return run.stored(run.folder / "s3/modules/go")
+
+
+def test_the_bucket_has_the_layout_of_the_folder(
+    run: Run, upstream: Upstream, s3_place: str
+) -> None:
+    proxy = run(cache=s3_place, upstream=upstream.url(), workers=2)
+    for name in (INFO, MOD, ZIP, LIST, BIG, f"{SHOUT}.info"):
+        assert proxy.get(name).body == SITE[name]
+    stored = [f"{BIG}hash", BIG, LIST, INFO, MOD, ZIP, f"{ZIP}hash", f"{SHOUT}.info"]
+    assert in_bucket(run) == sorted(stored)
+    proxy.stop()
+    again = run(cache=s3_place, upstream=upstream.url("500"), workers=2)
+    assert {again.get(name).body for name in (INFO, ZIP, BIG)} == {
+        SITE[n] for n in (INFO, ZIP, BIG)
+    }
+
+
+def test_redirect_has_clients_fetch_zips_from_the_bucket(
+    run: Run, upstream: Upstream, s3_place: str
+) -> None:
+    proxy = run(cache=f"{s3_place}&redirect=true", upstream=upstream.url())
+    assert proxy.get(BIG).body == SITE[BIG]  # it is not there yet
+    for method, body in (("GET", SITE[BIG]), ("HEAD", b"")):
+        answer = proxy.get(BIG, method)
+        where = answer.headers["location"]
+        assert (answer.status, answer.headers["cache-control"]) == (307, "no-store")
+        ranged = urllib.request.Request(where, method=method, headers={"Range": "bytes=5-"})
+        with urllib.request.urlopen(ranged, timeout=PATIENCE) as response:
+            assert (response.status, response.read()) == (206, body[5:])
+    assert "X-Amz-Expires=300&" in where
+    assert upstream.asked == [BIG]
+    assert "Signature" not in proxy.stop().log
+
+
+def test_a_folder_in_front_spares_the_bucket(run: Run, upstream: Upstream, s3_place: str) -> None:
+    run(cache=s3_place, upstream=upstream.url()).get(ZIP)
+    near = run.folder / "near"
+    with fronted(s3_place, handed_on) as (front, place):
+        proxy = run(cache=f"{place}&local={near}", upstream=upstream.url("500"))
+        first = proxy.get(ZIP)
+        while not (near / ZIP).exists():
+            proxy.get("health")
+        proxy.stop()
+        asked = len(front.seen)
+        again = run(cache=f"{place}&local={near}", upstream=upstream.url("500"))
+        second = again.get(ZIP)
+        assert (second.body, second.headers["etag"]) == (first.body, first.headers["etag"])
+        assert len(front.seen) == asked
+        shutil.rmtree(near)
+        near.write_text("no folder any more")
+        assert again.get(ZIP).body == SITE[ZIP]
+        again.stop()
+
+
+def test_replicas_over_one_bucket_give_one_hash_per_name(
+    run: Run, upstream: Upstream, s3_place: str
+) -> None:
+    check_one_hash(run, upstream, s3_place)
+    run.stop()
 
 
 # --- a folder ----------------------------------------------------------------
@@ -10821,7 +11513,7 @@ def test_go_gets_whatever_is_asked_of_it(
 
 
 @needs_go
-@pytest.mark.parametrize("kind", sorted(set(goproxy.STORAGES) - {"folder"}))
+@pytest.mark.parametrize("kind", sorted(set(PLACES) - {"folder"}))
 def test_go_downloads_through_every_kind_of_store(
     run: Run, upstream: Upstream, make_go: GoMaker, kind: str
 ) -> None:
@@ -10835,6 +11527,19 @@ def test_go_downloads_through_every_kind_of_store(
             assert Path(big["Zip"]).read_bytes() == SITE[BIG]
         assert sorted(set(upstream.asked)) == sorted(upstream.asked)
         proxy.stop()
+
+
+@needs_go
+def test_go_follows_into_the_bucket(
+    run: Run, upstream: Upstream, s3_place: str, make_go: GoMaker
+) -> None:
+    with fronted(s3_place, handed_on) as (front, _):
+        proxy = run(cache=f"{s3_place}&redirect=true&public={front.base}", upstream=upstream.url())
+        for _ in range(2):
+            (quote,) = make_go(proxy.url).download("example.com/quote@v1.0.0")
+            assert quote["Sum"] == hash1(SITE[ZIP])
+    (heard,) = front.seen
+    assert urllib.parse.unquote(heard.path).startswith(f"/modules/go/{ZIP}?X-Amz-Algorithm=")
 
 
 @needs_go
