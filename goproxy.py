@@ -5695,11 +5695,11 @@ class Bucket(BucketLine):
                 undo.pop_all()
         return stored
 
-    def begin(self, key: str, sha256: str) -> Upload:
+    def begin(self, key: str, sha256: str) -> PartsUpload:
         """An object that arrives in parts."""
         note = ((_SHA256_NOTE, sha256),)
         page = self.document(_Ask("POST", key, {"uploads": ""}, note, bytes_body(b"")))
-        return Upload(self, key, page.findtext("UploadId", ""))
+        return PartsUpload(self, key, page.findtext("UploadId", ""))
 
     def remove(self, key: str) -> None:
         """Takes an object away; it is fine if there is none."""
@@ -5713,7 +5713,9 @@ class Bucket(BucketLine):
             with self._understanding():
                 begun = iso_seconds(part.findtext("Initiated", ""))
             if begun < time.time() + self._skew - age:
-                Upload(self, self._key(page, part, "Key"), part.findtext("UploadId", "")).abort()
+                PartsUpload(
+                    self, self._key(page, part, "Key"), part.findtext("UploadId", "")
+                ).abort()
 
 
 def _read_fault(response: Response) -> dict[str, str]:
@@ -5785,7 +5787,7 @@ class BucketObject(Blob):
         self._response.close()
 
 
-class Upload:
+class PartsUpload:
     """An object that goes up in parts; each but the last has at least 5 MiB."""
 
     def __init__(self, bucket: Bucket, key: str, number: str) -> None:

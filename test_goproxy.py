@@ -5977,7 +5977,7 @@ def test_bytes_that_were_not_stored_are_told_from_those_that_were() -> None:
 
 def test_an_error_after_a_good_status_is_an_error() -> None:
     with scripted_bucket(lambda heard: Said(200, {}, fault("InternalError"))) as (_, made, _said):
-        upload = goproxy.Upload(made, "a", "1")
+        upload = goproxy.PartsUpload(made, "a", "1")
         with pytest.raises(goproxy.BucketError, match="InternalError"):
             upload.finish(once=True)
 
