@@ -253,6 +253,10 @@ class BadUpstream(ProxyError):
     status = 502
 
 
+class Untrusted(BadUpstream):
+    """What contradicts the checksum database, or the database itself: a security event."""
+
+
 class Unreachable(BadUpstream):
     """An upstream refused, broke off, cut short or answered 5xx: the next try may go well."""
 
@@ -1004,23 +1008,68 @@ def _vcs_rules(text: str) -> tuple[VcsRule, ...]:
     return tuple(rules)
 
 
+class Verifier(NamedTuple):
+    """Who signs a note, by an Ed25519 key (x/mod/sumdb/note): `mark` is what signatures by that key
+    begin with."""
+
+    name: str
+    mark: bytes
+    key: bytes
+
+
+def parse_verifier(text: str) -> Verifier:
+    """NAME+HASH+KEY. Raises ValueError saying what is wrong."""
+    name, _, rest = text.partition("+")
+    mark, _, encoded = rest.partition("+")
+    key = unbase64(encoded)
+    if not name or not re.fullmatch("[0-9A-Fa-f]{8}", mark) or not key:
+        raise ValueError("want a key as NAME+HASH+KEY")
+    if hashlib.sha256(f"{name}\n".encode() + key).digest()[:4] != bytes.fromhex(mark):
+        raise ValueError("the hash of the key is wrong")
+    if key[0] != 1 or len(key) != 33:
+        raise ValueError("want an Ed25519 key")
+    return Verifier(name, bytes.fromhex(mark), key[1:])
+
+
+_BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
+
+
+def unbase64(text: str) -> bytes:
+    """What a text in standard base64 stands for, b"" if it is none."""
+    return base64.b64decode(text) if _BASE64.fullmatch(text) else b""
+
+
 class SumDbName(NamedTuple):
-    """A checksum database that may be asked through us, and where it lives."""
+    """A checksum database that may be asked through us, where it lives, and who signs it; without
+    that nothing is compared with it."""
 
     name: str
     url: Url
+    verifier: Verifier | None = None
+
+
+# From cmd/go/internal/modfetch/key.go and sumdb.go.
+_KNOWN_KEYS = {
+    "sum.golang.org": "sum.golang.org+033de0ae+Ac4zctda0e5eza+HJyk9SxEdh+s3Ux18htTTAD8OuAn8"
+}
+_MIRRORS = {"sum.golang.google.cn": ["sum.golang.org", "https://sum.golang.google.cn"]}
 
 
 def _sumdbs(text: str) -> tuple[SumDbName, ...]:
-    """`NAME` or `NAME URL`, separated by commas; off for none."""
+    """`NAME`, `NAME URL` or, as in GOSUMDB, `NAME+HASH+KEY [URL]`, separated by commas; off for
+    none."""
     databases = []
     for item in text.split(","):
-        fields = item.split()
+        fields = _MIRRORS.get(item.strip()) or item.split()
         if not fields or fields == ["off"]:
             continue
-        if len(fields) > 2 or not _HOST.fullmatch(fields[0]):
-            raise ValueError("want NAME or 'NAME URL', separated by commas, or off")
-        databases.append(SumDbName(fields[0], parse_url(([*fields, f"https://{fields[0]}"])[1])))
+        name, plus, _ = fields[0].partition("+")
+        if len(fields) > 2 or not _HOST.fullmatch(name):
+            raise ValueError("want NAME, NAME URL or NAME+HASH+KEY URL, by commas, or off")
+        key = fields[0] if plus else _KNOWN_KEYS.get(name)
+        verifier = parse_verifier(key) if key else None
+        url = parse_url(([*fields, f"https://{name}"])[1])
+        databases.append(SumDbName(name, url, verifier))
     return tuple(databases)
 
 
@@ -1373,7 +1422,7 @@ class Settings:
         "sum.golang.org",
         _sumdbs,
         "NAMES",
-        "checksum databases to proxy: NAME or 'NAME URL', by commas; off for none",
+        "checksum databases to proxy: NAME, 'NAME URL' or 'NAME+HASH+KEY URL', by commas; or off",
     )
     tls_cert: str = _option(
         "GOPROXY_TLS_CERT", "", _file, "FILE", "serve HTTPS with this certificate chain (PEM)"
@@ -1408,6 +1457,9 @@ class Settings:
         str,
         "FILE",
         "credentials for version control; the variable may hold the lines themselves",
+    )
+    verify: bool = _option(
+        "GOPROXY_VERIFY", "true", _switch, "", "compare what is fetched with the checksum database"
     )
     workers: int = _option(
         "GOPROXY_WORKERS", str(_WORKERS), _workers, "COUNT", "processes that serve"
@@ -2185,9 +2237,60 @@ class Record(NamedTuple):
     note: bytes
 
 
+def _node(left: bytes, right: bytes) -> bytes:
+    return hashlib.sha256(b"\1" + left + right).digest()
+
+
+def _tile_hash(data: bytes) -> bytes:
+    """The hash over so many hashes as are a power of two."""
+    while len(data) > HASH_SIZE:
+        starts = range(0, len(data), 2 * HASH_SIZE)
+        pairs = ((data[at : at + HASH_SIZE], data[at + HASH_SIZE : at + 64]) for at in starts)
+        data = b"".join(_node(left, right) for left, right in pairs)
+    return data
+
+
+Tiles = Mapping[tuple[int, int], bytes]  # what tiles hold, by level and number
+
+
+def tree_hash(size: int, tiles: Tiles) -> bytes:
+    """The hash of the tree of the first `size` records, from the tiles at its edge (RFC 6962,
+    section 2.1)."""
+    found = b""
+    for level, number, left in edge_tiles(size):
+        while left:
+            stop, left = left, left & left - 1  # the last of the powers of two that it is made of
+            part = _tile_hash(tiles[level, number][left * HASH_SIZE : stop * HASH_SIZE])
+            found = _node(part, found) if found else part
+    return found or hashlib.sha256(b"").digest()
+
+
+def check_tiles(head: TreeHead, tiles: Tiles) -> None:
+    """Raises Untrusted unless these, which are all of some proving_tiles, belong to the tree."""
+    edge = {(tile.level, tile.number) for tile in edge_tiles(head.size)}
+    good = tree_hash(head.size, tiles) == head.hash and all(
+        _tile_hash(data) == hash_at(tiles, level + 1, number)
+        for (level, number), data in tiles.items()
+        if (level, number) not in edge
+    )
+    if not good:
+        raise Untrusted("tiles of the checksum database do not fit its tree head")
+
+
+def hash_at(tiles: Tiles, level: int, index: int) -> bytes:
+    """The hash over the records from index * 256**level on."""
+    at = index % TILE_WIDTH * HASH_SIZE
+    return tiles[level, index // TILE_WIDTH][at : at + HASH_SIZE]
+
+
+def record_hash(text: bytes) -> bytes:
+    """The hash that stands for a record in the tree."""
+    return hashlib.sha256(b"\0" + text).digest()
+
+
 _RECORD = re.compile(rb"(0|[1-9][0-9]{0,17})\n((?:[^\0-\x1f]+\n)+)\n(.*)", re.DOTALL)
 _TREE = re.compile(
-    rb"go\.sum database tree\n(0|[1-9][0-9]{0,17})\n([A-Za-z0-9+/]{43}=)\n(?:.*\n)?", re.DOTALL
+    rb"go\.sum database tree\n(0|[1-9][0-9]{0,18})\n([A-Za-z0-9+/]{43}=)\n(?:.*\n)?", re.DOTALL
 )
 
 
@@ -2202,9 +2305,97 @@ def read_record(raw: bytes) -> Record:
 def read_tree(text: bytes) -> TreeHead:
     """tlog.ParseTree: the text of a signed note, or all of it. Raises BadUpstream."""
     match = _TREE.fullmatch(text)
-    if not match:
+    if not match or int(match[1]) >= 1 << 63:
         raise BadUpstream("malformed tree head of a checksum database")
-    return TreeHead(int(match[1]), base64.b64decode(match[2]))
+    return TreeHead(int(match[1]), unbase64(match[2].decode()))
+
+
+_SIGNATURE = re.compile("\u2014 ([^ +]+) (.+)")
+_MAX_SIGNATURES = 100
+
+
+def open_note(note: bytes, verifier: Verifier) -> bytes:
+    """The text of a note that is signed by this key (note.Open). Raises Untrusted."""
+    text, mark, block = note.rpartition(b"\n\n")
+    try:
+        lines = block.decode().split("\n")
+        clean = not re.search("[\0-\x09\x0b-\x1f]", note.decode())
+    except UnicodeDecodeError:
+        clean = False
+    if not clean or not mark or lines.pop() or len(lines) > _MAX_SIGNATURES:
+        raise Untrusted("malformed note of a checksum database")
+    found = [_signature(line) for line in lines]
+    ours = [sig for name, sig in found if name == verifier.name and sig[:4] == verifier.mark]
+    if not ours:
+        raise Untrusted("the note of the checksum database is not signed by its key")
+    if not is_signed(verifier.key, text + b"\n", ours[0][4:]):
+        raise Untrusted("the signature of the checksum database is wrong")
+    return text + b"\n"
+
+
+def _signature(line: str) -> tuple[str, bytes]:
+    match = _SIGNATURE.fullmatch(line)
+    signature = unbase64(match[2]) if match else b""
+    if not match or len(signature) < 5 or any(char.isspace() for char in match[1]):
+        raise Untrusted("malformed note of a checksum database")
+    return match[1], signature
+
+
+# Ed25519 (RFC 8032, section 5.1). The standard library has none. Points are (X, Y, Z, T), where
+# x = X/Z, y = Y/Z and xy = T/Z. Nothing here is secret, so it may take different times.
+_P = 2**255 - 19
+_ORDER = 2**252 + 27742317777372353535851937790883648493
+_D = -121665 * pow(121666, _P - 2, _P) % _P
+_ROOT = pow(2, (_P - 1) // 4, _P)  # of -1
+_Point = tuple[int, int, int, int]
+_NEUTRAL: _Point = (0, 1, 1, 0)
+
+
+def _plus(one: _Point, other: _Point) -> _Point:
+    """Holds for all points, equal ones and those of small order, too."""
+    a = (one[1] - one[0]) * (other[1] - other[0]) % _P
+    b = (one[1] + one[0]) * (other[1] + other[0]) % _P
+    c = 2 * _D * one[3] * other[3] % _P
+    d = 2 * one[2] * other[2] % _P
+    e, f, g, h = b - a, d - c, d + c, b + a
+    return (e * f % _P, g * h % _P, f * g % _P, e * h % _P)
+
+
+def _point(encoded: bytes) -> _Point | None:
+    """Takes y that is not reduced, and -0 for x, as crypto/ed25519 does for keys."""
+    number = int.from_bytes(encoded, "little")
+    y, negative = (number & (1 << 255) - 1) % _P, number >> 255
+    u, v = (y * y - 1) % _P, (_D * y * y + 1) % _P
+    x = u * v**3 * pow(u * v**7 % _P, (_P - 5) // 8, _P) % _P
+    if v * x * x % _P == -u % _P:
+        x = x * _ROOT % _P
+    if v * x * x % _P != u:
+        return None
+    x = -x % _P if x & 1 != negative else x
+    return (x, y, 1, x * y % _P)
+
+
+_BASE = _point((4 * pow(5, _P - 2, _P) % _P).to_bytes(32, "little")) or _NEUTRAL
+
+
+def is_signed(key: bytes, message: bytes, signature: bytes) -> bool:
+    """Whether an Ed25519 signature of 64 bytes is right, by the same rules as crypto/ed25519: S is
+    reduced, R compared as bytes, and the cofactor not taken away."""
+    point = _point(key)
+    factor = int.from_bytes(signature[32:], "little")
+    if point is None or len(key) != 32 or len(signature) != 64 or factor >= _ORDER:
+        return False
+    digest = hashlib.sha512(signature[:32] + key + message).digest()
+    challenge = int.from_bytes(digest, "little") % _ORDER
+    minus = (-point[0] % _P, point[1], point[2], -point[3] % _P)
+    table = (_NEUTRAL, _BASE, minus, _plus(_BASE, minus))
+    found = _NEUTRAL
+    for bit in range(_ORDER.bit_length() - 1, -1, -1):
+        found = _plus(found, found)
+        found = _plus(found, table[(factor >> bit & 1) + 2 * (challenge >> bit & 1)])
+    inverse = pow(found[2], _P - 2, _P)
+    x, y = found[0] * inverse % _P, found[1] * inverse % _P
+    return (y | (x & 1) << 255).to_bytes(32, "little") == signature[:32]
 
 
 class Requirement(NamedTuple):
@@ -3037,6 +3228,10 @@ class Log:
 
     def error(self, text: str, **fields: Any) -> None:
         self.line(text, "error", **fields)
+
+    def security(self, text: str) -> None:
+        """Somebody may be lying to us."""
+        self.line(f"SECURITY: {text}", "error", event="security")
 
     def hit(self, client: str, path: str) -> None:
         """Both lines of a request answered at once; `path` is printable."""
@@ -9483,12 +9678,20 @@ class Modules(Protocol):
         """Where the client itself can GET or HEAD a .zip; "" if it is to ask us for it."""
 
 
-class Mirror(Modules):
-    """A source, remembered: everything a client can ask of a module, as bytes."""
+# Given a go.sum version and its h1: hash, raises Untrusted if a checksum database has another one.
+Comparison = Callable[[str, str], None]
 
-    def __init__(self, source: Source, cache: Cache) -> None:
+
+class Mirror(Modules):
+    """A source, remembered: everything a client can ask of a module, as bytes. `begin` is called
+    with path and version before something is fetched, and what it returns before that is kept."""
+
+    def __init__(
+        self, source: Source, cache: Cache, begin: Callable[[str, str], Comparison] | None = None
+    ) -> None:
         self._source = source
         self._cache = cache
+        self._begin = begin or (lambda path, version: lambda go_sum_version, h1: None)
         self._stored = Stored(cache.storage)
 
     def versions(self, path: str, reach: Reach) -> Answer:
@@ -9541,20 +9744,36 @@ class Mirror(Modules):
         """A .info or .mod."""
 
         def fetch() -> bytes:
-            with contextlib.closing(self._source.open(artifact)) as blob:
-                return blob.read_all(KINDS[artifact.kind].limit)
+            if artifact.kind != "mod":
+                return self._fetch(artifact)
+            compare = self._begin(artifact.path, artifact.version)
+            data = self._fetch(artifact)
+            compare(f"{artifact.version}/go.mod", go_mod_hash(data))
+            return data
 
         return self._cache.small(artifact.name, reach, fetch)
+
+    def _fetch(self, artifact: Artifact) -> bytes:
+        with contextlib.closing(self._source.open(artifact)) as blob:
+            return blob.read_all(KINDS[artifact.kind].limit)
 
     def large(self, artifact: Artifact, reach: Reach) -> Answer:
         """A .zip, given out while it arrives."""
 
+        begun: list[Comparison] = []
+
+        def fetch() -> Blob:
+            begun.append(self._begin(artifact.path, artifact.version))
+            return self._source.open(artifact)
+
         def check(draft: Draft) -> tuple[str, bytes]:
             with draft.file.reading() as file:
                 h1 = check_zip(file, artifact.path, artifact.version)
+            for compare in begun:
+                compare(artifact.version, h1)
             return artifact.name + "hash", h1.encode()
 
-        return self._cache.large(artifact.name, reach, lambda: self._source.open(artifact), check)
+        return self._cache.large(artifact.name, reach, fetch, check)
 
     def link(self, artifact: Artifact, method: str) -> str:
         try:
@@ -10007,34 +10226,60 @@ _THOUGHTS: dict[str, Callable[[ReadAhead, _Session, Sight], None]] = {
 
 class Ledger:
     """What we have seen of one checksum database: the largest tree head, and in the store the tiles
-    that prove every record and tree head seen to be part of it (Go: x/mod/sumdb.Client).
+    that prove every record and tree head seen to be part of it, as x/mod/sumdb.Client does. Without
+    a key to verify with, the tiles are stored all the same.
 
     So a client finds in the store what it needs, in whatever order it meets records: the edge of
     each tree, and full tiles where a larger tree seen has outgrown that."""
 
-    def __init__(self, name: str, sumdb: SumDb, cache: Cache) -> None:
-        self._name = name
+    _SIGNED = 100  # notes remembered; many records come with the same one
+
+    def __init__(self, database: SumDbName, sumdb: SumDb, cache: Cache) -> None:
+        self._name = database.name
+        self._verifier = database.verifier
         self._sumdb = sumdb
         self._cache = cache
-        self._side = f"{OWN_MARK}sumdb/{name}"
+        self._side = f"{OWN_MARK}sumdb/{database.name}"
         self._mutex = threading.Lock()
         self._largest: TreeHead | None = None
+        self._signed: TtlCache[TreeHead] = TtlCache(self._SIGNED)
 
     def enter(self, record: Record) -> None:
-        """Stores what proves a record. Raises ProxyError where tiles cannot be had."""
-        head = read_tree(record.note)
-        self._fetch(edge_tiles(head.size))
+        """Proves a record and stores what does. Raises Untrusted for one that does not count, and
+        other ProxyErrors where tiles cannot be had."""
+        head = self._open(record.note)
+        self._prove(head, ())
         largest = self._grow(head, record.note)
-        self._fetch(proving_tiles(largest.size, [(0, record.number // TILE_WIDTH)]))
+        if record.number >= largest.size:
+            raise Untrusted(f"{self._name}: a record from beyond the end")
+        tiles = self._prove(largest, [(0, record.number // TILE_WIDTH)])
+        if self._verifier and hash_at(tiles, 0, record.number) != record_hash(record.text):
+            raise Untrusted(f"{self._name}: record {record.number} is not in the tree")
+
+    def _open(self, note: bytes) -> TreeHead:
+        if not self._verifier:
+            return read_tree(note)
+        key = hashlib.sha256(note).hexdigest()
+        head = self._signed.get(key)
+        if head is None:
+            head = read_tree(open_note(note, self._verifier))
+            self._signed.put(key, head, math.inf)
+        return head
 
     def _grow(self, head: TreeHead, note: bytes) -> TreeHead:
-        """The largest head seen, which this one may be."""
+        """The largest head seen, which this one may be. Raises Untrusted where they are not parts
+        of one tree: the database tells different things to different people."""
         while True:
             largest = self._largest or self._load()
-            old, new = sorted((largest, head))
+            old, new = (head, largest) if head.size <= largest.size else (largest, head)
             edge = edge_tiles(old.size)
-            self._fetch(proving_tiles(new.size, [(tile.level, tile.number) for tile in edge]))
-            if head.size <= largest.size:
+            tiles = self._prove(new, [(tile.level, tile.number) for tile in edge])
+            if self._verifier and old.size and tree_hash(old.size, tiles) != old.hash:
+                raise Untrusted(
+                    f"{self._name}: the trees of {old.size} and {new.size} records contradict each "
+                    f"other: {old.hash.hex()}, {new.hash.hex()}"
+                )
+            if old is head:
                 return largest
             with self._mutex:
                 grown = self._largest in (None, largest)
@@ -10046,50 +10291,111 @@ class Ledger:
 
     def _load(self) -> TreeHead:
         try:
-            return read_tree(self._cache.small(self._side, Reach.STORED, bytes).data)
+            return self._open(self._cache.small(self._side, Reach.STORED, bytes).data)
         except ProxyError:
             return TreeHead(0, b"")
 
-    def _fetch(self, tiles: Iterable[Tile]) -> None:
-        for tile in tiles:
-            self._sumdb.tile(self._name, tile.name, Reach.FETCH)
+    def _prove(self, head: TreeHead, places: Iterable[tuple[int, int]]) -> Tiles:
+        """What the tiles at these places, and all between them and the edge, hold. Those that do
+        not fit are fetched again once: what is stored may be spoilt."""
+        wanted = proving_tiles(head.size, places)
+        for last in (False, True):
+            tiles = self._sumdb.tiles(self._name, wanted)
+            try:
+                if self._verifier and head.size:
+                    check_tiles(head, tiles)
+                break
+            except Untrusted:
+                self._sumdb.drop_tiles(self._name, wanted)
+                if last:
+                    raise
+        return tiles
+
+
+class SumDbOrigin:
+    """Where checksum databases are asked: through an upstream that says it supports that, then at
+    their own addresses, since many networks reach only the one."""
+
+    _LIMIT = 1 << 20
+    _SUPPORTED_SECONDS, _UNSUPPORTED_SECONDS = 3600.0, 60.0
+
+    def __init__(
+        self, databases: Sequence[SumDbName], upstreams: Sequence[Url], client: Client
+    ) -> None:
+        self.databases = {database.name: database for database in databases}
+        self._upstreams = upstreams
+        self._client = client
+        self._support: TtlCache[bool] = TtlCache(100)
+        self._questions: Flights[Future[bool]] = Flights()
+
+    def fetch(self, database: str, what: str) -> bytes:
+        """What a database has at a path. Raises NotFound and other ProxyErrors."""
+        through = [
+            dataclasses.replace(url, path=f"{url.path}/sumdb/{database}") for url in self._upstreams
+        ]
+        bases = [url for url in through if self._supports(url)] + [self.databases[database].url]
+        return first_of(
+            (functools.partial(fetch_small, self._client, below(base, what), self._LIMIT), True)
+            for base in bases
+        )
+
+    def _supports(self, base: Url) -> bool:
+        """Whether an upstream proxies a database; asked once, however many want to know."""
+        supported = self._support.get(str(base))
+        if supported is not None:
+            return supported
+        flight, first = self._questions.join(str(base), Future)
+        if first:
+            try:
+                flight.set_result(self._ask_supported(base))
+            except BaseException as error:
+                flight.set_exception(error)
+            finally:
+                self._questions.land(str(base))
+        return flight.result()
+
+    def _ask_supported(self, base: Url) -> bool:
+        try:
+            fetch_small(self._client, below(base, "supported"), self._LIMIT)
+            supported, seconds = True, self._SUPPORTED_SECONDS
+        except ProxyError:
+            supported, seconds = False, self._UNSUPPORTED_SECONDS
+        self._support.put(str(base), supported, seconds)
+        return supported
 
 
 class SumDb:
     """Checksum databases, so that clients that reach only us can verify (Go: "Proxying a checksum
-    database", go.dev/design/25530-sumdb). Records and tiles are kept for ever.
-
-    A database is asked through an upstream that says it supports that, then at its own address:
-    many networks reach only the one."""
+    database", go.dev/design/25530-sumdb), and so that we can. Records and tiles are kept for ever.
+    """
 
     _TILE = re.compile(
         r"tile/8/(?P<level>data|[0-9]{1,2})/(?:x[0-9]{3}/)*[0-9]{3}(?:\.p/(?P<part>[0-9]{1,3}))?"
     )
-    _LIMIT, _THREADS = 1 << 20, 4
-    _SUPPORTED_SECONDS, _UNSUPPORTED_SECONDS = 3600.0, 60.0
+    _THREADS, _REMEMBERED = 12, 10_000
+    # Seconds that a fill waits for its record when it is there itself; the second, if the database
+    # failed the last time it was asked.
+    _PATIENCE, _IMPATIENCE = 10.0, 1.0
+    _SILENCE = 30.0  # seconds that a database which failed is not asked for comparisons
 
-    def __init__(
-        self,
-        databases: Sequence[SumDbName],
-        upstreams: Sequence[Url],
-        client: Client,
-        cache: Cache,
-        policy: Policy,
-    ) -> None:
-        self._databases = {database.name: database for database in databases}
-        self._upstreams = upstreams
-        self._client = client
+    def __init__(self, origin: SumDbOrigin, cache: Cache, policy: Policy, log: Log) -> None:
+        self._origin = origin
         self._cache = cache
         self._policy = policy
-        self._support: TtlCache[bool] = TtlCache(100)
-        self._questions: Flights[Future[bool]] = Flights()
+        self._log = log
         self._marked: set[str] = set()
-        self._lane = Lane("tile", self._THREADS)
-        self._ledgers = {name: Ledger(name, self, cache) for name in self._databases}
+        self._proven: TtlCache[bool] = TtlCache(self._REMEMBERED)
+        self._silent: TtlCache[str] = TtlCache(100)
+        self._suspect: set[str] = set()
+        self._lane = Lane("record", self._THREADS)
+        self._tile_lane = Lane("tile", self._THREADS)
+        self._ledgers = {
+            name: Ledger(database, self, cache) for name, database in origin.databases.items()
+        }
 
     def check_known(self, database: str) -> None:
         """Raises NotFound for a database that is not proxied: clients then ask it themselves."""
-        if database not in self._databases:
+        if database not in self._ledgers:
             raise NotFound("this checksum database is not proxied")
 
     def latest(self, database: str, reach: Reach) -> Answer:
@@ -10100,32 +10406,133 @@ class SumDb:
         )
 
     def lookup(self, database: str, module: str, version: str, reach: Reach) -> Answer:
-        """The record of a module version; `module` and `version` are unescaped."""
+        """The record of a module version; `module` and `version` are unescaped. What proves it is
+        fetched, too, but not waited for."""
+        answer = self._lookup(database, module, version, reach)
+        if answer.verdict is Verdict.MISS:
+            self._lane.do(lambda: self._prove_later(database, module, version))
+        return answer
+
+    def _lookup(self, database: str, module: str, version: str, reach: Reach) -> Answer:
         self.check_known(database)
         self._policy.check_public(module, version)
-        what = f"lookup/{escape_path(module)}@{escape_version(version)}"
+        name = self._lookup_name(database, module, version)
 
         def fetch() -> bytes:
-            data = self._fetch(database, what)
+            data = self._fetch(database, name.partition(f"{database}/")[2])
             if f"\n{module} {version} h1:".encode() not in data:
                 raise BadUpstream(f"{database}: the record is not about {module}@{version}")
-            self._lane.do(lambda: self._enter(database, data))
             return data
 
-        return self._cache.small(f"sumdb/{database}/{what}", reach, fetch)
+        return self._cache.small(name, reach, fetch)
 
     def gather(self, module: str, version: str, reach: Reach) -> None:
         """Brings the records of a module version and what proves them into the store, from each
         database that has one."""
-        for database, ledger in self._ledgers.items():
+        for database in self._ledgers:
             with contextlib.suppress(NotFound):
-                answer = self.lookup(database, module, version, reach)
                 if reach is Reach.FETCH:
-                    ledger.enter(read_record(answer.data))
+                    self._prove(database, module, version)
 
-    def _enter(self, database: str, data: bytes) -> None:
-        with contextlib.suppress(ProxyError):  # whoever needs the tiles will be told
-            self._ledgers[database].enter(read_record(data))
+    def begin(self, path: str, version: str) -> Comparison:
+        """Begins to ask what the databases that we have keys for say of a module version."""
+        promises: dict[str, Future[bytes]] = {}
+        with contextlib.suppress(NotFound):
+            self._policy.check_public(path, version)
+            for name, database in self._origin.databases.items():
+                if database.verifier:
+                    work = functools.partial(self._testimony, name, path, version)
+                    promises[name] = self._lane.submit(work)
+        return functools.partial(self._compare, promises, path)
+
+    def _compare(
+        self, promises: Mapping[str, Future[bytes]], path: str, version: str, h1: str
+    ) -> None:
+        """A fill is not refused because a database cannot be asked; that is told in the log."""
+        for database, promise in promises.items():
+            try:
+                patience = self._IMPATIENCE if database in self._suspect else self._PATIENCE
+                lines = promise.result(patience).decode("utf-8", "replace").split("\n")
+                told = [line for line in lines if line.startswith(f"{path} {version} ")]
+                if told and f"{path} {version} {h1}" not in told:
+                    raise Untrusted(f"checksum mismatch: {database} has {told[0]}, this is {h1}")
+            except Untrusted as error:
+                self._log.security(f"{path}@{version}: {error}")
+                raise
+            except FutureTimeout:
+                self._note_silence(database, "it did not answer in time")
+                self._log.error(f"{path}@{version}: not compared with {database}: no answer yet")
+            except ProxyError as error:
+                self._log.error(f"{path}@{version}: not compared with {database}: {error}")
+
+    def _testimony(self, database: str, path: str, version: str) -> bytes:
+        """The text of a record that counts, b"" if there is none."""
+        silent = self._silent.get(database)
+        if silent:
+            raise Unreachable(silent)
+        try:
+            text = self._prove(database, path, version).text
+        except NotFound:
+            text = b""
+        except Untrusted:
+            raise
+        except ProxyError as error:
+            self._note_silence(database, str(error))
+            raise
+        self._suspect.discard(database)
+        return text
+
+    def _note_silence(self, database: str, why: str) -> None:
+        self._silent.put(database, why, self._SILENCE)
+        self._suspect.add(database)
+
+    def _prove(self, database: str, path: str, version: str) -> Record:
+        """A record that has been proven, once. One that does not count is not kept."""
+        data = self._lookup(database, path, version, Reach.FETCH).data
+        key = f"{database} {hashlib.sha256(data).hexdigest()}"
+        try:
+            record = read_record(data)
+            if not self._proven.get(key):
+                self._ledgers[database].enter(record)
+                self._proven.put(key, True, math.inf)
+        except Untrusted:
+            self._drop(self._lookup_name(database, path, version))
+            raise
+        return record
+
+    def _prove_later(self, database: str, path: str, version: str) -> None:
+        """For a client, who has its answer meanwhile and will find the tiles."""
+        try:
+            self._prove(database, path, version)
+        except Untrusted as error:
+            self._log.security(f"{path}@{version}: {error}")
+        except ProxyError:
+            pass  # whoever needs the tiles will be told
+
+    @staticmethod
+    def _lookup_name(database: str, path: str, version: str) -> str:
+        return f"sumdb/{database}/lookup/{escape_path(path)}@{escape_version(version)}"
+
+    def _drop(self, name: str) -> None:
+        with contextlib.suppress(ProxyError):
+            self._cache.storage.remove(name)
+
+    def tiles(self, database: str, wanted: Sequence[Tile]) -> Tiles:
+        """What tiles hold, several fetched at a time."""
+        promises = [
+            self._tile_lane.submit(functools.partial(self.tile, database, tile.name, Reach.FETCH))
+            for tile in wanted
+        ]
+        places = [(tile.level, tile.number) for tile in wanted]
+        return dict(zip(places, (promise.result().data for promise in promises)))
+
+    def drop_tiles(self, database: str, unwanted: Iterable[Tile]) -> None:
+        """So that they are fetched again, and with them all that they might be cut from."""
+        for tile in unwanted:
+            full = f"sumdb/{database}/{tile._replace(width=TILE_WIDTH).name}"
+            self._drop(full)
+            for part in self._cache.storage.names(f"{full}.p/"):
+                self._drop(f"{full}.p/{part}")
 
     def tile(self, database: str, what: str, reach: Reach) -> Answer:
         """A tile; a partial one is cut from a wider one where that is stored."""
@@ -10172,46 +10579,16 @@ class SumDb:
         return full
 
     def _fetch(self, database: str, what: str) -> bytes:
-        through = [
-            dataclasses.replace(url, path=f"{url.path}/sumdb/{database}") for url in self._upstreams
-        ]
-        bases = [url for url in through if self._supports(url)] + [self._databases[database].url]
-        data = first_of(
-            (functools.partial(fetch_small, self._client, below(base, what), self._LIMIT), True)
-            for base in bases
-        )
+        data = self._origin.fetch(database, what)
         if database not in self._marked:
             # The go command asks a file:// proxy for records only if it holds this file.
             self._cache.keep(f"sumdb/{database}/supported", b"", replace=False)
             self._marked.add(database)
         return data
 
-    def _supports(self, base: Url) -> bool:
-        """Whether an upstream proxies a database; asked once, however many want to know."""
-        supported = self._support.get(str(base))
-        if supported is not None:
-            return supported
-        flight, first = self._questions.join(str(base), Future)
-        if first:
-            try:
-                flight.set_result(self._ask_supported(base))
-            except BaseException as error:
-                flight.set_exception(error)
-            finally:
-                self._questions.land(str(base))
-        return flight.result()
-
-    def _ask_supported(self, base: Url) -> bool:
-        try:
-            fetch_small(self._client, below(base, "supported"), self._LIMIT)
-            supported, seconds = True, self._SUPPORTED_SECONDS
-        except ProxyError:
-            supported, seconds = False, self._UNSUPPORTED_SECONDS
-        self._support.put(str(base), supported, seconds)
-        return supported
-
     def close(self) -> None:
         self._lane.close()
+        self._tile_lane.close()
 
 
 # --- upkeep ---
@@ -13333,14 +13710,19 @@ def answering(
 ) -> Iterator[Answering]:
     """All that answers; closes the storage, too."""
     cache = Cache(storage, settings.ttl, log)
+
+    def begin(path: str, version: str) -> Comparison:
+        return sumdb.begin(path, version)
+
     with going_direct(settings, outside, client) as direct:
         source = open_sources(client, settings.upstream, direct)
         private = open_private(settings.private_auth, direct, cache)
-        policy = Policy(Mirror(source, cache), private, storage, settings)
+        mirror = Mirror(source, cache, begin if settings.verify else None)
+        policy = Policy(mirror, private, storage, settings)
         if settings.modules:
             policy = OwnFirst(OwnModules(settings.modules), policy)
         proxies = [hop.url for hop in settings.upstream if hop.url]
-        sumdb = SumDb(settings.sumdb, proxies, client, cache, policy)
+        sumdb = SumDb(SumDbOrigin(settings.sumdb, proxies, client), cache, policy, log)
         yield Answering(policy, sumdb, cache, source)
     sumdb.close()
     cache.close()

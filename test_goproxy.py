@@ -203,6 +203,112 @@ TILE = "sumdb/sum.test/tile/8/0/000"
 PROOF = [f"sumdb/sum.test/tile/8/{tile}" for tile in ("0/000", "0/001.p/44", "1/000.p/1")]
 
 
+# --- a checksum database that signs --------------------------------------------
+
+Point = tuple[int, int]
+PRIME = 2**255 - 19
+CURVE = -121665 * pow(121666, -1, PRIME) % PRIME
+BASE: Point = (
+    15112221349535400772501151409588531511454012693041857206046113283949847762202,
+    46316835694926478169428394003475163141307993866256225615783033603165251855960,
+)
+
+
+def plus(one: Point, other: Point) -> Point:
+    """The sum of two points of the curve of Ed25519 (RFC 8032, section 5.1), by the textbook."""
+    (x, y), (v, w) = one, other
+    product = CURVE * x * y * v * w
+    return (
+        (x * w + v * y) * pow(1 + product, -1, PRIME) % PRIME,
+        (y * w + x * v) * pow(1 - product, -1, PRIME) % PRIME,
+    )
+
+
+def multiplied(number: int, point: Point) -> bytes:
+    """So many times a point, encoded."""
+    found = (0, 1)
+    for bit in bin(number)[2:]:
+        found = plus(found, found)
+        found = plus(found, point) if bit == "1" else found
+    return (found[1] | (found[0] & 1) << 255).to_bytes(32, "little")
+
+
+def secret_of(seed: bytes) -> tuple[int, bytes]:
+    digest = hashlib.sha512(seed).digest()
+    number = int.from_bytes(digest[:32], "little") & (1 << 254) - 8 | 1 << 254
+    return number, digest[32:]
+
+
+def signed(seed: bytes, message: bytes) -> bytes:
+    """The Ed25519 signature, by RFC 8032, section 5.1.6."""
+    order = 2**252 + 27742317777372353535851937790883648493
+    number, prefix = secret_of(seed)
+    nonce = int.from_bytes(hashlib.sha512(prefix + message).digest(), "little") % order
+    start = multiplied(nonce, BASE)
+    digest = hashlib.sha512(start + multiplied(number, BASE) + message).digest()
+    factor = (nonce + int.from_bytes(digest, "little") * number) % order
+    return start + factor.to_bytes(32, "little")
+
+
+class Notary:
+    """A checksum database whose tree has these records, written from RFC 6962, section 2.1, and
+    go.dev/design/25530-sumdb."""
+
+    def __init__(self, name: str, texts: Sequence[str], seed: bytes = b"\7" * 32) -> None:
+        self.name = name
+        self.texts = [text.encode() for text in texts]
+        self._seed = seed
+        key = b"\1" + multiplied(secret_of(seed)[0], BASE)
+        self._mark = hashlib.sha256(f"{name}\n".encode() + key).digest()[:4]
+        self.key = f"{name}+{self._mark.hex()}+{base64.b64encode(key).decode()}"
+
+    @functools.cache  # noqa: B019
+    def hash(self, start: int, stop: int) -> bytes:
+        if stop - start == 1:
+            return hashlib.sha256(b"\0" + self.texts[start]).digest()
+        half = 1 << (stop - start - 1).bit_length() - 1
+        left, right = self.hash(start, start + half), self.hash(start + half, stop)
+        return hashlib.sha256(b"\1" + left + right).digest()
+
+    def note(self, size: int, seed: bytes = b"") -> bytes:
+        """The signed head of the tree of the first `size` records."""
+        root = base64.b64encode(self.hash(0, size)).decode()
+        text = f"go.sum database tree\n{size}\n{root}\n".encode()
+        signature = base64.b64encode(self._mark + signed(seed or self._seed, text))
+        return text + b"\n\xe2\x80\x94 %s %s\n" % (self.name.encode(), signature)
+
+    def files(self, *sizes: int) -> dict[str, bytes]:
+        """All that it answers, by path; each record with the head of the least tree it is in."""
+        held = {"supported": b"", "latest": self.note(sizes[-1])}
+        notes = {size: self.note(size) for size in sizes}
+        for number, text in enumerate(self.texts[: sizes[-1]]):
+            module, version = text.decode().split()[:2]
+            note = notes[min(size for size in sizes if size > number)]
+            held[f"lookup/{escaped(module)}@{escaped(version)}"] = b"%d\n%s\n%s" % (
+                number, text, note,
+            )  # fmt: skip
+        for size in sizes:
+            held.update(self._tiles(size))
+        return held
+
+    def _tiles(self, size: int) -> Iterator[tuple[str, bytes]]:
+        for level in range(2):
+            step = 256**level
+            count = size // step
+            for first in range(0, count, 256):
+                stop = min(first + 256, count)
+                part = f".p/{stop - first}" if stop - first < 256 else ""
+                hashes = (self.hash(at * step, (at + 1) * step) for at in range(first, stop))
+                yield f"tile/8/{level}/{first // 256:03}{part}", b"".join(hashes)
+
+
+def attestation(module: str, version: str, files: Mapping[str, bytes]) -> str:
+    """What a checksum database says of a module version of a site."""
+    stem = f"{escaped(module)}/@v/{escaped(version)}"
+    mod = f"{module} {version}/go.mod {hash_of_mod(files[f'{stem}.mod'])}\n"
+    return f"{module} {version} {hash1(files[f'{stem}.zip'])}\n{mod}"
+
+
 # --- upstream ----------------------------------------------------------------
 
 
@@ -753,7 +859,7 @@ class Proxy:
 
 
 # One process that asks for what it is asked for and nothing else: so requests can be counted.
-PLAIN = {"host": "127.0.0.1", "port": 0, "read_ahead": "false", "workers": 1}
+PLAIN = {"host": "127.0.0.1", "port": 0, "read_ahead": "false", "verify": "false", "workers": 1}
 
 
 class Run:
@@ -995,17 +1101,45 @@ package main
 
 import (
 	"bufio"
+	"crypto/ed25519"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"os"
 	"path"
+	"strconv"
 	"strings"
 
 	"golang.org/x/mod/modfile"
 	"golang.org/x/mod/module"
 	"golang.org/x/mod/semver"
+	"golang.org/x/mod/sumdb"
 	"golang.org/x/mod/sumdb/dirhash"
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
 	"golang.org/x/mod/zip"
 )
+
+// A database in a folder; the client has seen nothing before.
+type database struct{ folder, key string }
+
+func (d database) ReadRemote(file string) ([]byte, error) { return os.ReadFile(d.folder + file) }
+func (d database) ReadConfig(file string) ([]byte, error) {
+	return []byte(map[string]string{"key": d.key}[file]), nil
+}
+func (d database) WriteConfig(file string, old, new []byte) error { return nil }
+func (d database) ReadCache(file string) ([]byte, error)          { return nil, os.ErrNotExist }
+func (d database) WriteCache(file string, data []byte)            {}
+func (d database) Log(msg string)                                 {}
+func (d database) SecurityError(msg string)                       {}
+
+func bytesOf(text string) []byte {
+	data, err := hex.DecodeString(text)
+	if err != nil {
+		panic(err)
+	}
+	return data
+}
 
 func said(err error) string {
 	if err != nil {
@@ -1029,6 +1163,30 @@ func answer(q []string) string {
 		return module.CanonicalVersion(q[1])
 	case "compare":
 		return string("<=>"[semver.Compare(q[1], q[2])+1])
+	case "ed25519":
+		ok := ed25519.Verify(bytesOf(q[1]), bytesOf(q[2]), bytesOf(q[3]))
+		return map[bool]string{true: "yes", false: "no"}[ok]
+	case "note":
+		msg, _ := base64.StdEncoding.DecodeString(q[1])
+		verifier, err := note.NewVerifier(q[2])
+		if err != nil {
+			panic(err)
+		}
+		opened, err := note.Open(msg, note.VerifierList(verifier))
+		if err != nil {
+			return "refused"
+		}
+		tree, err := tlog.ParseTree([]byte(opened.Text))
+		if err != nil {
+			return "refused"
+		}
+		return strconv.FormatInt(tree.N, 10) + " " + tree.Hash.String()
+	case "sumdb":
+		lines, err := sumdb.NewClient(database{q[1], q[2]}).Lookup(q[3], q[4])
+		if err != nil {
+			return "refused: " + err.Error()
+		}
+		return "ok " + strings.Join(lines, " ")
 	case "glob":
 		_, err := path.Match(q[1], "x")
 		if ok := module.MatchPrefixPatterns(q[1], q[2]); ok || err != nil {
@@ -1978,6 +2136,8 @@ BAD_SETTINGS = [
     ("recheck", "GOPROXY_RECHECK", "daily"),
     ("recheck-removes", "GOPROXY_RECHECK_REMOVES", "deleted,old"),
     ("sumdb", "GOPROXY_SUMDB", "sum.test ftp://sum.test"),
+    ("sumdb", "GOPROXY_SUMDB", "sum.test+00000000+AQ=="),
+    ("sumdb", "GOPROXY_SUMDB", "sum.test+zz"),
     ("tls-cert", "GOPROXY_TLS_CERT", "/no/such/file"),
     ("tls-key", "GOPROXY_TLS_KEY", "/"),
     ("ttl", "GOPROXY_TTL", "-1s"),
@@ -1992,6 +2152,7 @@ BAD_SETTINGS = [
     ("vcs", "GOPROXY_VCS", "git.test/*=ssh://-oProxyCommand=sh/x"),
     ("vcs", "GOPROXY_VCS", "https://git.test/x"),
     ("vcs-auth", "GOPROXY_VCS_AUTH", "/no/such/file"),
+    ("verify", "GOPROXY_VERIFY", "perhaps"),
 ]
 
 
@@ -9141,6 +9302,291 @@ def test_a_failing_database_is_an_outage(
     assert path not in run.stored()
 
 
+# --- what is fetched is compared with the checksum database ------------------
+
+FILLER = [f"example.com/filler v1.0.{n} h1:{n}=\nexample.com/filler v1.0.{n}/go.mod h1:{n}=\n"
+          for n in range(600)]  # fmt: skip
+KNOWN = [(*name.split("@", 1),) for name in MODULES if "toolchain" not in name]
+ATTESTED = [attestation(path, version, site(MODULES)) for path, version in KNOWN]
+TEXTS = [*FILLER[:200], *ATTESTED, *FILLER[200:]]
+NOTARY = Notary("sum.test", TEXTS)
+SUMS = NOTARY.files(260, 500)  # record 203 is that of quote v1.0.0
+FORKED = Notary("sum.test", [*TEXTS[:180], "x y h1:z\n", *TEXTS[181:]])
+QUOTE_RECORD = "lookup/example.com/quote@v1.0.0"
+
+
+def attested(upstream: Upstream, sums: Mapping[str, bytes]) -> None:
+    """Lets an upstream have the files of a database."""
+    upstream.files.update({f"sumdb/sum.test/{path}": data for path, data in sums.items()})
+
+
+@pytest.fixture
+def strict(run: Run, upstream: Upstream) -> Callable[..., Proxy]:
+    """Makes proxies that compare with the database."""
+    attested(upstream, SUMS)
+    sumdb = f"{NOTARY.key} {upstream.url('404')}"
+    settings = {"upstream": upstream.url(), "sumdb": sumdb, "verify": "true"}
+    return lambda **more: run(**{**settings, **more})
+
+
+def test_what_the_database_knows_is_served_and_kept(
+    strict: Callable[..., Proxy], upstream: Upstream, run: Run
+) -> None:
+    proxy = strict()
+    assert [proxy.get(name).body for name in (MOD, ZIP, INFO)] == [
+        SITE[n] for n in (MOD, ZIP, INFO)
+    ]
+    assert upstream.asked.count(f"sumdb/sum.test/{QUOTE_RECORD}") == 1
+    assert {MOD, ZIP, f"sumdb/sum.test/{QUOTE_RECORD}"} <= set(run.stored())
+    assert "SECURITY" not in proxy.log and "not compared" not in proxy.log
+
+
+@pytest.mark.parametrize("name", [MOD, ZIP, BIG])
+def test_what_the_database_contradicts_is_refused_and_not_kept(
+    strict: Callable[..., Proxy], upstream: Upstream, run: Run, name: str
+) -> None:
+    module = "example.com/" + name.split("/")[1]
+    files = {"go.mod": f"module {module}\n", "noise": NOISE[::-1] if name == BIG else "evil"}
+    forged = released(f"{module}@v1.0.0", files)
+    upstream.files.update(forged)
+    proxy = strict()
+    assert len(proxy.get(name).body) < len(forged[name]) or proxy.get(name).status == 502
+    assert f"{module}@v1.0.0" in proxy.logged("checksum mismatch: sum.test has")
+    assert "SECURITY: " in proxy.log
+    assert name not in run.stored()
+
+
+def test_what_the_database_does_not_know_is_served(
+    strict: Callable[..., Proxy], upstream: Upstream
+) -> None:
+    del upstream.files[f"sumdb/sum.test/{QUOTE_RECORD}"]
+    proxy = strict()
+    assert [proxy.get(name).status for name in (MOD, ZIP)] == [200, 200]
+    assert "not compared" not in proxy.log
+
+
+def test_a_fill_is_not_refused_because_the_database_fails(
+    strict: Callable[..., Proxy], upstream: Upstream
+) -> None:
+    upstream.files[f"sumdb/sum.test/{QUOTE_RECORD}"] = b"<html>Please log in</html>"
+    proxy = strict()
+    assert [proxy.get(name).status for name in (MOD, ZIP)] == [200, 200]
+    proxy.logged("example.com/quote@v1.0.0: not compared with sum.test: ")
+    proxy.logged("example.com/quote@v1.0.0/go.mod: not compared with sum.test: ")
+    assert upstream.asked.count(f"sumdb/sum.test/{QUOTE_RECORD}") == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"verify": "false"},
+        {"sumdb": "off"},
+        {"sumdb": "sum.test http://127.0.0.1:1"},
+        {"exclude": "example.com/other"},
+    ],
+    ids=str,
+)
+def test_the_database_is_asked_only_if_it_can_say_something(
+    strict: Callable[..., Proxy], upstream: Upstream, settings: dict[str, object]
+) -> None:
+    proxy = strict(**settings)
+    assert proxy.get(MOD).status == proxy.get(ZIP).status == 200
+    assert any("sumdb" in path for path in upstream.asked) == ("exclude" in settings)
+
+
+def test_own_modules_are_not_compared(
+    strict: Callable[..., Proxy], upstream: Upstream, tmp_path: Path
+) -> None:
+    for name, data in released("example.com/quote@v1.0.0", {"ours.go": "package q\n"}).items():
+        (tmp_path / "ours" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ours" / name).write_bytes(data)
+    proxy = strict(modules=tmp_path / "ours")
+    assert [proxy.get(name).status for name in (MOD, ZIP)] == [200, 200]
+    assert upstream.asked == []
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def retold(old: bytes, new: bytes) -> dict[str, bytes]:
+    """The record of a module, changed."""
+    assert old in SUMS[QUOTE_RECORD]
+    return {QUOTE_RECORD: SUMS[QUOTE_RECORD].replace(old, new, 1)}
+
+
+LIES: dict[str, dict[str, bytes]] = {
+    "a wrong edge": {"tile/8/0/001.p/4": flipped(SUMS["tile/8/0/001.p/4"], 70)},
+    "a wrong tile": {"tile/8/0/000": flipped(SUMS["tile/8/0/000"], 70)},
+    "another key": retold(NOTARY.note(260), NOTARY.note(260, b"8" * 32)),
+    "another number": retold(b"203\n", b"193\n"),
+    "another text": retold(b" h1:", b" h1:A"),
+    "another tree": retold(b"\n260\n", b"\n261\n"),
+    "beyond the end": retold(b"203\n", b"903\n"),
+    "no signature": {QUOTE_RECORD: SUMS[QUOTE_RECORD].rpartition(b"\xe2")[0]},
+}
+
+
+@pytest.mark.parametrize("lie", sorted(LIES))
+def test_a_lying_database_is_refused(
+    strict: Callable[..., Proxy], upstream: Upstream, run: Run, lie: str
+) -> None:
+    attested(upstream, LIES[lie])
+    upstream.files[MOD] += b"// evil\n"
+    proxy = strict()
+    assert proxy.get(MOD).status == 502
+    assert "example.com/quote@v1.0.0/go.mod: " in proxy.logged("SECURITY: ")
+    assert not {MOD, f"sumdb/sum.test/{QUOTE_RECORD}"} & set(run.stored())
+
+
+def test_a_client_is_not_kept_waiting_but_a_lie_is_not_kept(
+    strict: Callable[..., Proxy], upstream: Upstream, run: Run
+) -> None:
+    attested(upstream, LIES["another text"])
+    proxy = strict()
+    assert proxy.get(f"sumdb/sum.test/{QUOTE_RECORD}").status == 200
+    proxy.logged("SECURITY: ")
+    attested(upstream, SUMS)
+    assert proxy.get(f"sumdb/sum.test/{QUOTE_RECORD}").body == SUMS[QUOTE_RECORD]
+
+
+@pytest.mark.parametrize("sizes", [(260, 500), (300, 300), (500, 300)], ids=str)
+def test_a_forked_tree_is_refused(
+    strict: Callable[..., Proxy], upstream: Upstream, run: Run, sizes: tuple[int, int]
+) -> None:
+    """Also after a start: the last head is kept."""
+    attested(upstream, NOTARY.files(sizes[0]))
+    proxy = strict()
+    assert proxy.get(MOD).status == 200
+    if sizes[0] == 500:
+        proxy.stop()
+        proxy = strict()
+    attested(upstream, FORKED.files(sizes[1]))
+    other = MOD.replace("v1.0.0", "v1.1.0")
+    assert proxy.get(other).status == 502
+    assert "tree" in proxy.logged("SECURITY: example.com/quote@v1.1.0/go.mod: ")
+    assert other not in run.stored()
+
+
+def test_a_spoilt_tile_is_fetched_again(
+    strict: Callable[..., Proxy], run: Run, upstream: Upstream
+) -> None:
+    proxy = strict()
+    proxy.get(MOD)
+    tile = run.cache / "sumdb/sum.test/tile/8/0/000"
+    tile.write_bytes(flipped(tile.read_bytes(), 9))
+    assert proxy.get(MOD.replace("quote", "big")).status == 200
+    assert tile.read_bytes() == SUMS["tile/8/0/000"]
+
+
+# RFC 8032, section 7.1: key, message, signature.
+VECTORS = """
+d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a
+e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e065224901555fb8821590a33bacc61e39701cf9b46bd25bf5f0595bbe24655141438e7a100b
+
+3d4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c 72
+92a009a9f0d4cab8720e820b5f642540a2b27b5416503f8fb3762223ebdb69da085ac1e43e15996e458f3613d0f11d8c387b2eaeb4302aeeb00d291612bb0c00
+
+fc51cd8e6218a1a38da47ed00230f0580816ed13ba3303ac5deb911548908025 af82
+6291d657deec24024827e69c3abe01a30ce548a284743a445e3680d7db5ac3ac18ff9b538d16f290ae67f760984dc6594a7c15e9716ed28dc027beceea1ec40a
+"""
+
+
+@pytest.mark.parametrize("vector", VECTORS.strip().split("\n\n"))
+def test_the_signatures_of_rfc_8032_are_right(vector: str) -> None:
+    words = [bytes.fromhex(word) for word in vector.split()]
+    key, message, signature = words[0], b"".join(words[1:-1]), words[-1]
+    assert goproxy.is_signed(key, message, signature)
+    assert not goproxy.is_signed(key, message + b"!", signature)
+    assert not any(
+        goproxy.is_signed(key, message, flipped(signature, at)) for at in (0, 31, 32, 63)
+    )
+
+
+ORDER = 2**252 + 27742317777372353535851937790883648493
+SMALL_ORDER = [  # points of small order, and other spellings of them
+    "00" * 32, "00" * 31 + "80", "01" + "00" * 31, "01" + "00" * 30 + "80", "ec" + "ff" * 30 + "7f",
+    "ec" + "ff" * 31, "ed" + "ff" * 30 + "7f", "ed" + "ff" * 31, "ee" + "ff" * 30 + "7f",
+    "ee" + "ff" * 31, "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",
+]  # fmt: skip
+
+
+def odd_signatures() -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Key, message and signature on which implementations differ."""
+    random_bytes = random.Random(11).randbytes
+    for key, start in itertools.product(map(bytes.fromhex, SMALL_ORDER), repeat=2):
+        for message in (b"0", b"1"):
+            yield key, message, start + bytes(32)
+    for number in range(8):
+        seed, message = random_bytes(32), random_bytes(number)
+        key = multiplied(secret_of(seed)[0], BASE)
+        signature = signed(seed, message)
+        factor = int.from_bytes(signature[32:], "little")
+        yield key, message, signature
+        yield key, message, signature[:32] + (factor + ORDER).to_bytes(32, "little")
+        yield key, message, flipped(signature, number * 7)
+        yield key, message, signature + b"!"
+        yield random_bytes(32), message, signature
+        yield bytes.fromhex(SMALL_ORDER[number]), message, signature
+
+
+def test_a_signature_is_right_when_go_says_so(ask_go: Ask) -> None:
+    odd = list(odd_signatures())
+    theirs = ask_go([("ed25519", *(part.hex() for part in parts)) for parts in odd])
+    ours = ["yes" if goproxy.is_signed(*parts) else "no" for parts in odd]
+    assert ours == theirs
+    assert theirs.count("yes") > 8
+
+
+def odd_notes() -> Iterator[bytes]:
+    note = NOTARY.note(260)
+    text, _, line = note.partition(b"\n\n")
+    other = Notary("sum.other", TEXTS, b"9" * 32).note(260).partition(b"\n\n")[2]
+    wrong = NOTARY.note(260, b"9" * 32).partition(b"\n\n")[2]
+    dash = b"\xe2\x80\x94 "
+    blocks = [
+        line, line + other, other + line, line + line, line + wrong, wrong + line, other, b"",
+        line[:-1], line + b"\n", line.replace(b" ", b"  ", 2), line[3:], b"x\n" + line,
+        line.replace(b"=\n", b"\n"), line.replace(b"sum.test", b"sum.te+t") + line,
+        other * 99 + line, other * 100 + line, line.replace(b"test ", b"test AAAA\n"),
+        *(dash + odd + line for odd in (b"sum.other AAAA\n", b"a\xc2\xa0b AAAAAAAA\n")),
+        *(dash + b"o QUJDREVGR%s\n" % end + line for end in (b"w==", b"==", b"x==", b"w=")),
+        line + b"\xff\n",
+    ]  # fmt: skip
+    for block in blocks:
+        yield text + b"\n\n" + block
+    yield from (note[:at] + b"\n" + note[at:] for at in range(0, len(text), 9))
+    yield from (flipped(note, at) for at in range(0, len(note), 5))
+    yield from (text + b"\n\x01\n\n" + line, text + b"\r\n\n" + line, b"", b"\n\n", line)
+
+
+def test_a_note_is_signed_when_go_says_so(ask_go: Ask) -> None:
+    notes = list(odd_notes())
+    theirs = ask_go([("note", base64.b64encode(note).decode(), NOTARY.key) for note in notes])
+    verifier = goproxy.parse_verifier(NOTARY.key)
+
+    def said(note: bytes) -> str:
+        try:
+            head = goproxy.read_tree(goproxy.open_note(note, verifier))
+        except goproxy.BadUpstream:
+            return "refused"
+        return f"{head.size} {base64.b64encode(head.hash).decode()}"
+
+    assert [said(note) for note in notes] == theirs
+    assert 3 < theirs.count(theirs[0]) < len(theirs)
+
+
+@pytest.mark.parametrize("lie", ["", *sorted(LIES)])
+def test_a_database_lies_when_go_says_so(ask_go: Ask, tmp_path: Path, lie: str) -> None:
+    """The cases above are judged by x/mod/sumdb.Client."""
+    for path, data in {**SUMS, **LIES.get(lie, {})}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    (said,) = ask_go([("sumdb", str(tmp_path), NOTARY.key, "example.com/quote", "v1.0.0")])
+    assert said.startswith("ok" if not lie else "refused"), said
+
+
 # Old modules are read with all they require; of the others, paths after their own may follow.
 GRAPH = site(
     {
@@ -10826,7 +11272,7 @@ def test_nothing_is_published_without_users_or_without_a_folder(
 # =============================================================================
 
 
-def test_the_start_is_told(run: Run, upstream: Upstream) -> None:
+def test_the_start_is_retold(run: Run, upstream: Upstream) -> None:
     proxy = run(upstream=upstream.url(), host="").stop()
     told = [re.sub("^" + STAMP, "", line) for line in proxy.log.splitlines()]
     assert [line for line in told if not line.startswith("  Settings: ")][:5] == [
@@ -11016,7 +11462,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ne
 
 @needs_proc
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_dead_worker_is_replaced_and_told(run: Run, upstream: Upstream, place: int) -> None:
+def test_a_dead_worker_is_replaced_and_retold(run: Run, upstream: Upstream, place: int) -> None:
     proxy = run(upstream=upstream.url(), workers=2)
     victim = children_of(proxy.process.pid)[place]
     os.kill(victim, signal.SIGKILL)
@@ -11161,7 +11607,7 @@ def test_pack_refuses_what_x_mod_refuses(ask_go: Ask, tmp_path: Path, name: str)
     assert list(tmp_path.glob("modules/example.com")) == [] or ended.status == 0
 
 
-def test_pack_leaves_out_what_git_ignores_if_told(tmp_path: Path) -> None:
+def test_pack_leaves_out_what_git_ignores_if_retold(tmp_path: Path) -> None:
     source = plant(tmp_path / "src", {**OUR_FILES, ".gitignore": "*.o\n", "bpf.o": b"\x7fELF"})
     subprocess.run([installed("git"), "init", "-q", str(source)], check=True)
     with_it = finish(tmp_path, "pack", str(source), *PACKED).out
@@ -11672,7 +12118,7 @@ def build(go: Go, source: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def public(tmp_path_factory: pytest.TempPathFactory, build_cache: Path) -> Iterator[Public]:
     factory = Run(tmp_path_factory.mktemp("public"))
-    proxy = factory(read_ahead="true", workers=2)
+    proxy = factory(read_ahead="true", workers=2, verify="true")
     if reason := why_unreachable(
         proxy.logged("Upstream proxy: ").partition("proxy: ")[2].split()[0]
     ):
@@ -11699,6 +12145,7 @@ def test_a_real_project_builds_from_an_empty_cache(public: Public) -> None:
     assert len(public.sums) >= 100
     kept = {name: (public.run.cache / f"{name}.ziphash").read_text() for name in public.sums}
     assert kept == public.sums
+    assert "not compared" not in public.proxy.log and "SECURITY" not in public.proxy.log
 
 
 @needs_go
