@@ -84,6 +84,7 @@ import functools
 import hashlib
 import heapq
 import hmac
+import html
 import importlib
 import io
 import ipaddress
@@ -1073,6 +1074,40 @@ def _sumdbs(text: str) -> tuple[SumDbName, ...]:
     return tuple(databases)
 
 
+class Vanity(NamedTuple):
+    """What go-import says of paths that begin with a prefix (Go reference, "Finding a repository
+    for a module path"); no URL: our own."""
+
+    prefix: str
+    vcs: str
+    url: str
+
+
+_VCS = ("bzr", "fossil", "git", "hg", "mod", "svn")
+
+
+def _vanities(text: str) -> tuple[Vanity, ...]:
+    """PREFIX=mod or 'PREFIX=VCS URL', separated by commas."""
+    found = []
+    for item in filter(None, map(str.strip, text.split(","))):
+        prefix, _, rest = item.partition("=")
+        vcs, url = [*rest.split(), "", ""][:2]
+        if vcs not in _VCS or len(rest.split()) > 2 or (vcs != "mod" and not url):
+            raise ValueError("want PREFIX=mod or 'PREFIX=VCS URL', separated by commas")
+        if url and not re.fullmatch(r"[a-z][a-z+]*://[!-~]+", url):
+            raise ValueError("the URL of a repository needs a scheme")
+        try:
+            check_path(prefix)
+        except BadName as error:
+            raise ValueError(str(error)) from None
+        found.append(Vanity(prefix, vcs, url))
+    return tuple(found)
+
+
+def _base_url(text: str) -> Url | None:
+    return parse_url(text) if text else None
+
+
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|d)")
 
@@ -1399,6 +1434,9 @@ class Settings:
         "URL",
         "the way out: http://, socks5:// or socks5h://[user:password@]host[:port]",
     )
+    public_url: Url | None = _option(  # noqa: RUF009 (it is a dataclasses.field)
+        "GOPROXY_PUBLIC_URL", "", _base_url, "URL", "where clients reach us, for go-import pages"
+    )
     quiet: bool = _option("GOPROXY_QUIET", "false", _switch, "", "no log line per request")
     read_ahead: bool = _option(
         "GOPROXY_READ_AHEAD", "true", _switch, "", "fetch what the client will ask next"
@@ -1443,6 +1481,13 @@ class Settings:
         _upstreams,
         "LIST",
         "GOPROXY syntax: http(s)://, file://, direct, off; ',' moves on at 404, '|' at any error",
+    )
+    vanity: tuple[Vanity, ...] = _option(
+        "GOPROXY_VANITY",
+        "",
+        _vanities,
+        "RULES",
+        "go-import pages: PREFIX=mod (from here) or 'PREFIX=git URL', by commas",
     )
     vcs: tuple[VcsRule, ...] = _option(
         "GOPROXY_VCS",
@@ -11331,6 +11376,7 @@ class Request(NamedTuple):
     reach: Reach = Reach.READY
     client: str = ""
     user: str = ""  # of -auth
+    go_get: bool = False  # whether it asks for the page with go-import
     upload: Upload | None = None  # the body, if it is wanted
 
     @property
@@ -11340,7 +11386,8 @@ class Request(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether nothing but its target decides what it gets."""
-        if self.method != "GET" or not self.keep or not self.chunks or self.body:
+        odd = self.method != "GET" or not self.keep or not self.chunks or self.body
+        if odd or self.go_get:
             return False
         return _CONDITIONS.isdisjoint(self.fields)
 
@@ -11383,6 +11430,7 @@ def parse_request(head: bytes) -> Request:
         keep="close" not in options and (is_new or "keep-alive" in options),
         chunks=is_new,
         body=_body_length(fields, is_new, match[1] == b"PUT"),
+        go_get=b"go-get=1" in match[2].partition(b"?")[2].split(b"&"),
     )
 
 
@@ -11819,6 +11867,51 @@ def _zip_head(mirror: Modules, artifact: Artifact, request: Request) -> Reply:
         return known._replace(body=None)
 
 
+def serve_go_get(app: App, request: Request, package: str) -> Reply:
+    """GET /<package>?go-get=1: where the repository of an import path on this host is (cmd/go:
+    vcs/discovery.go). The tag counts whatever the status, so an unknown path gets none."""
+    host = request.fields.get("host", "")
+    name = f"{host.partition(':')[0].lower()}/{package}".rstrip("/")
+    found = _vanity(app, name)
+    where = found.url or app.settings.public_url or f"http{'s' if app.tls else ''}://{host}"
+    is_page = found.vcs != "mod" and found.url.startswith("http")
+    docs = found.url if is_page else f"https://pkg.go.dev/{urllib.parse.quote(name)}"
+    content = f"{found.prefix} {found.vcs} {where}"
+    page = _GO_IMPORT.format(*map(html.escape, (content, docs, name)))
+    control = ("Cache-Control", f"public, max-age={int(app.settings.ttl)}")
+    return Reply(200, page.encode(), "text/html; charset=utf-8", (control,))
+
+
+_GO_IMPORT = """<!DOCTYPE html>
+<html>
+<head>
+<meta charset="utf-8">
+<meta name="go-import" content="{0}">
+<meta http-equiv="refresh" content="0; url={1}">
+<title>{2}</title>
+</head>
+<body>
+Documentation of <a href="{1}">{2}</a>.
+</body>
+</html>
+"""
+_MAX_ELEMENTS = 32  # of an import path whose module is looked for
+
+
+def _vanity(app: App, name: str) -> Vanity:
+    """The longest prefix that -vanity names or that is a module of ours. Raises NotFound."""
+    configured = {each.prefix: each for each in app.settings.vanity}
+    elements = name.split("/", _MAX_ELEMENTS)
+    for count in range(len(elements), 0, -1):
+        prefix = "/".join(elements[:count])
+        if prefix in configured:
+            return configured[prefix]
+        with contextlib.suppress(BadName):
+            if app.own.versions(prefix):
+                return Vanity(prefix, "mod", "")
+    raise NotFound("no module of this path is told of here")
+
+
 def serve_sum_supported(app: App, request: Request, database: str) -> Reply:
     """GET /sumdb/<name>/supported: answered here, without asking."""
     app.sumdb.check_known(database)
@@ -11878,6 +11971,7 @@ ROUTES = [
     Route(r"health", serve_health, is_open=True),
     Route(r"readyz", serve_ready, is_open=True),
 ]
+_GO_GET = Route(r"", serve_go_get)
 _CACHED_ONLY = "cached-only/"
 
 
@@ -11907,7 +12001,7 @@ def dispatch(app: App, request: Request) -> Reply:
     if path.startswith(_CACHED_ONLY):
         path = path[len(_CACHED_ONLY) :]
         request = request._replace(reach=Reach.STORED)
-    route, groups = _route(path)
+    route, groups = (_GO_GET, {"package": path}) if request.go_get else _route(path)
     change = route.changes.get(request.method) if route and app.settings.modules else None
     if app.gate and not (route and route.is_open):
         module = groups.get("module")

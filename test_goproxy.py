@@ -2132,6 +2132,7 @@ BAD_SETTINGS = [
     ("port", "PORT", "http"),
     ("private", "GOPROXY_PRIVATE", "git.test/["),
     ("private-auth", "GOPROXY_PRIVATE_AUTH", "nobody"),
+    ("public-url", "GOPROXY_PUBLIC_URL", "go.corp.example"),
     ("quiet", "GOPROXY_QUIET", "2"),
     ("recheck", "GOPROXY_RECHECK", "daily"),
     ("recheck-removes", "GOPROXY_RECHECK_REMOVES", "deleted,old"),
@@ -2145,6 +2146,10 @@ BAD_SETTINGS = [
     ("upstream", "UPSTREAM_PROXY", "ftp://example.com"),
     ("upstream", "UPSTREAM_PROXY", "http://"),
     ("upstream", "UPSTREAM_PROXY", ",|"),
+    ("vanity", "GOPROXY_VANITY", "go.test/x=git"),
+    ("vanity", "GOPROXY_VANITY", "go.test/x=cvs https://x.test"),
+    ("vanity", "GOPROXY_VANITY", "go.test/x=git git.test/x"),
+    ("vanity", "GOPROXY_VANITY", "nodot=mod"),
     ("vcs", "GOPROXY_VCS", "git.test/*=ext::sh"),
     ("vcs", "GOPROXY_VCS", "git.test/*=git@git.test:x"),
     ("vcs", "GOPROXY_VCS", "git.test/**=https://git.test/{path}"),
@@ -11267,6 +11272,73 @@ def test_nothing_is_published_without_users_or_without_a_folder(
     assert proxy.get(f"{OURS}.zip", method, Authorization=ADA).status == 405
 
 
+# --- import paths ------------------------------------------------------------
+
+RULES = "go.test/auto=mod,go.test/tool=git https://git.test/tool,go.test/auto/hg=hg ssh://hg.test/x"
+
+
+@pytest.fixture
+def vanity(run: Run, modules: Path) -> Proxy:
+    host(modules, "go.test/ours@v1.0.0", {"go.mod": "module go.test/ours\n"})
+    host(modules, "go.test/ours/v2@v2.0.0", {"go.mod": "module go.test/ours/v2\n"})
+    return run(upstream="off", modules=modules, vanity=RULES)
+
+
+def page(proxy: Proxy, path: str, name: str = "go.test") -> Answer:
+    request = f"GET /{path}?x&go-get=1 HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n"
+    (answer,) = responses(talk(proxy.port, request.encode()))
+    return answer
+
+
+def go_import(proxy: Proxy, path: str, name: str = "go.test") -> str:
+    """What the page says, as the go command reads it, or its status."""
+    answer = page(proxy, path, name)
+    tags = re.findall(r'<meta name="go-import" content="([^"<>]*)">', answer.text)
+    assert len(tags) == (answer.status == 200), answer.text
+    return str(tags[0]) if tags else str(answer.status)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("ours", "go.test/ours mod http://go.test"),
+        ("ours/pkg/sub/", "go.test/ours mod http://go.test"),
+        ("ours/v2/pkg", "go.test/ours/v2 mod http://go.test"),
+        ("auto/x/y", "go.test/auto mod http://go.test"),
+        ("auto/hg/y", "go.test/auto/hg hg ssh://hg.test/x"),
+        ("tool", "go.test/tool git https://git.test/tool"),
+        ("tool/@v/list", "go.test/tool git https://git.test/tool"),
+        ("tools", "404"),
+        ("our", "404"),
+        ("", "404"),
+        ("a/" * 500, "404"),
+        ("%3Cmeta%20name=%22go-import%22%3E", "404"),
+    ],
+)
+def test_an_import_path_leads_to_its_repository(vanity: Proxy, path: str, told: str) -> None:
+    assert go_import(vanity, path) == told
+
+
+def test_an_import_path_of_another_host_leads_nowhere(vanity: Proxy) -> None:
+    assert go_import(vanity, "ours", "other.test") == "404"
+    assert go_import(vanity, "ours", "GO.test:8080") == "go.test/ours mod http://GO.test:8080"
+
+
+def test_what_a_page_repeats_is_escaped(vanity: Proxy) -> None:
+    answer = page(vanity, "ours/%22%3E%3Cscript%3E")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<script" not in answer.text
+    assert "go.test/ours/&quot;&gt;&lt;script&gt;</a>" in answer.text
+
+
+def test_the_public_url_is_told(run: Run, upstream: Upstream) -> None:
+    url = "https://proxy.test/go"
+    proxy = run(upstream=upstream.url(), vanity="go.test/auto=mod", public_url=url)
+    assert go_import(proxy, "auto/x") == f"go.test/auto mod {url}"
+    assert proxy.get(f"{MOD}?go-get=0").body == SITE[MOD]
+    assert [go_import(proxy, MOD) for _ in range(3)] == ["404"] * 3
+
+
 # =============================================================================
 # 12. Daemon
 # =============================================================================
@@ -11888,6 +11960,43 @@ def relay(port: int) -> Callable[[socket.socket], None]:
 
 
 # --- with the fake upstream --------------------------------------------------
+
+
+EBPF: Files = {
+    ".gitignore": "*.o\n",
+    "bpf.o": "object",
+    "ebpf.go": 'package ebpf\n\nimport _ "embed"\n\n//go:embed bpf.o\nvar Object string\n',
+    "go.mod": "module go.test/ebpf\n\ngo 1.21\n",
+}
+USES_EBPF = """package main
+
+import (
+	_ "example.com/quote"
+	"go.test/ebpf"
+)
+
+func main() { print(ebpf.Object) }
+"""
+
+
+@needs_go
+def test_go_takes_generated_files_from_here_by_the_page_and_the_rest_from_upstream(
+    run: Run, upstream: Upstream, make_go: GoMaker, modules: Path
+) -> None:
+    source = plant(run.folder / "src", EBPF)
+    where = ["-module=go.test/ebpf", "-version=v1.0.0", f"-to={modules}"]
+    assert finish(run.folder, "pack", str(source), *where).status == 0
+    proxy = run(upstream=upstream.url(), modules=modules, exclude="go.test")
+    # The client knows no GOPROXY for go.test; our port stands for that host.
+    web = {"GOINSECURE": "go.test", "HTTPS_PROXY": proxy.url, "HTTP_PROXY": proxy.url}
+    go = make_go(proxy.url, GOPRIVATE="go.test", **web)
+    (go.work / "main.go").write_text(USES_EBPF)
+    go("mod", "tidy")
+    folder = go("list", "-m", "-f={{.Dir}}", "go.test/ebpf").strip()
+    assert Path(folder, "bpf.o").read_text() == "object"
+    assert "] GET ebpf\n" in proxy.log
+    assert [path for path in upstream.asked if "go.test" in path] == []
+    assert "example.com/quote/@v/v1.1.0.zip" in upstream.asked
 
 
 @needs_go
