@@ -7455,24 +7455,77 @@ def is_alive(pid: int) -> bool:
 
 
 class HastyRunner(goproxy.GitRunner):
-    """Has no patience at all."""
+    """Has no patience at all, and counts how many gits run at once."""
+
+    now = peak = 0
 
     @contextlib.contextmanager
     def start(self, order: Any) -> Iterator[Any]:
-        with super().start(order._replace(seconds=0.2)) as running:
-            yield running
+        with super().start(order._replace(seconds=0.5)) as running:
+            self.now += 1
+            self.peak = max(self.peak, self.now)
+            try:
+                yield running
+            finally:
+                self.now -= 1
 
 
-def test_a_git_that_hangs_is_ended_with_all_it_began(quote: Origin, tmp_path: Path) -> None:
+def test_gits_that_hang_are_ended_with_all_they_began(quote: Origin, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = f'sh -c "echo \\$\\$ >> {pids}; sleep 600" & echo $$ >> {pids}; wait'
     runner = HastyRunner(NotingGit(tmp_path / "bin", script).path)
-    repository = goproxy.Repository(runner, str(tmp_path / "kept"), quote.url, lambda url: {})
-    with pytest.raises(goproxy.UpstreamTimeout):
-        repository.refs()
+
+    def ask_in_vain(number: int) -> None:
+        place = str(tmp_path / f"kept{number}")
+        with pytest.raises(goproxy.UpstreamTimeout):
+            goproxy.Repository(runner, place, quote.url, lambda url: {}).refs()
+
+    together(20, ask_in_vain)
     ended = [int(line) for line in pids.read_text().split()]
-    assert len(ended) == 2
+    assert ended
     assert not any(map(is_alive, ended))
+    assert 1 < runner.peak <= 8
+
+
+def test_whoever_closes_the_repositories_ends_their_gits(quote: Origin, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    os.mkfifo(begun)
+    kept = goproxy.Repositories(
+        str(tmp_path / "kept"),
+        lambda url: {},
+        NotingGit(tmp_path / "bin", f"echo $$ > {begun}; sleep 600").path,
+    )
+    waiting = goproxy.in_thread(kept.at(quote.url).refs)
+    pid = int(begun.read_text())
+    kept.close()
+    with pytest.raises(goproxy.Unreachable):
+        waiting.result(PATIENCE)
+    assert not is_alive(pid)
+
+
+def test_a_module_of_more_than_500_mib_is_refused_before_it_is_packed(tmp_path: Path) -> None:
+    origin = Origin(tmp_path / "quote", [Step({"go.mod": GIT_MOD, "a": bytes(1 << 20)})])
+    big = origin("rev-parse", "main:a").strip()
+    rows = "".join(f"100644 blob {big}\tf{number}\n" for number in range(501))
+    tree = git(f"--git-dir={origin.folder}", "mktree", feed=rows.encode()).strip()
+    who = ("-c", "user.name=A", "-c", "user.email=a@example.com")
+    origin("tag", "v1.0.0", origin(*who, "commit-tree", "-m", ".", tree).strip())
+    source = git_source(origin)
+    assert source.resolve(ACME_QUOTE, "v1.0.0").version == "v1.0.0"
+    with pytest.raises(goproxy.BadUpstream, match="module source tree too large"):
+        source.open(goproxy.Artifact(ACME_QUOTE, "v1.0.0", "zip"))
+    assert weight(tmp_path / "kept") < 1 << 20
+
+
+def test_half_a_zip_leaves_no_git(quote: Origin, tmp_path: Path) -> None:
+    quote.add(Step({"noise": NOISE}, "v1.2.0"))
+    watched = NotingGit(
+        tmp_path / "bin", f'case "$note" in archive*) echo $$ > {tmp_path / "pid"};; esac'
+    )
+    blob = watched_source(quote, watched).open(goproxy.Artifact(ACME_QUOTE, "v1.2.0", "zip"))
+    assert blob.read(10)
+    blob.close()
+    assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
 def test_locks_of_a_killed_git_block_nobody(quote: Origin, tmp_path: Path) -> None:
@@ -7957,15 +8010,21 @@ class Imports(BaseHTTPRequestHandler):
 class Comparison:
     """The same repositories, seen by us and by the go command."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        histories: Mapping[str, Sequence[Step]],
+        questions: Sequence[tuple[str, str]],
+    ) -> None:
         self._folder = folder
         self.origins = {
             name: Origin(folder / "acme" / name, steps, "sha256" if name == "sha256" else "sha1")
-            for name, steps in HISTORIES.items()
+            for name, steps in histories.items()
         }
-        self.origins["treetag"]("tag", "v1.0.0", "main^{tree}")
+        if "treetag" in histories:
+            self.origins["treetag"]("tag", "v1.0.0", "main^{tree}")
         self.questions = [
-            (self._full(path), query.format_map(self._names(path))) for path, query in QUESTIONS
+            (self._full(path), query.format_map(self._names(path))) for path, query in questions
         ]
         self.said: dict[tuple[str, str], Told] = {}
         self.found: dict[tuple[str, str], Told] = {}
@@ -8028,8 +8087,15 @@ class Comparison:
             server.shutdown()
             server.server_close()
 
+    def run(self) -> None:
+        self.by_go()
+        with ThreadPoolExecutor(4) as pool:
+            answers = pool.map(lambda key: self.ours(*key), self.questions)
+            self.found = dict(zip(self.questions, answers))
+
     def _download(self, number: int) -> None:
-        words = [f"{path}@{query}" for path, query in self.questions[number::4]]
+        mine = self.paths[number::4]
+        words = [f"{path}@{query}" for path, query in self.questions if path in mine]
         for row in self._go(["mod", "download", "-json", *words], number):
             told, key = Told(), (row["Path"], row.get("Query") or row["Version"])
             if "Error" not in row:
@@ -8052,13 +8118,9 @@ class Comparison:
 
 @pytest.fixture(scope="session")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    if not shutil.which("go"):
-        pytest.skip("no go command")
-    comparison = Comparison(tmp_path_factory.mktemp("compared"))
-    comparison.by_go()
-    with ThreadPoolExecutor(4) as pool:
-        answers = pool.map(lambda key: comparison.ours(*key), comparison.questions)
-        comparison.found = dict(zip(comparison.questions, answers))
+    installed("go")
+    comparison = Comparison(tmp_path_factory.mktemp("compared"), HISTORIES, QUESTIONS)
+    comparison.run()
     return comparison
 
 
@@ -8073,6 +8135,73 @@ QUESTIONS = [
 def test_git_modules_are_those_of_go(compared: Comparison, number: int) -> None:
     key = compared.questions[number]
     assert compared.found[key] == compared.said[key]
+
+
+SOME_TAGS = [
+    *("v0.1.0", "v0.2.0-pre", "v1.0.0", "v1.0.0+meta", "v1.2.0", "v1.2.1-rc.1", "v2.0.0", "v2.1.0"),
+    *("v2.1.0-pre", "v3.0.0", "v3.0.0+meta", "in/v0.1.0", "in/v1.0.0", "in/v1.1.0-rc.1", "v4"),
+    *("in/v2.0.0", "in/v2.0.1", "in/v0.0.1+meta", "other"),
+]
+SOME_BASES = [
+    "v0.0.0-",
+    "v0.0.0-",
+    "v1.0.1-0.",
+    "v0.1.1-0.",
+    "v2.0.0-",
+    "v2.0.1-0.",
+    "v1.2.1-rc.1.0.",
+]
+SOME_MODULES = {
+    "": ["", "", "", "v2", "v3"],
+    "in/": ["in", "in", "in/v2"],
+    "in/v2/": ["in/v2", "in/v2", "in"],
+    "v2/": ["v2", "v2", "v3"],
+}
+SOME_FILES = ["a.go", "in/a.go", "in/v2/a.go", "v2/a.go", "vendor/x/x.go", "LICENSE", "in/LICENSE"]
+
+
+def random_step(dice: random.Random, name: str, tags: list[str], number: int) -> Step:
+    """A commit with a few files and go.mod files, some of them wrong, and a few of the tags."""
+    files: dict[str, str | bytes | None] = {dice.choice(SOME_FILES): f"{GO}// {number}\n"}
+    for folder, ends in SOME_MODULES.items():
+        if dice.random() < (0.4 if number < 3 else 0.15):
+            path = f"{name}/{dice.choice(ends)}".rstrip("/")
+            retract = dice.choice(["", "", f"retract {dice.choice(SOME_TAGS).split('/')[-1]}"])
+            files[f"{folder}go.mod"] = None if dice.random() < 0.1 else mod(path, retract)
+    taken = [tags.pop() for _ in range(min(len(tags), dice.choice([0, 0, 1, 1, 2, 3])))]
+    branch = dice.choice(["main", "main", "side", "v2"])
+    start = "" if number == 1 else str(dice.randrange(1, number)) if dice.random() < 0.4 else ""
+    if start and dice.random() < 0.5:
+        start += f" {dice.randrange(1, number)}"
+    return Step(files, " ".join(taken), branch, start)
+
+
+def random_questions(dice: random.Random, name: str, count: int) -> Iterator[tuple[str, str]]:
+    for path in (name, f"{name}/v2", f"{name}/in", f"{name}/in/v2", f"{name}/v3"):
+        for tag in SOME_TAGS:
+            version = tag.split("/")[-1]
+            if version != "v4" and dice.random() < 0.3:
+                yield path, version + ("+incompatible" if dice.random() < 0.2 else "")
+        for _ in range(4):
+            one, other = dice.choices(range(1, count + 1), k=2)
+            revision = f"{{s{other if dice.random() < 0.1 else one}}}"
+            yield path, f"{dice.choice(SOME_BASES)}{{t{one}}}-{revision}"
+            yield path, revision
+        yield from ((path, branch) for branch in ("main", "side"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(6))
+def test_git_modules_of_random_histories_are_those_of_go(tmp_path: Path, seed: int) -> None:
+    dice, histories, questions = random.Random(seed), {}, []
+    for number in range(6):
+        name, tags = f"r{seed}{number}", dice.sample(SOME_TAGS, len(SOME_TAGS))
+        count = dice.randrange(3, 10)
+        histories[name] = [random_step(dice, name, tags, at) for at in range(1, count + 1)]
+        questions += [*random_questions(dice, name, count)]
+    comparison = Comparison(tmp_path, histories, sorted(set(questions)))
+    comparison.run()
+    assert comparison.found == comparison.said
 
 
 def test_git_lists_are_those_of_go(compared: Comparison) -> None:
