@@ -988,7 +988,7 @@ class VcsRule(NamedTuple):
 
 # Credentials have another place, since a URL is an argument of git, which everybody sees.
 REPOSITORY = re.compile(
-    r"(?:file:///|(?:(?:git|https?)://|ssh://(?:\w[\w.-]*@)?)[\w\[][!-.0-?A-~]*(?:/|\Z))[!-~]*",
+    r"(?:file:///|(?:(?:git|https?)://|ssh://(?:\w[\w.-]*@)?)[\w\[][\w.:\]-]*(?:/|\Z))[!-~]*",
     re.ASCII,
 )
 
@@ -4705,6 +4705,43 @@ def read_logins(text: str, origin: str) -> list[VcsLogin]:
             except ValueError as error:
                 raise UsageError(f"{origin}: line {number}: {error}") from None
     return logins
+
+
+class LoginFile:
+    """The lines of a file, read anew when it changes, because tokens are renewed. What it said
+    before counts as long as it cannot be read."""
+
+    def __init__(self, path: str, origin: str) -> None:
+        """Raises UsageError."""
+        self._path = path
+        self._origin = f"{origin}={path}"
+        self._read()
+
+    def logins(self) -> Sequence[VcsLogin]:
+        with contextlib.suppress(OSError, UsageError):
+            if self._stamped(os.stat(self._path)) != self._stamp:
+                self._read()
+        return self._logins
+
+    def remark(self) -> str:
+        """What the operator should know of the file, if anything."""
+        told = f"{self._origin}: others can read it: chmod 600 {self._path}"
+        return told if self._mode & 0o077 else ""
+
+    def _read(self) -> None:
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                status, text = os.fstat(file.fileno()), file.read()
+        except OSError as error:
+            raise UsageError(f"{self._origin}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"{self._origin}: not UTF-8") from None
+        self._mode, self._stamp = status.st_mode, self._stamped(status)
+        self._logins = read_logins(text, self._origin)
+
+    @staticmethod
+    def _stamped(status: os.stat_result) -> tuple[int, int, int]:
+        return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _login(glob: str, name: str = "", *words: str) -> VcsLogin:
@@ -8978,7 +9015,9 @@ def _rank(version: str) -> tuple[Any, ...]:
 class Keyring:
     """What to show to which server: the lines of -vcs-auth, first come first served, then netrc."""
 
-    def __init__(self, logins: Sequence[VcsLogin] = (), netrc_file: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self, logins: Callable[[], Sequence[VcsLogin]], netrc_file: Mapping[str, str]
+    ) -> None:
         """`netrc_file`: Authorization values by host (see read_netrc)."""
         self._logins = logins
         self._netrc = netrc_file
@@ -8988,13 +9027,15 @@ class Keyring:
         scheme, _, rest = url.partition("://")
         authority, _, path = rest.partition("?")[0].partition("/")
         place = f"{authority.rpartition('@')[2]}/{path}".removesuffix(".git").rstrip("/")
-        for login in self._logins:
+        for login in self._logins():
             if scheme == ("ssh" if login.key else "https") and matches((login.glob,), place):
                 return login
         host = authority.partition(":")[0] if scheme == "https" else ""
         known = self._netrc.get(authority) or self._netrc.get(host, "")
         return VcsLogin("", authorization=known if scheme == "https" else "")
 
+
+NO_KEYS = Keyring(tuple, {})
 
 # The Authorization of a client in whose name this thread works: see Borrowed.
 _LENT = contextvars.ContextVar("_LENT", default="")
@@ -9040,7 +9081,8 @@ class GitAccess:
     def over_ssh(self, url: str, login: VcsLogin) -> Mapping[str, str]:
         """Without a file of known hosts, a host that is met for the first time is believed."""
         self._check_way(url)
-        options = ["-oBatchMode=yes", "-oControlMaster=no"]
+        options = ["-oBatchMode=yes", "-oControlMaster=no", "-oControlPath=none"]
+        options += ["-oConnectTimeout=10", "-oServerAliveInterval=15"]
         if login.key:
             options += ["-oIdentitiesOnly=yes", "-i", login.key]
         if login.known_hosts:
@@ -13720,19 +13762,12 @@ def open_outside(settings: Settings, environ: Mapping[str, str]) -> Outside:
 
 def read_keyring(settings: Settings, netrc_file: Mapping[str, str]) -> tuple[Keyring, str]:
     """The credentials for version control, and a remark if there is one. Raises UsageError."""
-    text, origin, remark = settings.vcs_auth, settings.origins.get("vcs_auth", ""), ""
+    text, origin = settings.vcs_auth, settings.origins.get("vcs_auth", "")
     if text and not re.search(r"\s", text):
-        origin = f"{origin}={text}"
-        try:
-            with open(text, encoding="utf-8") as file:
-                if os.fstat(file.fileno()).st_mode & 0o077:
-                    remark = f"{origin}: others can read it: chmod 600 {text}"
-                text = file.read()
-        except OSError as error:
-            raise UsageError(f"{origin}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UsageError(f"{origin}: not UTF-8") from None
-    return Keyring(read_logins(text, origin), netrc_file), remark
+        file = LoginFile(text, origin)
+        return Keyring(file.logins, netrc_file), file.remark()
+    logins = read_logins(text, origin)
+    return Keyring(lambda: logins, netrc_file), ""
 
 
 @contextlib.contextmanager
@@ -13751,8 +13786,9 @@ def going_direct(settings: Settings, outside: Outside, client: Client) -> Iterat
         return Repositories(place, access.environment, outside.search_path)
 
     with contextlib.closing(others), contextlib.ExitStack() as stack:
-        ours_access = GitAccess(outside.dialer, keyring, outside.ca_file, filtered)
-        others_access = GitAccess(screened, Keyring(), outside.ca_file, True)
+        keys = NO_KEYS if settings.private_auth == "client" else keyring
+        ours_access = GitAccess(outside.dialer, keys, outside.ca_file, filtered)
+        others_access = GitAccess(screened, NO_KEYS, outside.ca_file, True)
         ours = Side(repositories("private", ours_access), client)
         theirs = Side(repositories("public", others_access), others)
         for one in (ours_access, others_access, ours.repositories, theirs.repositories):
