@@ -6010,8 +6010,8 @@ def _read_fault(response: Response) -> dict[str, str]:
 
 class BucketObject(Blob):
     """An object's bytes. A cut connection costs nothing: the rest of the same object is asked for.
-    Where its SHA-256 is known, a body that does not have it ends in a StoreDown, of which
-    `on_damage` is told before."""
+    Where its SHA-256 is known, a body that does not have it ends in Spoiled; `on_damage` is called
+    before that."""
 
     def __init__(self, bucket: Bucket, key: str, on_damage: Callable[[], None]) -> None:
         self._bucket = bucket
@@ -6035,7 +6035,7 @@ class BucketObject(Blob):
         self._digest.update(data)
         if self._delivered == self.size and self.found.sha256 not in ("", self._digest.hexdigest()):
             self._on_damage()
-            raise StoreDown(f"{self._bucket.peer}: {self._key} does not have its SHA-256")
+            raise Spoiled(f"{self._bucket.peer}: {self._key} does not have its SHA-256")
         return data
 
     def _next(self, count: int) -> bytes:
@@ -7454,16 +7454,12 @@ class FrontedStorage(Storage):
         return blob
 
     def _copy(self, name: str, blob: FileBlob) -> None:
-        with contextlib.suppress(ProxyError, OSError), contextlib.closing(blob):
-            draft = self._near.draft()
+        failures = contextlib.suppress(ProxyError, OSError)
+        with failures, contextlib.closing(blob), drafting(self._near) as draft:
             draft.modified = blob.modified  # so that all replicas tell the same time of it
-            try:
-                for data in iter(lambda: blob.read(CHUNK), b""):
-                    draft.write(data)
-                self._near.adopt(name, draft)
-            except BaseException as error:
-                draft.fail(error)
-                raise
+            for piece in pieces_of(blob):
+                draft.write(piece)
+            self._near.adopt(name, draft)
         with self._mutex:
             self._coming.remove(name)
 

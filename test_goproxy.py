@@ -6136,7 +6136,7 @@ def test_bytes_that_were_not_stored_are_told_from_those_that_were() -> None:
     damaged: list[str] = []
     with scripted_bucket(lambda heard: OBJECT._replace(headers=noted)) as (_, made, _said):
         blob = made.open("a", lambda: damaged.append("a"))
-        with pytest.raises(goproxy.StoreDown, match="does not have its SHA-256"):
+        with pytest.raises(goproxy.Spoiled, match="does not have its SHA-256"):
             blob.read_all(1000)
     assert damaged == ["a"]
 
@@ -7029,6 +7029,77 @@ def test_a_folder_in_front_spares_the_bucket(run: Run, upstream: Upstream, s3_pl
         near.write_text("no folder any more")
         assert again.get(ZIP).body == SITE[ZIP]
         again.stop()
+
+
+def shortened(said: Said) -> Said:
+    """An answer that breaks off in the middle of its body."""
+    length = {"Content-Length": str(len(said.body))}
+    return Said(said.status, {**said.headers, **length}, said.body[: len(said.body) // 2])
+
+
+BUCKET_OUTAGES: dict[str, Callable[[int, Heard], Said]] = {
+    "broken off": lambda port, heard: shortened(handed_on(port, heard)),
+    "gone": lambda port, heard: Said(0),
+    "no bucket": lambda port, heard: Said(404, {}, fault("NoSuchBucket")),
+    "sick": lambda port, heard: Said(500, {}, b"<html>"),
+    "throttling": lambda port, heard: Said(503, {}, fault("SlowDown")),
+}
+
+
+@pytest.mark.parametrize("outage", BUCKET_OUTAGES)
+def test_a_bucket_that_fails_costs_no_answer(
+    run: Run, upstream: Upstream, s3_place: str, outage: str
+) -> None:
+    with fronted(s3_place, handed_on) as (front, place):
+        proxy = run(cache=place, upstream=upstream.url())
+        assert proxy.get(BIG).body == SITE[BIG]
+        good, port = front.answer, int(re.findall(r":(\d+)", s3_place)[0])
+        front.answer = functools.partial(BUCKET_OUTAGES[outage], port)
+        for path in (BIG, INFO, LIST):
+            assert proxy.get(path).body == SITE[path]
+        proxy.logged("degraded: ")
+        assert json.loads(proxy.get("readyz").body)["status"] == "degraded"
+        front.answer = good
+        assert until_ready(proxy)
+        assert [proxy.get(path).headers["x-cache"] for path in (MOD, MOD)] == ["MISS", "HIT"]
+        assert proxy.get(BIG).headers["x-cache"] == "HIT"
+        assert "Signature" not in proxy.stop().log
+
+
+@pytest.mark.soak
+def test_a_bucket_that_says_nothing_is_not_waited_for_twice(
+    run: Run, upstream: Upstream, s3_place: str
+) -> None:
+    gate = threading.Event()
+
+    def silent(port: int, heard: Heard) -> Said:
+        gate.wait(PATIENCE)
+        return Said(0)
+
+    with fronted(s3_place, silent) as (_, place):
+        proxy = run(cache=place, upstream=upstream.url())
+        assert proxy.get(BIG).body == SITE[BIG]
+        begun = time.monotonic()
+        assert [proxy.get(path).body for path in (INFO, MOD)] == [SITE[INFO], SITE[MOD]]
+        assert time.monotonic() - begun < 5
+        gate.set()
+        proxy.stop()
+
+
+def test_what_was_changed_in_the_bucket_is_replaced(
+    run: Run, upstream: Upstream, s3_place: str
+) -> None:
+    proxy = run(cache=s3_place, upstream=upstream.url())
+    assert proxy.get(INFO).body == SITE[INFO]
+    with open(run.folder / "s3/modules/go" / INFO, "r+b") as file:
+        file.write(b"X")
+    proxy.stop()
+    again = run(cache=s3_place, upstream=upstream.url())
+    answers = [again.get(INFO) for _ in range(2)]
+    assert [answer.headers["x-cache"] for answer in answers] == ["MISS", "HIT"]
+    assert {answer.body for answer in answers} == {SITE[INFO]}
+    again.logged("does not have its SHA-256")
+    again.stop()
 
 
 def test_replicas_over_one_bucket_give_one_hash_per_name(
