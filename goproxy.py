@@ -10955,10 +10955,26 @@ class Attic:
 
     def bring_back(self, item: Item) -> None:
         """Moves a file to where it was, unless one is there: that was fetched and checked since."""
-        name = item.name[len(self.PLACE) :]
-        if self._storage.stamp(name) is None:
-            copy(self._storage, item.name, self._storage, name)
+        copy(self._storage, item.name, self._storage, item.name[len(self.PLACE) :])
         self._storage.remove(item.name)
+
+
+def restore(storage: Storage, choice: Choice) -> list[tuple[str, str]]:
+    """Brings versions back from the attic, and notes that re-checks must leave them alone."""
+    attic, remarks = Attic(storage), Remarks(storage)
+    found: dict[tuple[str, str], list[Item]] = {}
+    for artifact, item in attic.walk():
+        if choice.takes(artifact.path, artifact.version):
+            found.setdefault((artifact.path, artifact.version), []).append(item)
+    for (path, version), items in found.items():
+        for item in items:
+            attic.bring_back(item)
+        now = time.time()
+        others = [each for each in remarks.read() if each.path == path]
+        remarks.replace(path, [*others, Remark(path, version, "restored", now, now)])
+        if not is_pseudo(version):
+            unite_list(storage, f"{escape_path(path)}/@v/list", [version])
+    return sorted(found)
 
 
 class Remark(NamedTuple):
@@ -11350,6 +11366,586 @@ class Gatherer:
 
 K = TypeVar("K", bound=Sequence[Any])
 _ALL_KINDS = ("info", "mod", "zip", "record")
+
+
+# --- export and import ---
+
+MANIFEST = OWN_MARK + "manifest"  # lines as sha256sum writes and checks them
+_MAX_MANIFEST = 512 << 20
+_LOOKUP_NAME = re.compile(r"sumdb/[^/]+/lookup/(.+)@([^/@]+)")
+_ANSWER_NAME = re.compile(r"(.+)/(?:@latest|@v/[^/]+\.info)")
+_TILE_NAME = re.compile(
+    r"sumdb/[^/]+/tile/8/(?:data|[0-9]{1,2})/(?:x[0-9]{3}/)*[0-9]{3}(?:\.p/([0-9]{1,3}))?"
+)
+_H1 = re.compile(rb"h1:[A-Za-z0-9+/]{43}=\n?")
+
+
+def lookup_of(name: str) -> tuple[str, str] | None:
+    """The module and version that a stored checksum record is about."""
+    found = _LOOKUP_NAME.fullmatch(name)
+    try:
+        return (unescape_path(found[1]), unescape_version(found[2])) if found else None
+    except BadName:
+        return None
+
+
+class Choice:
+    """What an export takes: all, or what words (globs, or MODULE@VERSION) and go.sum lines name."""
+
+    def __init__(self, words: Sequence[str], sums: Mapping[tuple[str, str], set[str]]) -> None:
+        """Raises ValueError for a malformed glob."""
+        self.is_all = not words and not sums
+        self._exact = {tuple(word.rsplit("@", 1)) for word in words if "@" in word}
+        self._globs = [glob for word in words if "@" not in word for glob in parse_globs(word)]
+        self._sums = sums
+        self._zips = {pair for pair in sums if "/" not in pair[1]}
+        self._used: set[str] = set()
+
+    def takes(self, path: str, version: str, kind: str = "mod") -> bool:
+        """Whether it takes a version's file; of what go.sum names for its go.mod, no more."""
+        found = [glob for glob in self._globs if matches([glob], path)]
+        names = [*found, f"{path}@{version}" if (path, version) in self._exact else ""]
+        self._used.update(filter(None, names))
+        is_small = kind in ("mod", "info") and (path, f"{version}/go.mod") in self._sums
+        return self.is_all or any(names) or (path, version) in self._zips or is_small
+
+    def takes_answers(self, path: str) -> bool:
+        """Whether it takes what queries about a module were answered."""
+        return self.is_all or matches(self._globs, path)
+
+    def check(self, path: str, version: str, h1: str) -> None:
+        """Raises BadUpstream for a hash that is not go.sum's; version/go.mod for a .mod."""
+        if h1 not in self._sums.get((path, version), (h1,)):
+            raise BadUpstream(f"its hash is {h1}, which is not that of go.sum")
+
+    def missing(self, found: Set[tuple[str, str, str]]) -> list[str]:
+        """What is named and was not found, of what was (path, version and kind)."""
+        needs = [(path, at, "zip") for path, at in self._zips]
+        needs += [(path, at.partition("/")[0], "mod") for path, at in self._sums]
+        lost = {f"{path}@{version}: .{kind}" for path, version, kind in {*needs} - found}
+        words = {"@".join(pair) for pair in self._exact} | set(self._globs)
+        return sorted(lost) + sorted(words - self._used)
+
+
+class Target(Protocol):
+    """Where an export goes."""
+
+    def add(self, name: str, blob: Blob) -> str:
+        """Takes all of a blob; returns its SHA-256 in hexadecimal."""
+
+
+class TarTarget(Target):
+    """A tar archive (POSIX.1-2017, pax)."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+
+    def add(self, name: str, blob: Blob) -> str:
+        assert blob.size is not None
+        head = tarfile.TarInfo(name)
+        head.size, head.mtime, head.mode = blob.size, int(blob.modified), 0o644
+        self._out.write(head.tobuf(tarfile.PAX_FORMAT))
+        digest, left = hashlib.sha256(), blob.size
+        for piece in pieces_of(blob):
+            digest.update(piece)
+            left -= len(piece)
+            self._out.write(piece)
+        if left:
+            raise StoreDown(f"{name}: the store gives another number of bytes than it has")
+        self._out.write(bytes(-blob.size % tarfile.BLOCKSIZE))
+        return digest.hexdigest()
+
+    def end(self) -> None:
+        """Writes the mark at the end."""
+        self._out.write(bytes(2 * tarfile.BLOCKSIZE))
+        self._out.flush()
+
+
+class FolderTarget(Target):
+    """A folder in GOPROXY layout; what is in it already, in full, is not written again."""
+
+    def __init__(self, folder: str) -> None:
+        """Raises StartError."""
+        self._storage = DiskStorage(folder)
+
+    def add(self, name: str, blob: Blob) -> str:
+        with contextlib.suppress(NotFound), contextlib.closing(self._storage.open(name)) as there:
+            if there.size == blob.size and stored_artifact(name):
+                return digest_of(there)
+            self._storage.remove(name)
+        digest = hashlib.sha256()
+        with drafting(self._storage) as draft:
+            draft.modified = blob.modified
+            for piece in pieces_of(blob):
+                digest.update(piece)
+                with store_errors(name):
+                    draft.write(piece)
+            self._storage.adopt(name, draft)
+        return digest.hexdigest()
+
+
+def digest_of(blob: Blob) -> str:
+    """The SHA-256 of a whole blob in hexadecimal."""
+    digest = hashlib.sha256()
+    for piece in pieces_of(blob):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+class Exporter:
+    """Copies what is chosen from a store: files of versions, lists of what the export itself has,
+    answers to queries, checksum records with all tiles that prove them, and at the end a manifest
+    of hashes."""
+
+    def __init__(
+        self, storage: Storage, choice: Choice, target: Target, progress: Progress
+    ) -> None:
+        self._storage = storage
+        self._choice = choice
+        self._target = target
+        self._progress = progress
+        self._manifest = tempfile.TemporaryFile()
+        self._found: set[tuple[str, str, str]] = set()
+        self._versions: dict[str, set[str]] = {}
+        self.failures = 0
+
+    def run(self) -> None:
+        """Raises StoreDown, OSError. What is missing or wrong is told and counted."""
+        with self._manifest:
+            self._expect()
+            for item in self._storage.walk():
+                if self._chooses(item.name):
+                    self._try(item.name)
+            for path, versions in sorted(self._versions.items()):
+                self._add(f"{escape_path(path)}/@v/list", BytesBlob(_lines(versions)))
+            for name in self._records():
+                self._progress.expect(1)
+                self._try(name)
+            for what in self._choice.missing(self._found):
+                self._fail(what, "not in the store")
+            self._manifest.flush()
+            file = OpenFile(os.dup(self._manifest.fileno()))
+            self._target.add(MANIFEST, FileBlob(file, self._manifest.tell(), time.time()))
+
+    def _expect(self) -> None:
+        for item in self._storage.walk():
+            if self._chooses(item.name):
+                self._progress.expect(1, item.size)
+
+    def _chooses(self, name: str) -> bool:
+        artifact = stored_artifact(name)
+        if artifact:
+            return self._choice.takes(*artifact)
+        answer = _ANSWER_NAME.fullmatch(name)
+        try:
+            return answer is not None and self._choice.takes_answers(unescape_path(answer[1]))
+        except BadName:
+            return False
+
+    def _try(self, name: str) -> None:
+        try:
+            with contextlib.closing(self._storage.open(name)) as blob:
+                size = blob.size or 0
+                self._check(name)
+                self._add(name, blob)
+                self._progress.advance(1, size)
+        except (NotFound, BadUpstream) as error:
+            self._fail(name, str(error))
+
+    def _check(self, name: str) -> None:
+        """Notes what is of a version, and compares its hash with go.sum."""
+        artifact = stored_artifact(name)
+        if not artifact:
+            return
+        path, version, kind = artifact
+        if kind == "mod":
+            raw = read_small(self._storage, name, MAX_GO_MOD)
+            self._choice.check(path, f"{version}/go.mod", hash_of_mod(raw))
+        if kind == "zip":
+            with contextlib.suppress(NotFound):
+                h1 = read_small(self._storage, f"{name}hash", MAX_INFO).decode().strip()
+                self._choice.check(path, version, h1)
+            if not is_pseudo(version):
+                self._versions.setdefault(path, set()).add(version)
+        self._found.add(artifact)
+
+    def _add(self, name: str, blob: Blob) -> None:
+        self._manifest.write(f"{self._target.add(name, blob)}  {name}\n".encode())
+
+    def _fail(self, name: str, why: str) -> None:
+        self.failures += 1
+        self._progress.tell("failed", f"{name}: {why}", name=name, error=why)
+
+    def _records(self) -> Iterator[str]:
+        """The checksum records of what is chosen, and what proves them."""
+        chosen: dict[str, list[Record]] = {}
+        known: set[str] = set()
+        for item in self._storage.walk("sumdb/"):
+            about = lookup_of(item.name)
+            if about and self._choice.takes(*about):
+                record = read_record(read_small(self._storage, item.name, MAX_INFO))
+                chosen.setdefault(item.name.partition("lookup/")[0], []).append(record)
+                known.add(item.name)
+        for place, records in chosen.items():
+            known |= self._tiles(place, records)
+        yield from sorted(known)
+        if self._choice.is_all:
+            names = (item.name for item in self._storage.walk("sumdb/"))
+            yield from (name for name in names if name not in known)
+
+    def _tiles(self, place: str, records: Sequence[Record]) -> set[str]:
+        """The tiles that prove records and their tree heads to be part of the largest one."""
+        heads = {read_tree(record.note).size for record in records}
+        edges = [tile for size in heads for tile in edge_tiles(size)]
+        places = [(0, record.number // TILE_WIDTH) for record in records]
+        places += [(tile.level, tile.number) for tile in edges]
+        tiles = {*edges, *proving_tiles(max(heads), places)}
+        kept = {"latest", "supported"} & set(self._storage.names(place))
+        return {place + name for name in kept} | {self._stored_tile(place + t.name) for t in tiles}
+
+    def _stored_tile(self, name: str) -> str:
+        """A tile, or where that is not stored, one that begins with it."""
+        full, _, width = name.partition(".p/")
+        parts = [part for part in self._storage.names(f"{full}.p/") if part.isdecimal()]
+        wider = sorted(int(part) for part in parts if int(part) >= int(width or TILE_WIDTH))
+        return f"{full}.p/{wider[0]}" if wider else full
+
+
+class Incoming(NamedTuple):
+    """A file to be imported."""
+
+    name: str
+    blob: Blob
+
+
+class _Piece(Blob):
+    """A stretch of a file."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self._file = file
+        self._offset = offset
+        self.size = self._left = size
+
+    def read(self, count: int) -> bytes:
+        self._file.seek(self._offset)
+        data = self._file.read(min(count, self._left))
+        if not data and self._left:
+            raise BadUpstream("the archive is cut")
+        self._offset += len(data)
+        self._left -= len(data)
+        return data
+
+
+class TarFiles:
+    """The files of a tar archive (POSIX.1-2017, "ustar" and "pax"; GNU long names). It may come
+    from anywhere: nothing is unpacked, and all but regular files and folders is refused."""
+
+    _BLOCK, _MAX_HEAD = 512, 64 << 10
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._length = file.seek(0, io.SEEK_END)
+
+    def __iter__(self) -> Iterator[Incoming]:
+        """Raises BadUpstream when it cannot be read on."""
+        offset, said = 0, dict[str, str]()
+        while True:
+            self._file.seek(offset)
+            head = self._file.read(self._BLOCK)
+            if len(head) < self._BLOCK:
+                raise BadUpstream("the archive is cut, or none")
+            if not any(head):
+                return
+            kind, size = self._check(head), _tar_number(head[124:136])
+            offset += self._BLOCK
+            if kind in "xL" and size <= self._MAX_HEAD:
+                said.update(_tar_words(self._file.read(size), kind))
+            elif kind != "g":
+                size = int(said.get("size", size))
+                if offset + size > self._length:
+                    raise BadUpstream("the archive is cut")
+                name = said.get("path") or _tar_name(head)
+                if kind in "0\0":
+                    yield Incoming(name, _Piece(self._file, offset, size))
+                elif kind != "5":
+                    yield Incoming(name, _Refused(f"neither a file nor a folder (type {kind!a})"))
+                said = {}
+            offset += size + -size % self._BLOCK
+
+    @staticmethod
+    def _check(head: bytes) -> str:
+        """The type of an entry, if its head is whole."""
+        total = sum(head[:148]) + 8 * ord(" ") + sum(head[156:])
+        if total != _tar_number(head[148:156]):
+            raise BadUpstream("not a tar archive")
+        return chr(head[156])
+
+
+class _Refused(Blob):
+    """Stands for what cannot be read."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def read(self, count: int) -> bytes:
+        raise BadUpstream(self._why)
+
+
+def _tar_number(field: bytes) -> int:
+    text = field.strip(b" \0")
+    if not re.fullmatch(rb"[0-7]{1,12}", text):
+        raise BadUpstream("not a tar archive, or one of files too large for modules")
+    return int(text, 8)
+
+
+def _tar_name(head: bytes) -> str:
+    name = head[:100].partition(b"\0")[0].decode("utf-8", "replace")
+    prefix = head[345:500].partition(b"\0")[0].decode("utf-8", "replace")
+    return f"{prefix}/{name}" if prefix and head[257:263] == b"ustar\0" else name
+
+
+def _tar_words(body: bytes, kind: str) -> dict[str, str]:
+    """What a head before the head of an entry says of it."""
+    if kind == "L":
+        return {"path": body.partition(b"\0")[0].decode("utf-8", "replace")}
+    words = {}
+    while body:
+        length = re.match(rb"([0-9]{1,5}) ", body)
+        end = int(length[1]) if length else 0
+        if not length or not length.end() < end <= len(body):
+            raise BadUpstream("malformed pax head")
+        key, _, value = body[length.end() : end - 1].decode("utf-8", "replace").partition("=")
+        if key in ("path", "size"):
+            words[key] = value
+        body = body[end:]
+    if not re.fullmatch("[0-9]{1,12}", words.get("size", "0")):
+        raise BadUpstream("malformed pax head")
+    return words
+
+
+class FolderFiles:
+    """The files of a folder: an export, the store of a proxy, GOMODCACHE/cache/download (also
+    named as GOMODCACHE), or what Athens keeps on a disk. Links are passed over."""
+
+    def __init__(self, folder: str) -> None:
+        inner = os.path.join(folder, "cache", "download")
+        self._shelf = Folder(inner if os.path.isdir(inner) else folder)
+
+    def __iter__(self) -> Iterator[Incoming]:
+        with contextlib.suppress(NotFound):
+            yield Incoming(MANIFEST, self._shelf.open(MANIFEST))
+        for item in self._shelf.walk():
+            name = item.name if _is_known(item.name) else _athens_name(item.name)
+            if name:  # else a lock or the like
+                with contextlib.closing(self._shelf.open(item.name)) as blob:
+                    yield Incoming(name, blob)
+
+
+_ATHENS_KINDS = {"go.mod": "mod", "source.zip": "zip"}
+
+
+def _athens_name(name: str) -> str:
+    """The name that a file in Athens' layout has in ours, "" if it is none of these."""
+    folder, _, base = name.rpartition("/")
+    path, _, version = folder.rpartition("/")
+    kind = "info" if base == f"{version}.info" else _ATHENS_KINDS.get(base, "")
+    if not kind or not is_canonical(version):
+        return ""
+    try:
+        return Artifact(unescape_path(path) if "!" in path else path, version, kind).name
+    except BadName:
+        return ""
+
+
+def _is_known(name: str) -> bool:
+    """Whether a store may hold the name: what is no artifact is an answer or a record."""
+    artifact = stored_artifact(name)
+    if artifact:
+        return f"{artifact._replace(kind='').name}{artifact.kind}" == name
+    if name.startswith("sumdb/"):
+        is_plain = re.fullmatch(r"sumdb/[a-z0-9.-]+/(latest|supported)", name)
+        return bool(is_plain or lookup_of(name) or _TILE_NAME.fullmatch(name))
+    answer = re.fullmatch(r"(.+)/(?:@latest|@v/(?:list|([^/]+)\.info))", name)
+    try:
+        return bool(answer and unescape_path(answer[1]) and unescape_version(answer[2] or "x"))
+    except BadName:
+        return False
+
+
+class Importer:
+    """Takes files into a store, each after its check. What is there stays: other bytes for the same
+    name are a failure. What was taken before is passed over, so that another run goes on."""
+
+    def __init__(self, storage: Storage, progress: Progress) -> None:
+        self._storage = storage
+        self._progress = progress
+        self._manifest: dict[str, str] | None = None
+        self.failures = self.skipped = 0
+
+    def run(self, files: Iterable[Incoming], needs_manifest: bool) -> None:
+        """Two passes: the first looks for the manifest. Raises BadUpstream, StoreDown."""
+        for name, blob in files:
+            if name == MANIFEST:
+                self._manifest = _read_manifest(blob)
+            else:
+                self._progress.expect(1, blob.size or 0)
+        if needs_manifest and self._manifest is None:
+            raise BadUpstream("it has no manifest: it is cut, or none of ours")
+        for name, blob in files:
+            if name != MANIFEST:
+                self._take(name, blob)
+                self._progress.advance(1, blob.size or 0)
+
+    def _take(self, name: str, blob: Blob) -> None:
+        try:
+            if not _is_known(name):
+                raise BadUpstream("no store has such a name")
+            if self._manifest is not None and name not in self._manifest:
+                raise BadUpstream("not in the manifest")
+            self._import(name, blob)
+        except (BadUpstream, BadName) as error:
+            self.failures += 1
+            self._progress.tell("failed", f"{name}: {error}", name=name, error=str(error))
+
+    def _import(self, name: str, blob: Blob) -> None:
+        artifact = stored_artifact(name)
+        if artifact and artifact.kind == "zip":
+            self._import_zip(artifact, blob)
+            return
+        kind = KINDS.get(artifact.kind) if artifact else None
+        data = blob.read_all(kind.limit if kind else _MAX_SMALL)
+        self._check_digest(name, hashlib.sha256(data).hexdigest())
+        _check_small(name, artifact, data)
+        if name.endswith("/@v/list"):
+            unite_list(self._storage, name, data.decode().split())
+        else:
+            never_changes = artifact or lookup_of(name) or _TILE_NAME.fullmatch(name)
+            self._put(name, data, bool(never_changes))
+
+    def _put(self, name: str, data: bytes, never_changes: bool) -> None:
+        if self._storage.put(name, data, replace=False):
+            return
+        self.skipped += 1
+        if never_changes and read_small(self._storage, name, _MAX_SMALL) != data:
+            raise BadUpstream(_OTHER_BYTES)
+
+    def _import_zip(self, artifact: Artifact, blob: Blob) -> None:
+        name, there = artifact.name, self._digest(artifact.name)
+        if (blob.size or 0) > MAX_ZIP:
+            raise BadUpstream(f"longer than {MAX_ZIP} bytes")
+        if there:
+            wanted = self._manifest[name] if self._manifest is not None else digest_of(blob)
+            self.skipped += 1
+            if there != wanted:
+                raise BadUpstream(_OTHER_BYTES)
+            return
+        digest = hashlib.sha256()
+        with drafting(self._storage) as draft:
+            for piece in pieces_of(blob):
+                digest.update(piece)
+                with store_errors(name):
+                    draft.write(piece)
+            self._check_digest(name, digest.hexdigest())
+            with draft.file.reading() as file:
+                h1 = check_zip(file, artifact.path, artifact.version)
+            self._put(f"{name}hash", h1.encode(), True)
+            self._storage.adopt(name, draft)
+
+    def _digest(self, name: str) -> str:
+        """The SHA-256 of what is stored under a name, "" if nothing is."""
+        try:
+            with contextlib.closing(self._storage.open(name)) as blob:
+                return digest_of(blob)
+        except NotFound:
+            return ""
+
+    def _check_digest(self, name: str, found: str) -> None:
+        if self._manifest is not None and self._manifest[name] != found:
+            raise BadUpstream("not the bytes of the manifest")
+
+
+_OTHER_BYTES = "other bytes are stored under this name, and they stay"
+
+
+def _read_manifest(blob: Blob) -> dict[str, str]:
+    lines = blob.read_all(_MAX_MANIFEST).decode("utf-8", "replace").splitlines()
+    pairs = [line.split("  ", 1) for line in lines]
+    if not all(len(pair) == 2 and re.fullmatch("[0-9a-f]{64}", pair[0]) for pair in pairs):
+        raise BadUpstream("malformed manifest")
+    return {name: digest for digest, name in pairs}
+
+
+def _check_small(name: str, artifact: Artifact | None, data: bytes) -> None:
+    """Raises BadUpstream unless data may stand under a name that is known."""
+    if artifact and artifact.kind in KINDS:
+        KINDS[artifact.kind].check(artifact, data)
+    elif artifact:
+        _insist(bool(_H1.fullmatch(data)))
+    elif name.startswith("sumdb/"):
+        _check_sum_file(name, data)
+    elif name.endswith("/@v/list"):
+        _insist(all(map(is_semver, data.decode("utf-8", "replace").split())))
+    else:
+        read_info(data)
+
+
+def _check_sum_file(name: str, data: bytes) -> None:
+    tile, about = _TILE_NAME.fullmatch(name), lookup_of(name)
+    if about:
+        line = f"\n{about[0]} {about[1]} h1:".encode()
+        _insist(line in b"\n" + read_record(data).text)
+    elif tile:
+        size = int(tile[1] or TILE_WIDTH) * HASH_SIZE
+        _insist(bool(data) and ("/data/" in name or len(data) == size))
+    elif name.endswith("/latest"):
+        read_tree(data.partition(b"\n\n")[0] + b"\n")
+    else:
+        _insist(not data)
+
+
+def _insist(is_good: bool) -> None:
+    if not is_good:
+        raise BadUpstream("not what may stand under this name")
+
+
+def unite_list(storage: Storage, name: str, versions: Iterable[str]) -> None:
+    """Adds versions to a stored list, which need not be there."""
+    listed: list[str] = []
+    with contextlib.suppress(NotFound):
+        listed = read_small(storage, name, _MAX_SMALL).decode().split()
+    if not set(versions) <= set(listed):
+        storage.put(name, _lines([*listed, *versions]))
+
+
+class Leftovers(NamedTuple):
+    """A file that gc removes, and why."""
+
+    item: Item
+    why: str
+
+
+def find_leftovers(storage: Storage, now: float) -> Iterator[Leftovers]:
+    """What nobody can use: what was moved aside 30 days ago, and for a day at least hashes without
+    their zip, and zips without both .info and .mod. `now` in seconds since the epoch."""
+    for _, item in Attic(storage).walk():
+        if now - item.modified > Attic.SECONDS:
+            yield Leftovers(item, "moved aside 30 days ago")
+    for path, versions in stored_modules(storage.walk()):
+        for version, found in versions.items():
+            seen = {item.name.rpartition(".")[2] for item in found}
+            if seen >= {"zip", "ziphash", "mod"} or not seen & {"zip", "ziphash"}:
+                continue
+            items = {
+                item.name.rpartition(".")[2]: item for item in files_of(storage, path, version)
+            }
+            alone = "ziphash" in items and "zip" not in items
+            bare = "zip" in items and not {"info", "mod"} & set(items)
+            for kind in ("ziphash", "zip") if alone or bare else ():
+                if kind in items and now - items[kind].modified > _ORPHAN_SECONDS:
+                    yield Leftovers(items[kind], "without what belongs to it")
+
+
+_ORPHAN_SECONDS = 86400.0
 
 
 # =============================================================================
@@ -14297,6 +14893,160 @@ _PASSWD_ARGUMENTS = (
 )
 
 
+@contextlib.contextmanager
+def _opened(settings: Settings, environ: Mapping[str, str]) -> Iterator[Storage]:
+    """The store of -cache for a command. Raises UsageError, StartError."""
+    dialer = open_way_out(settings, environ)
+    means = Means(settings.max_size, dialer, environ, QuietLog().line)
+    storage = open_store(settings, means)
+    with contextlib.closing(dialer.resolver), contextlib.closing(storage):
+        try:
+            yield storage
+        except (OSError, StoreDown) as error:
+            raise StartError(f"{settings.cache}: {error}") from None
+
+
+def _choice(given: Mapping[str, Any]) -> Choice:
+    sums: dict[tuple[str, str], set[str]] = {}
+    try:
+        for name in filter(None, given["-gosum"].split(",")):
+            with open(name, "rb") as file:
+                for key, hashes in read_sums(file.read()).items():
+                    sums.setdefault(key, set()).update(hashes)
+    except (OSError, BadUpstream) as error:
+        raise UsageError(f"-gosum={name}: {error}") from None
+    try:
+        return Choice(given["WHAT..."], sums)
+    except ValueError as error:
+        raise UsageError(f"export: {error}") from None
+
+
+def run_export(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Copies the store, or a part of it, to a tar archive or a folder; 1 if something named is
+    missing. Raises UsageError, StartError."""
+    place = settings.given["FILE"]
+    choice = _choice(settings.given)
+    with contextlib.ExitStack() as stack:
+        storage = stack.enter_context(_opened(settings, environ))
+        if place == "-":
+            out = sys.stdout.buffer
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            target: Target = stack.enter_context(_ended_tar(out))
+        elif place.endswith("/") or os.path.isdir(place):
+            target = FolderTarget(place)
+        else:
+            target = stack.enter_context(_ended_tar(stack.enter_context(_new_file(place))))
+        progress = Progress("export", settings.given[_AS_JSON.name])
+        exporter = Exporter(storage, choice, target, progress)
+        exporter.run()
+        progress.end(f"{exporter.failures} missing or wrong", failed=exporter.failures)
+    return 1 if exporter.failures else 0
+
+
+@contextlib.contextmanager
+def _ended_tar(out: BinaryIO) -> Iterator[TarTarget]:
+    target = TarTarget(out)
+    yield target
+    target.end()
+
+
+@contextlib.contextmanager
+def _new_file(path: str) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is whole, and goes if it never is."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise StartError(f"{path}: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+
+
+_EXPORT_ARGUMENTS = (
+    _AS_JSON,
+    Argument("FILE", "a new tar archive, - for stdout, or a folder (which ends in / or is there)"),
+    Argument("WHAT...", "globs of modules, or MODULE@VERSION; without any: all"),
+    Argument("-gosum", "go.sum files, by commas, that name what to take", ""),
+)
+
+
+def run_import(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Takes an export, a module cache or a store of Athens into the store; 1 if something was
+    refused. Raises UsageError, StartError."""
+    source = settings.given["SOURCE"]
+    progress = Progress("import", settings.given[_AS_JSON.name])
+    with contextlib.ExitStack() as stack:
+        files: Iterable[Incoming] = FolderFiles(source)
+        if not os.path.isdir(source):
+            try:
+                files = TarFiles(stack.enter_context(open(source, "rb")))
+            except OSError as error:
+                raise StartError(f"{source}: {error.strerror}") from None
+        importer = Importer(stack.enter_context(_opened(settings, environ)), progress)
+        try:
+            importer.run(files, needs_manifest=isinstance(files, TarFiles))
+        except BadUpstream as error:
+            raise StartError(f"{source}: {error}") from None
+    failed, skipped = importer.failures, importer.skipped
+    progress.end(f"{skipped} were here, {failed} refused", skipped=skipped, failed=failed)
+    return 1 if failed else 0
+
+
+_IMPORT_ARGUMENTS = (
+    _AS_JSON,
+    Argument("SOURCE", "a tar archive of export, or a folder: exported, GOMODCACHE, Athens'"),
+)
+
+
+def run_restore(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Brings back what a re-check has moved aside; 1 if nothing was. Raises UsageError,
+    StartError."""
+    progress = Progress("restore", settings.given[_AS_JSON.name])
+    try:
+        choice = Choice(settings.given["WHAT..."], {})
+    except ValueError as error:
+        raise UsageError(f"restore: {error}") from None
+    with _opened(settings, environ) as storage:
+        restored = restore(storage, choice)
+    for path, version in restored:
+        progress.tell("restored", f"{path}@{version}", module=path, version=version)
+    return 0 if restored else 1
+
+
+_RESTORE_ARGUMENTS = (
+    _AS_JSON,
+    Argument("WHAT...", "globs of modules, or MODULE@VERSION; without any: all"),
+)
+
+
+def run_gc(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Removes what nobody can use. Raises UsageError, StartError."""
+    progress = Progress("gc", settings.given[_AS_JSON.name])
+    only_tells = settings.given["-dry-run"]
+    with _opened(settings, environ) as storage:
+        for item, why in find_leftovers(storage, time.time()):
+            progress.tell("removed", f"{item.name}: {why}", name=item.name, size=item.size)
+            if not only_tells:
+                with contextlib.suppress(NotFound):
+                    storage.remove(item.name)
+            progress.advance(1, item.size)
+        if not only_tells:
+            storage.sweep()
+    progress.end("nothing was removed, only told" if only_tells else "removed")
+    return 0
+
+
+_GC_ARGUMENTS = (
+    _AS_JSON,
+    Argument("-dry-run", "tell what would be removed, and remove nothing", False),
+)
+
+
 class Command(NamedTuple):
     """What a first word on the command line does; `run` returns the exit status."""
 
@@ -14309,15 +15059,23 @@ COMMANDS = {
     "check": Command(
         run_check, "Connects to every server that the settings name, and says what is wrong."
     ),
+    "export": Command(
+        run_export, "Copies the store, or a part of it, to an archive.", _EXPORT_ARGUMENTS
+    ),
     "fetch": Command(
         run_fetch,
         "Fills the store with all that go.mod and go.sum files, or module versions, build with.",
         (_AS_JSON, _WISHES),
     ),
+    "gc": Command(run_gc, "Removes from the store what nobody can use.", _GC_ARGUMENTS),
     "health": Command(run_health, "Asks a running server whether it is well, for containers."),
+    "import": Command(run_import, "Takes modules into the store.", _IMPORT_ARGUMENTS),
     "pack": Command(run_pack, "Makes a module version of a folder.", _PACK_ARGUMENTS),
     "passwd": Command(
         run_passwd, "Adds a user to the file of -auth, or changes one.", _PASSWD_ARGUMENTS
+    ),
+    "restore": Command(
+        run_restore, "Brings back what a re-check has moved aside.", _RESTORE_ARGUMENTS
     ),
     "serve": Command(run_serve, "A Go module proxy."),
 }

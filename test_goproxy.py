@@ -39,6 +39,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -907,8 +908,11 @@ class Ended(NamedTuple):
     err: str
 
 
-def finish(folder: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> Ended:
-    """A goproxy.py that is expected to end by itself, run in `folder`."""
+def finish(
+    folder: Path, *arguments: str, environ: Mapping[str, str] | None = None, text: bool = True
+) -> Ended:
+    """A goproxy.py that is expected to end by itself, run in `folder`. Output that is no text
+    comes as latin-1."""
     done = subprocess.run(
         command(*arguments),
         env=clean_environment(folder, environ),
@@ -917,7 +921,9 @@ def finish(folder: Path, *arguments: str, environ: Mapping[str, str] | None = No
         timeout=PATIENCE,
         check=False,
     )
-    return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
+    return Ended(
+        done.returncode, done.stdout.decode("utf-8" if text else "latin-1"), done.stderr.decode()
+    )
 
 
 SITE = site(MODULES)
@@ -10157,10 +10163,11 @@ def test_what_was_not_used_for_longest_goes_first_and_whole(storage: goproxy.Sto
         assert by_then(lambda: zips(storage) == ["v1.0.0", "v1.2.0"])
     assert "v1.1.0" not in "".join(item.name for item in storage.walk())
     assert read(storage, LIST).split() == [b"v1.0.0", b"v1.2.0"]
-    assert storage.names("example.com/quote/") == ["@v"]
+    assert "@latest" not in storage.names("example.com/quote/")
 
 
-def test_what_is_stored_counts_at_once(storage: goproxy.Storage) -> None:
+def test_what_is_stored_counts_at_once(tmp_path: Path) -> None:
+    storage = goproxy.DiskStorage(str(tmp_path))
     put_version(storage, "v1.0.0")
     with evictor(storage, 2500) as made:
         put_version(storage, "v1.1.0")
@@ -10168,7 +10175,8 @@ def test_what_is_stored_counts_at_once(storage: goproxy.Storage) -> None:
         assert by_then(lambda: zips(storage) == ["v1.1.0"])
 
 
-def test_spared_modules_never_go(storage: goproxy.Storage) -> None:
+def test_spared_modules_never_go(tmp_path: Path) -> None:
+    storage = goproxy.DiskStorage(str(tmp_path))
     put_version(storage, "v1.0.0", "corp.example/own")
     put_version(storage, "v1.1.0")
     with evictor(storage, 10, lambda path, _: path.startswith("corp.example/")):
@@ -10219,6 +10227,14 @@ def test_a_proxy_keeps_its_store_below_the_limit(
     assert "-max-size: " in proxy.logged("-max-size: ")
 
 
+@pytest.mark.parametrize(("flag", "left"), [("false", [MOD]), ("true", [])])
+def test_private_modules_are_evicted_only_if_told(run: Run, flag: str, left: list[str]) -> None:
+    goproxy.DiskStorage(str(run.cache)).put(MOD, SITE[MOD])
+    goproxy.DiskStorage(str(run.cache)).put(f"{SHOUT}.mod", SITE[f"{SHOUT}.mod"])
+    run(max_size="1", private="example.com", evict_private=flag, upstream="off")
+    assert by_then(lambda: run.stored() == left)
+
+
 def test_what_other_workers_give_out_counts_as_used(run: Run, upstream: Upstream) -> None:
     proxy = run(upstream=upstream.url(), max_size="1GB", workers=2)
     for _ in range(20):
@@ -10244,7 +10260,8 @@ class Again(NamedTuple):
 
 
 @pytest.fixture
-def again(storage: goproxy.Storage, upstream: Upstream, request: Any) -> Iterator[Again]:
+def again(tmp_path: Path, upstream: Upstream, request: Any) -> Iterator[Again]:
+    storage = goproxy.DiskStorage(str(tmp_path / "store"))
     for version in QUOTES:
         for kind in ("mod", "zip", "info"):
             name = f"example.com/quote/@v/{version}.{kind}"
@@ -10322,12 +10339,390 @@ def test_a_daemon_rechecks_by_itself(run: Run, upstream: Upstream) -> None:
     assert proxy.get(INFO).status == 404
 
 
-def test_what_is_excluded_is_not_rechecked(run: Run, upstream: Upstream) -> None:
+@pytest.mark.parametrize("setting", ["exclude", "private"])
+def test_what_is_not_public_is_not_rechecked(run: Run, upstream: Upstream, setting: str) -> None:
     run(upstream=upstream.url()).get(INFO)
     run(upstream=upstream.url()).get(f"{SHOUT}.info")
-    run(upstream=upstream.url(), recheck="1s", exclude="example.com")
+    settings: dict[str, Any] = {setting: "example.com"}
+    run(upstream=upstream.url(), recheck="1s", **settings)
     upstream.wait_asked(f"{SHOUT}.info", 3)
     assert upstream.asked.count(INFO) == 1
+
+
+# --- export and import -------------------------------------------------------
+
+QUOTE_FILES = [INFO, MOD, ZIP, f"{ZIP}hash"]
+SUM_FILES = [f"sumdb/sum.test/{path}" for path in DATABASE if path != "latest"]
+
+
+def filled(storage: goproxy.Storage) -> goproxy.Storage:
+    """A store with two modules and the checksum record of one of them."""
+    for name in (INFO, MOD, ZIP, f"{SHOUT}.info", f"{SHOUT}.mod", f"{SHOUT}.zip", *SUM_FILES):
+        storage.put(name, SITE[name])
+    storage.put(f"{ZIP}hash", hash1(SITE[ZIP]).encode())
+    storage.put(LIST, b"v1.0.0\nv9.0.0\n")
+    return storage
+
+
+def exported(storage: goproxy.Storage, *words: str, sums: bytes = b"") -> bytes:
+    """A tar archive of what is chosen; all of it must be there."""
+    out = io.BytesIO()
+    target = goproxy.TarTarget(out)
+    choice = goproxy.Choice(words, goproxy.read_sums(sums))
+    exporter = goproxy.Exporter(storage, choice, target, goproxy.Progress("export", False))
+    exporter.run()
+    target.end()
+    assert exporter.failures == 0
+    return out.getvalue()
+
+
+def imported(storage: goproxy.Storage, archive: bytes) -> goproxy.Importer:
+    importer = goproxy.Importer(storage, goproxy.Progress("import", False))
+    importer.run(goproxy.TarFiles(io.BytesIO(archive)), needs_manifest=True)
+    return importer
+
+
+def untarred(archive: bytes) -> dict[str, bytes]:
+    files = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for entry in tar:
+            held = tar.extractfile(entry)
+            assert held
+            files[entry.name] = held.read()
+    return files
+
+
+def tarred(
+    files: Mapping[str, bytes], kind: bytes = tarfile.REGTYPE, form: int = tarfile.PAX_FORMAT
+) -> bytes:
+    """A tar archive with a manifest, whose other entries are of a kind."""
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as tar:
+        for name, data in {**files, goproxy.MANIFEST: sums.encode()}.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.linkname = len(data), "/etc/passwd"
+            entry.type = tarfile.REGTYPE if name == goproxy.MANIFEST else kind
+            tar.addfile(entry, io.BytesIO(data))
+    return out.getvalue()
+
+
+def test_an_export_has_a_manifest_and_the_list_of_what_it_has(storage: goproxy.Storage) -> None:
+    files = untarred(exported(filled(storage)))
+    manifest = files.pop(goproxy.MANIFEST).decode().splitlines()
+    assert {line[66:]: line[:64] for line in manifest} == {
+        name: hashlib.sha256(data).hexdigest() for name, data in files.items()
+    }
+    assert files[LIST] == b"v1.0.0\n"
+    assert {*QUOTE_FILES, *SUM_FILES, f"{SHOUT}.zip"} <= set(files)
+
+
+@pytest.mark.parametrize(
+    ("words", "sums"),
+    [
+        (["example.com"], b""),
+        (["example.com/quote@v1.0.0"], b""),
+        ([], f"example.com/quote v1.0.0 {hash1(SITE[ZIP])}\n".encode()),
+    ],
+)
+def test_a_part_is_exported_with_the_tiles_that_prove_its_records(
+    words: list[str], sums: bytes
+) -> None:
+    storage = goproxy.MemoryStorage(None)
+    files = untarred(exported(filled(storage), *words, sums=sums))
+    assert set(files) - {f"{SHOUT}.mod"} == {*QUOTE_FILES, *SUM_FILES, LIST, goproxy.MANIFEST}
+
+
+def test_of_a_go_mod_line_the_go_mod_alone_is_exported() -> None:
+    storage = goproxy.MemoryStorage(None)
+    h1 = goproxy.hash_of_mod(SITE[f"{SHOUT}.mod"])
+    sums = f"github.com/BurntSushi/toml v1.0.0/go.mod {h1}".encode()
+    files = untarred(exported(filled(storage), sums=sums))
+    assert set(files) == {f"{SHOUT}.info", f"{SHOUT}.mod", goproxy.MANIFEST}
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("example.com/none", "example.com/none"),
+        ("example.com/quote@v9.0.0", "example.com/quote@v9.0.0"),
+        ("-gosum=sums", "its hash is h1:"),
+        ("-gosum=sums", "example.com/lost@v1.0.0: .zip: not in the store"),
+    ],
+)
+def test_what_an_export_lacks_is_told(tmp_path: Path, argument: str, told: str) -> None:
+    filled(goproxy.DiskStorage(str(tmp_path / "cache")))
+    lines = ["example.com/quote v1.0.0 h1:other=", "example.com/lost v1.0.0 h1:lost="]
+    (tmp_path / "sums").write_text("\n".join(lines))
+    ended = finish(tmp_path, "export", "out.tar", argument)
+    assert (ended.status, ended.err) == (1, "")
+    assert told in ended.out
+
+
+def test_a_tile_that_is_not_here_is_told(tmp_path: Path) -> None:
+    filled(goproxy.DiskStorage(str(tmp_path / "cache"))).remove(TILE)
+    ended = finish(tmp_path, "export", "out/", "example.com/quote@v1.0.0")
+    assert (ended.status, f"{TILE}: " in ended.out) == (1, True)
+
+
+def test_an_import_brings_all_of_an_export(storage: goproxy.Storage, tmp_path: Path) -> None:
+    source = filled(goproxy.DiskStorage(str(tmp_path / "other")))
+    archive = exported(source)
+    assert imported(storage, archive).failures == 0
+    for name in (*QUOTE_FILES, *SUM_FILES, f"{SHOUT}.zip"):
+        assert read(storage, name) == read(source, name)
+    assert read(storage, f"{SHOUT}.ziphash").decode() == hash1(SITE[f"{SHOUT}.zip"])
+    again = imported(storage, archive)
+    assert again.failures == 0
+    assert again.skipped >= len(untarred(archive)) - 3  # which are lists and the manifest
+
+
+def test_an_import_never_changes_what_is_there(storage: goproxy.Storage, tmp_path: Path) -> None:
+    archive = exported(filled(goproxy.DiskStorage(str(tmp_path / "other"))))
+    ours = {INFO: info_of("v1.0.0") + b" ", ZIP: b"our zip", TILE: b"our tile"}
+    for name, data in ours.items():
+        storage.put(name, data)
+    assert imported(storage, archive).failures == len(ours)
+    assert {name: read(storage, name) for name in ours} == ours
+
+
+STRANGE_NAMES = [
+    "../out",
+    "/etc/out",
+    ".goproxy-used",
+    "a/../b/@v/v1.0.0.mod",
+    "a\\b",
+    "example.com/X/@v/v1.0.0.mod",
+    "example.com/quote/@v/../../../v1.0.0.mod",
+    "example.com/quote/@v/list/x",
+    "example.com/x/@v/v1.0.0.exe",
+    "sumdb/../lookup/example.com/quote@v1.0.0",
+    "sumdb/sum.test/tile/8/../out",
+]
+
+
+@pytest.mark.parametrize("name", STRANGE_NAMES)
+def test_a_name_that_no_store_has_is_not_imported(name: str) -> None:
+    storage = goproxy.MemoryStorage(None)
+    assert imported(storage, tarred({name: SITE[MOD]})).failures == 1
+    assert list(storage.walk()) == []
+
+
+LINKS = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_links_and_devices_are_not_imported(kind: bytes) -> None:
+    storage = goproxy.MemoryStorage(None)
+    assert imported(storage, tarred({MOD: b""}, kind)).failures == 1
+    assert list(storage.walk()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        (INFO, info_of("v1.0.1")),
+        (MOD, b"no module line"),
+        (ZIP, b"no zip"),
+        (ZIP, SITE[f"{SHOUT}.zip"]),
+        (f"{ZIP}hash", b"h2:x"),
+        (LIST, b"<html>"),
+        (LATEST, b"{}"),
+        (LOOKUP, DATABASE["lookup/example.com/quote@v1.0.0"].replace(b"quote v1.0.0 ", b"other ")),
+        (TILE, TREE[1:]),
+        (INFO, bytes(goproxy.MAX_INFO + 1)),
+    ],
+)
+def test_what_fails_its_check_is_not_imported(name: str, data: bytes) -> None:
+    storage = goproxy.MemoryStorage(None)
+    assert imported(storage, tarred({name: data})).failures == 1
+    assert list(storage.walk()) == []
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_archives_of_other_programs_are_read(form: int) -> None:
+    storage = goproxy.MemoryStorage(None)
+    long = "example.com/" + "long/" * 25 + "@v/v1.0.0.mod"
+    assert imported(storage, tarred({long: SITE[MOD], MOD: SITE[MOD]}, form=form)).failures == 0
+    assert sorted(item.name for item in storage.walk()) == sorted([long, MOD])
+
+
+def test_a_broken_archive_is_refused_wherever_it_breaks() -> None:
+    whole = tarred({INFO: SITE[INFO], MOD: SITE[MOD]})
+    size_at = whole.index(b"ustar") - 257 + 124
+    huge = whole[:size_at] + b"77777777777\0" + whole[size_at + 12 :]
+    cuts = [whole[:length] for length in range(0, 3000, 300)]
+    storage = goproxy.MemoryStorage(None)
+    for archive in (*cuts, huge, b"x" * 10_000, bytes(1024)):
+        with pytest.raises(goproxy.BadUpstream):
+            imported(storage, archive)
+    assert list(storage.walk()) == []
+
+
+def test_random_bytes_in_an_archive_are_refused_or_do_no_harm() -> None:
+    dice = random.Random(8)
+    whole = tarred({INFO: SITE[INFO], MOD: SITE[MOD]}, form=tarfile.GNU_FORMAT)
+    for _ in range(300):
+        archive = bytearray(whole)
+        for _ in range(dice.randrange(1, 6)):
+            archive[dice.randrange(len(whole))] = dice.randrange(256)
+        storage = goproxy.MemoryStorage(None)
+        with contextlib.suppress(goproxy.BadUpstream):
+            imported(storage, bytes(archive))
+        assert {item.name: read(storage, item.name) for item in storage.walk()}.items() <= {
+            (name, SITE[name]) for name in (INFO, MOD)
+        }
+
+
+def test_flipped_bytes_are_found_by_the_manifest() -> None:
+    storage = goproxy.MemoryStorage(None)
+    archive = tarred({INFO: SITE[INFO]}).replace(b"2024-01-02", b"2023-01-02")
+    assert imported(storage, archive).failures == 1
+    assert list(storage.walk()) == []
+
+
+def test_a_module_cache_is_imported(tmp_path: Path) -> None:
+    place = tmp_path / "modcache" / "cache" / "download"
+    storage = filled(goproxy.DiskStorage(str(place)))
+    storage.put("cache.lock", b"")
+    storage.put("example.com/quote/@v/v1.0.0.lock", b"")
+    for _ in range(2):
+        ended = finish(tmp_path, "import", str(tmp_path / "modcache"))
+        assert (ended.status, ended.err) == (0, "")
+    names = [item.name for item in goproxy.Folder(str(tmp_path / "cache")).walk()]
+    shouts = [f"{SHOUT}.{kind}" for kind in ("info", "mod", "zip", "ziphash")]
+    assert sorted(names) == sorted([*QUOTE_FILES, *SUM_FILES, LIST, *shouts])
+
+
+def test_a_store_of_athens_is_imported(tmp_path: Path) -> None:
+    folder = tmp_path / "athens/github.com/BurntSushi/toml/v1.0.0"
+    folder.mkdir(parents=True)
+    for name, kind in (("go.mod", "mod"), ("v1.0.0.info", "info"), ("source.zip", "zip")):
+        (folder / name).write_bytes(SITE[f"{SHOUT}.{kind}"])
+    assert finish(tmp_path, "import", "athens", "-json").status == 0
+    for kind in ("info", "mod", "zip"):
+        assert (tmp_path / "cache" / f"{SHOUT}.{kind}").read_bytes() == SITE[f"{SHOUT}.{kind}"]
+
+
+def test_an_export_to_a_folder_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    filled(goproxy.DiskStorage(str(tmp_path / "cache")))
+    assert finish(tmp_path, "export", "out/").status == 0
+    numbers = {name: (tmp_path / "out" / name).stat().st_ino for name in (INFO, ZIP)}
+    (tmp_path / "out" / MOD).unlink()
+    assert finish(tmp_path, "export", "out").status == 0
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in (INFO, ZIP)} == numbers
+    for line in (tmp_path / "out" / goproxy.MANIFEST).read_text().splitlines():
+        data = (tmp_path / "out" / line[66:]).read_bytes()
+        assert line[:64] == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("place", ["air.tar", "-", "air/"])
+def test_what_was_exported_serves_offline_elsewhere(
+    proxy: Proxy, run: Run, upstream: Upstream, tmp_path: Path, place: str
+) -> None:
+    for name in (INFO, MOD, ZIP, LOOKUP, TILE):
+        assert proxy.get(name).status == 200
+    assert by_then(lambda: set(SUM_FILES) <= set(run.stored()))
+    proxy.stop()
+    ended = finish(tmp_path, "export", place, f"-cache={run.cache}", text=False)
+    assert ended.status == 0
+    if place == "-":
+        (tmp_path / "-").write_bytes(ended.out.encode("latin-1"))
+    assert finish(tmp_path, "import", f"./{place}", "-cache=there").status == 0
+    there = run(cache=tmp_path / "there", offline="true", sumdb=f"sum.test {upstream.url()}")
+    for name in (INFO, MOD, ZIP, LOOKUP, TILE):
+        assert there.get(name).body == SITE[name]
+    assert there.get(LIST).versions == ["v1.0.0"]
+
+
+def test_an_interrupted_command_is_one_line_and_status_130(tmp_path: Path) -> None:
+    storage = goproxy.DiskStorage(str(tmp_path / "cache"))
+    storage.put(BIG, SITE[BIG])  # more than a pipe holds
+    process = subprocess.Popen(
+        command("export", "-"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    assert process.stdout.read(512)
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=PATIENCE)[1].count(b"\n"), process.returncode) == (1, 130)
+
+
+@pytest.mark.parametrize("place", ["none/out.tar", "file/"])
+def test_an_export_that_cannot_be_written_is_one_line(tmp_path: Path, place: str) -> None:
+    filled(goproxy.DiskStorage(str(tmp_path / "cache")))
+    (tmp_path / "file").write_text("")
+    ended = finish(tmp_path, "export", place)
+    assert (ended.status, ended.err.count("\n"), place in ended.err) == (1, 1, True)
+    assert list(tmp_path.glob("*.part")) == []
+
+
+# --- restore and gc ----------------------------------------------------------
+
+
+def moved_aside(tmp_path: Path) -> goproxy.DiskStorage:
+    storage = goproxy.DiskStorage(str(tmp_path / "cache"))
+    filled(storage)
+    goproxy.Attic(storage).put_away("example.com/quote", "v1.0.0")
+    assert ZIP not in [item.name for item in storage.walk()]
+    return storage
+
+
+@pytest.mark.parametrize("what", [[], ["example.com/quote@v1.0.0"]])
+def test_what_was_moved_aside_is_brought_back(tmp_path: Path, what: list[str]) -> None:
+    storage = moved_aside(tmp_path)
+    ended = finish(tmp_path, "restore", *what)
+    assert (ended.status, ended.out) == (0, "example.com/quote@v1.0.0\n")
+    assert [read(storage, name) for name in (INFO, MOD, ZIP)] == [SITE[n] for n in (INFO, MOD, ZIP)]
+    assert read(storage, LIST) == b"v1.0.0\nv9.0.0\n"
+    assert finish(tmp_path, "restore", *what).status == 1
+
+
+def test_what_is_moved_aside_comes_back_as_it_was(storage: goproxy.Storage) -> None:
+    before = {item.name: read(storage, item.name) for item in filled(storage).walk("example.com/")}
+    goproxy.Attic(storage).put_away("example.com/quote", "v1.0.0")
+    assert [item.name for item in storage.walk("example.com/")] == [LIST]
+    assert goproxy.restore(storage, goproxy.Choice([], {})) == [("example.com/quote", "v1.0.0")]
+    after = {item.name: read(storage, item.name) for item in storage.walk("example.com/")}
+    assert after == {**before, LIST: b"v1.0.0\nv9.0.0\n"}
+    assert list(storage.walk(goproxy.Attic.PLACE)) == []
+
+
+def test_what_was_brought_back_is_not_moved_aside_again(again: Again) -> None:
+    again.upstream.fault = "404"
+    again.look()
+    again.look()
+    assert zips(again.storage) == []
+    assert len(goproxy.restore(again.storage, goproxy.Choice([], {}))) == len(QUOTES)
+    assert ("v1.0.0", "deleted") in again.look()
+    assert zips(again.storage) == QUOTES
+
+
+def test_a_restore_does_not_change_what_was_fetched_since(tmp_path: Path) -> None:
+    storage = moved_aside(tmp_path)
+    storage.put(ZIP, b"since")
+    assert finish(tmp_path, "restore").status == 0
+    assert read(storage, ZIP) == b"since"
+
+
+def stored_below(folder: Path) -> set[str]:
+    """The names of artifacts, also of those moved aside."""
+    storage = goproxy.DiskStorage(str(folder))
+    return {item.name for item in (*storage.walk(), *storage.walk(goproxy.Attic.PLACE))}
+
+
+def test_gc_removes_what_nobody_can_use(tmp_path: Path) -> None:
+    storage, cache = moved_aside(tmp_path), tmp_path / "cache"
+    kept = {name for name in stored_below(cache) if not name.startswith(goproxy.Attic.PLACE)}
+    storage.put(BIG, b"alone")
+    storage.put("example.com/x/@v/v1.0.0.ziphash", b"alone")
+    for file in filter(Path.is_file, cache.rglob("*")):
+        os.utime(file, (1, 1))
+    storage.put("example.com/fresh/@v/v1.0.0.zip", b"its .mod is yet to come")
+    before = stored_below(cache)
+    dry = finish(tmp_path, "gc", "-dry-run")
+    assert (dry.status, stored_below(cache)) == (0, before)
+    assert finish(tmp_path, "gc").out.splitlines()[:-1] == dry.out.splitlines()[:-1]
+    assert stored_below(cache) == {*kept, "example.com/fresh/@v/v1.0.0.zip"}
 
 
 # =============================================================================
@@ -12599,6 +12994,7 @@ DOORS = {
     "sqlite3": {7},
     "ssl": {6, 11, 12},
     "subprocess": {8},
+    "tarfile": {8, 9},
     "zipfile": {4},
 }
 SORTED_TABLES = {"COMMANDS", "DNS_TRANSPORTS", "STORAGES", "TUNNELS"}
