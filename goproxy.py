@@ -71,6 +71,7 @@ if __name__ == "__main__" and sys._getframe().f_back is None and sys.platform ==
 
 import argparse
 import base64
+import bisect
 import collections
 import concurrent.futures
 import configparser
@@ -91,6 +92,7 @@ import ipaddress
 import itertools
 import json
 import math
+import mmap
 import netrc
 import operator
 import queue
@@ -3236,6 +3238,175 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+class Metric(NamedTuple):
+    """What a family of figures is: counter, gauge or histogram (of seconds), and in words."""
+
+    kind: str
+    text: str
+    labels: str = ""  # by commas
+
+
+METRICS = {
+    "goproxy_build_info": Metric("gauge", "Always 1; the labels tell what runs.", "version,python"),
+    "goproxy_connections": Metric("gauge", "Connections of clients that are open."),
+    "goproxy_evicted_bytes_total": Metric("counter", "Bytes removed to keep -max-size."),
+    "goproxy_evicted_versions_total": Metric("counter", "Versions removed to keep -max-size."),
+    "goproxy_log_lines_dropped_total": Metric("counter", "Log lines that nobody took in time."),
+    "goproxy_received_bytes_total": Metric("counter", "Bytes that clients sent."),
+    "goproxy_recheck_findings_total": Metric(
+        "counter", "What -recheck found upstream about stored modules.", "finding"
+    ),
+    "goproxy_request_seconds": Metric(
+        "histogram", "From a request's head to the last byte of its answer.", "kind"
+    ),
+    "goproxy_requests_in_flight": Metric("gauge", "Requests whose answer is not out yet."),
+    "goproxy_requests_total": Metric(
+        "counter",
+        "Requests; the verdict is hit, miss or stale, error for what failed, else none.",
+        "kind,code,verdict",
+    ),
+    "goproxy_sent_bytes_total": Metric("counter", "Bytes sent to clients, with heads.", "kind"),
+    "goproxy_store_bytes": Metric("gauge", "Size of what -max-size counts, where that is set."),
+    "goproxy_store_errors_total": Metric(
+        "counter", "Failures of the store, to read or to write.", "operation"
+    ),
+    "goproxy_upstream_failures_total": Metric(
+        "counter", "Upstream requests without a usable answer, by class of failure.", "host,failure"
+    ),
+    "goproxy_upstream_received_bytes_total": Metric(
+        "counter", "Bytes of bodies that upstreams sent.", "host"
+    ),
+    "goproxy_upstream_requests_total": Metric("counter", "Answers of upstreams.", "host,code"),
+    "goproxy_worker_restarts_total": Metric("counter", "Workers that ended and were replaced."),
+    "process_cpu_seconds_total": Metric("counter", "Processor time of all processes that run."),
+    "process_max_fds": Metric("gauge", "Descriptors that all processes may have."),
+    "process_open_fds": Metric("gauge", "Descriptors that all processes have."),
+    "process_resident_memory_bytes": Metric(
+        "gauge", "Memory of all processes; what they share is counted in each."
+    ),
+    "process_start_time_seconds": Metric("gauge", "When this began, since the epoch."),
+}
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
+
+
+def labelled(family: str, **labels: object) -> str:
+    """The name of one figure, as in the text format of Prometheus, version 0.0.4."""
+    pairs = []
+    for name, value in labels.items():
+        text = str(value)[:_LABEL_LIMIT].replace("\\", "\\\\").replace('"', '\\"')
+        pairs.append(f'{name}="{printable(text)}"')
+    return f"{family}{{{','.join(pairs)}}}" if pairs else family
+
+
+_LABEL_LIMIT = 64
+
+
+class Meter:
+    """Figures of METRICS that every process counts for itself, in memory that all of them see, so
+    that each can add up all. A process has a place; who follows a dead one goes on with its
+    counts. Figures beyond a place's room are not kept."""
+
+    _CELLS, _NAME, _HEAD = 1000, 184, 16
+    _PLACE = _HEAD + _CELLS * (_NAME + 8)  # bytes: count and process id, names, values
+    _HOSTS = 32
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self.share(1)
+
+    def share(self, places: int) -> None:
+        """Makes room for so many processes, before they are forked, and takes the last place."""
+        self.started = time.time()
+        self._memory = memoryview(mmap.mmap(-1, places * self._PLACE))
+        self._places = places
+        self.take(places - 1)
+
+    def take(self, place: int) -> None:
+        """Counts in a place from now on. What a gauge said there is no longer so."""
+        region = self._region(place)
+        self._head = region[: self._HEAD].cast("Q")
+        self._names = region[self._HEAD : -8 * self._CELLS]
+        self._values = region[-8 * self._CELLS :].cast("d")
+        self._head[1] = os.getpid()
+        self._hosts: set[str] = set()
+        self._cells = {name: cell for cell, name in enumerate(self._names_of(region))}
+        for name, cell in self._cells.items():
+            if METRICS.get(name.partition("{")[0], _NO_METRIC).kind == "gauge":
+                self._values[cell] = 0.0
+
+    def _region(self, place: int) -> memoryview:
+        return self._memory[place * self._PLACE : (place + 1) * self._PLACE]
+
+    def _names_of(self, region: memoryview) -> list[str]:
+        count = region[: self._HEAD].cast("Q")[0]
+        names = bytes(region[self._HEAD : self._HEAD + count * self._NAME])
+        starts = range(0, len(names), self._NAME)
+        return [names[start : start + self._NAME].rstrip(b"\0").decode() for start in starts]
+
+    def cell(self, name: str) -> int:
+        """Where a figure is kept in this process."""
+        found = self._cells.get(name)
+        if found is None:
+            with self._mutex:
+                found = self._cells.setdefault(name, -1)
+                if found < 0:
+                    found = self._cells[name] = self._new_cell(name)
+        return found
+
+    def _new_cell(self, name: str) -> int:
+        number = self._head[0]
+        data = name.encode("ascii", "replace")
+        if number >= self._CELLS - 1 or len(data) > self._NAME:
+            return self._CELLS - 1  # which is nobody's
+        self._names[number * self._NAME : number * self._NAME + len(data)] = data
+        self._head[0] = number + 1
+        return int(number)
+
+    def histogram(self, family: str, **labels: object) -> list[int]:
+        """The cells of a histogram: one for each of BUCKETS, one for what is above, the sum."""
+        limits = [*map(str, BUCKETS), "+Inf"]
+        names = [labelled(f"{family}_bucket", **labels, le=limit) for limit in limits]
+        return [self.cell(name) for name in (*names, labelled(f"{family}_sum", **labels))]
+
+    def change(self, changes: Iterable[tuple[int, float]]) -> None:
+        """Adds to cells."""
+        with self._mutex:
+            values = self._values
+            for cell, amount in changes:
+                values[cell] += amount
+
+    def add(self, family: str, amount: float = 1.0, **labels: object) -> None:
+        self.change([(self.cell(labelled(family, **labels)), amount)])
+
+    def set(self, family: str, value: float) -> None:
+        self._values[self.cell(family)] = value
+
+    def host(self, name: str) -> str:
+        """A host as a label: the first ones by their name, all others as one."""
+        if len(self._hosts) < self._HOSTS:
+            self._hosts.add(name)
+        return name if name in self._hosts else "other"
+
+    def figures(self) -> dict[str, float]:
+        """The figures of all processes, added up."""
+        found: dict[str, float] = {}
+        for place in range(self._places):
+            region = self._region(place)
+            values = region[-8 * self._CELLS :].cast("d")
+            for cell, name in enumerate(self._names_of(region)):
+                found[name] = found.get(name, 0.0) + values[cell]
+        return found
+
+    def processes(self) -> list[int]:
+        """The ids of all that count, or did so last in their place."""
+        regions = map(self._region, range(self._places))
+        return [process for region in regions if (process := region[: self._HEAD].cast("Q")[1])]
+
+
+_NO_METRIC = Metric("untyped", "")
+METER = Meter()
+
+
 class Log:
     """Lines on a descriptor, written by a thread of its own: a full pipe or a dead reader costs
     lines (counted), never a request. Text lines have the form of Go's log package."""
@@ -3264,12 +3435,13 @@ class Log:
 
     def line(self, text: str, level: str = "info", **fields: Any) -> None:
         """One line; as JSON with the fields, as text without them."""
-        if self.as_json:
-            moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            entry = {"time": moment, "level": level, "message": text, **fields}
-            self._add(json.dumps(entry) + "\n")
-        else:
-            self._add(f"{self._now()} {printable(text)}\n")
+        self._add(self._formed(text, level, fields))
+
+    def _formed(self, text: str, level: str, fields: Mapping[str, Any]) -> str:
+        if not self.as_json:
+            return f"{self._now()} {printable(text)}\n"
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return json.dumps({"time": moment, "level": level, "message": text, **fields}) + "\n"
 
     def error(self, text: str, **fields: Any) -> None:
         self.line(text, "error", **fields)
@@ -3286,6 +3458,7 @@ class Log:
     def _add(self, lines: str) -> None:
         if len(self._lines) >= self._LIMIT:
             self._dropped += 1
+            METER.add("goproxy_log_lines_dropped_total")
             return
         self._lines.append(lines)
         if not self._wake.is_set():
@@ -3308,19 +3481,21 @@ class Log:
 
     def write_out(self) -> None:
         """Writes the lines so far, if anybody reads them within a second."""
-        with contextlib.suppress(IndexError):  # the thread may be at it, too
-            self._write_out(1.0)
+        if self._lines:
+            with contextlib.suppress(IndexError):  # the thread may be at it, too
+                self._write_out(1.0)
 
     def _write_out(self, patience: float | None) -> None:
-        text = "".join([self._lines.popleft() for _ in range(len(self._lines))])
-        if self._dropped:
-            text += f"{self._now()} {self._dropped} log lines dropped\n"
-            self._dropped = 0
-        data = text.encode("utf-8", "backslashreplace")
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        dropped, self._dropped = self._dropped, 0
+        if dropped:
+            lines.append(self._formed(f"{dropped} log lines dropped", "error", {"lines": dropped}))
+        data = "".join(lines).encode("utf-8", "backslashreplace")
         start = 0
         with contextlib.suppress(OSError):
             while start < len(data):
                 if patience and not select.select([], [self._descriptor], [], patience)[1]:
+                    self._dropped += dropped + data.count(b"\n", start) - bool(dropped)
                     return  # nobody reads: lines are lost, not the process
                 end = data.rfind(b"\n", start, start + self._PIECE) + 1
                 start += os.write(self._descriptor, data[start : end or start + self._PIECE])
@@ -4306,6 +4481,7 @@ class Response(Blob):
         """`bodiless`: it answers a HEAD, so that no body follows whatever the head says."""
         self._wire = wire
         self.peer = wire.peer  # who answers, in words
+        self._host = METER.host(wire.peer.partition(" ")[0])
         self._patience = patience
         self._release = release
         self._read_head()
@@ -4346,7 +4522,7 @@ class Response(Blob):
     def read(self, count: int) -> bytes:
         if self._ended:
             return b""
-        with _blaming(self.peer):
+        with _metered(self._host), _blaming(self.peer):
             if self._chunked and self._left == 0 and not self._next_chunk():
                 return b""
             data = self._wire.receive(self._patience.stall)
@@ -4357,6 +4533,7 @@ class Response(Blob):
             if not data and self._left is not None:
                 raise EOFError(f"body cut short, {self._left} bytes missing")
             self._took(data)
+            METER.add("goproxy_upstream_received_bytes_total", len(data), host=self._host)
             return data
 
     def _took(self, data: bytes) -> None:
@@ -4507,7 +4684,10 @@ class Client:
         """The answer to one request, whatever its status; `until` is monotonic. No redirect is
         followed and no credentials are added. Raises as get does."""
         proxy = self._dialer.forward_proxy(request.url)
-        response = self._send(request, proxy, patience, until)
+        host = METER.host(request.url.authority)
+        with _metered(host):
+            response = self._send(request, proxy, patience, until)
+        METER.add("goproxy_upstream_requests_total", host=host, code=response.status)
         _check_forwarded(response, proxy)
         return response
 
@@ -4607,6 +4787,16 @@ class Client:
             self._idle.clear()
         for wire in wires:
             wire.close()
+
+
+@contextlib.contextmanager
+def _metered(host: str) -> Iterator[None]:
+    try:
+        yield
+    except ProxyError as error:
+        failure = type(error).__name__
+        METER.add("goproxy_upstream_failures_total", host=host, failure=failure)
+        raise
 
 
 def _check_forwarded(response: Response, proxy: Url | None) -> None:
@@ -7216,6 +7406,8 @@ class WatchedStorage(Storage):
     def _note(self, half: str, error: StoreDown | None) -> None:
         if error is None and not self._troubles:
             return
+        if error:
+            METER.add("goproxy_store_errors_total", operation=half)
         with self._mutex:
             before, self._troubles = self._troubles, self._after(half, error)
             after = self._troubles
@@ -10917,6 +11109,9 @@ class Evictor:
             if items:
                 take_out(self._storage, path, version)
                 count, size = count + 1, size + freed
+        METER.set("goproxy_store_bytes", self._total)
+        METER.add("goproxy_evicted_versions_total", count)
+        METER.add("goproxy_evicted_bytes_total", size)
         if count:
             self._log.line(f"-max-size: {count} versions removed, {size} bytes")
 
@@ -11105,6 +11300,7 @@ class Recheck:
         self._remarks.replace(path, [*lasting, *found.values()])
         for key, remark in found.items():
             if key not in known and remark.what != "absent":
+                METER.add("goproxy_recheck_findings_total", finding=remark.what)
                 self._log.error(f"recheck: {remark.module}: {remark.what}: {remark.words}")
             self._act(remark, versions, known)
 
@@ -12068,6 +12264,23 @@ def parse_request(head: bytes) -> Request:
     )
 
 
+def split_head(received: bytes) -> tuple[bytes | None, bytes]:
+    """A head without its empty line, None if it is not complete, and what follows it. Raises
+    ProxyError for what can be the beginning of none."""
+    if received.startswith(b"\r\n"):
+        received = received[2:]  # RFC 9112, section 2.2: be robust, once
+    head, end, rest = received.partition(b"\r\n\r\n")
+    if end and len(head) <= _HEAD_LIMIT:
+        return head, rest
+    if len(received) > _LINE_LIMIT and b"\r\n" not in received[: _LINE_LIMIT + 2]:
+        raise TargetTooLong("request line too long")
+    if len(received) > _HEAD_LIMIT:
+        raise HeadTooLarge("request head too large")
+    if re.search(rb"(?<!\r)\n", received):
+        raise BadRequest("bare line feed")
+    return None, received
+
+
 def _method(method: str) -> str:
     if method not in _KNOWN_METHODS:
         raise UnknownMethod("unknown method")
@@ -12368,6 +12581,62 @@ def _replied(answer: Answer, content_type: str, ttl: float | None) -> Reply:
     return Reply(200, answer.body, content_type, tuple(headers), answer.verdict, answer.stored)
 
 
+def serve_version(app: App, request: Request) -> Reply:
+    """GET /version, as Athens has it."""
+    body = json.dumps({"version": __version__}) + "\n"
+    return Reply(200, body.encode(), "application/json", (("Cache-Control", "no-store"),))
+
+
+def serve_metrics(app: App, request: Request) -> Reply:
+    """GET /metrics: the figures of all processes, in the text format of Prometheus 0.0.4."""
+    figures = {**METER.figures(), **process_figures(METER.processes())}
+    figures["process_start_time_seconds"] = METER.started
+    python = ".".join(map(str, sys.version_info[:3]))
+    figures[labelled("goproxy_build_info", version=__version__, python=python)] = 1.0
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+    return Reply(200, exposition(figures), content_type, (("Cache-Control", "no-store"),))
+
+
+def exposition(figures: Mapping[str, float]) -> bytes:
+    """Figures by their names, the cells of a histogram in their order, as families of METRICS."""
+    families: dict[str, list[str]] = {name: [] for name in METRICS}
+    counts: dict[str, float] = {}
+    for name, value in figures.items():
+        family = name.partition("{")[0]
+        stem, is_bucket, labels = name.partition("_bucket{")
+        if is_bucket:
+            others = f"{stem}_count{{{labels.rpartition(',le=')[0]}}}"
+            value = counts[others] = counts.get(others, 0.0) + value
+            family = stem
+        family = family[: -len("_sum")] if family.endswith("_sum") else family
+        families.setdefault(family, []).append(f"{name} {value:.15g}")
+    for name, value in counts.items():
+        families[name.partition("_count{")[0]].append(f"{name} {value:.15g}")
+    lines = []
+    for family, metric in METRICS.items():
+        samples = families[family] or ([] if metric.labels else [f"{family} 0"])
+        if samples:
+            lines += [f"# HELP {family} {metric.text}", f"# TYPE {family} {metric.kind}", *samples]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def process_figures(processes: Iterable[int]) -> dict[str, float]:
+    """What the system tells of processes, added up; nothing where there is no /proc."""
+    found: dict[str, float] = collections.defaultdict(float)
+    for process in processes:
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{process}/stat") as file:
+                times = file.read().rpartition(")")[2].split()[11:13]
+            with open(f"/proc/{process}/statm") as file:
+                pages = int(file.read().split()[1])
+            ticks = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+            found["process_cpu_seconds_total"] += ticks
+            found["process_resident_memory_bytes"] += pages * os.sysconf("SC_PAGE_SIZE")
+            found["process_open_fds"] += len(os.listdir(f"/proc/{process}/fd"))
+            found["process_max_fds"] += _descriptor_limit()
+    return found
+
+
 def serve_health(app: App, request: Request) -> Reply:
     """GET /health: the process is alive; no upstream is asked."""
     body = json.dumps({"status": "ok", "version": __version__}) + "\n"
@@ -12602,7 +12871,9 @@ ROUTES = [
     Route(r"sumdb/(?P<database>[^/]+)/(?P<what>tile/.+)", serve_sum_tile),
     Route(r"sumdb/(?P<database>[^/]+)/supported", serve_sum_supported),
     Route(r"sumdb/(?P<database>[^/]+)/latest", serve_sum_latest),
-    Route(r"health", serve_health, is_open=True),
+    Route(r"healthz?", serve_health, is_open=True),
+    Route(r"metrics", serve_metrics),
+    Route(r"version", serve_version, is_open=True),
     Route(r"readyz", serve_ready, is_open=True),
 ]
 _GO_GET = Route(r"", serve_go_get)
@@ -12908,13 +13179,20 @@ class Transfer:
     TURN = 512 * 1024  # bytes
 
     def __init__(
-        self, sock: socket.socket, pending: bytes, blob: FileBlob | None, left: int | None
+        self,
+        sock: socket.socket,
+        pending: bytes,
+        blob: FileBlob | None,
+        left: int | None,
+        ended: Callable[[int], None],
     ) -> None:
-        """`pending` goes out before the blob."""
+        """`pending` goes out before the blob; at the end `ended` is told how many bytes went."""
         self._sock = sock
         self._pending = memoryview(pending)
         self._blob = blob
         self._left = left
+        self._ended = ended
+        self.sent = 0
 
     def step(self) -> Step:
         """Sends what can be sent now. Raises OSError when the client is gone, and ProxyError when
@@ -12951,6 +13229,7 @@ class Transfer:
         # The head of a big body shares a packet with its beginning.
         count = self._sock.send(self._pending, _MORE if self._blob and self._left else 0)
         self._pending = self._pending[count:]
+        self.sent += count
         return count
 
     def _send_body(self, blob: FileBlob, ready: int | None, asked: int) -> int:
@@ -12964,11 +13243,12 @@ class Transfer:
             raise StoreDown("a stored file became shorter while it was sent")
         blob.offset += count
         self._left -= count
+        self.sent += count
         return count
 
     def _chunk(self, blob: FileBlob, ready: int | None) -> bytes:
         if ready is None:
-            self.close()
+            self._drop_blob()
             return b"0\r\n\r\n"
         data = blob.read(min(ready, CHUNK))
         return b"%x\r\n%b\r\n" % (len(data), data)
@@ -12984,10 +13264,15 @@ class Transfer:
         if self._blob is not None:
             self._blob.when_ready(wake)
 
-    def close(self) -> None:
+    def _drop_blob(self) -> None:
         if self._blob is not None:
             self._blob.close()
             self._blob = None
+
+    def close(self) -> None:
+        """Ends it, done or not; only once."""
+        self._drop_blob()
+        self._ended(self.sent)
 
 
 _MORE: int = getattr(socket, "MSG_MORE", 0)
@@ -12996,7 +13281,8 @@ _MORE: int = getattr(socket, "MSG_MORE", 0)
 class _Remembered:
     """A reply that was right, and is as long as its file's stamp holds."""
 
-    def __init__(self, stored: Stamped, message: Message) -> None:
+    def __init__(self, target: str, stored: Stamped, message: Message) -> None:
+        self.kind = kind_of(target)
         self.stored = stored
         self.blob = message.blob
         self.left = message.left
@@ -13046,7 +13332,7 @@ class HotMemory:
         if message.blob:
             message = message._replace(blob=message.blob.again())
         self._drop(target)
-        self._replies[target] = reply = _Remembered(stored, message)
+        self._replies[target] = reply = _Remembered(target, stored, message)
         self._cost += reply.cost
         self._open += reply.blob is not None
         while self._cost > self._BYTES or self._open > self._files:
@@ -13085,6 +13371,10 @@ class Courier:
     def is_idle(self) -> bool:
         """Whether it may be closed without anybody losing an answer."""
         raise NotImplementedError
+
+    def is_asked(self) -> bool:
+        """Whether a request is being answered."""
+        return False
 
     def resume(self) -> None:
         """Goes on sending: in the loop where nothing can be waited for, else in a lane."""
@@ -13314,10 +13604,14 @@ class Handler(Courier, BaseHTTPRequestHandler):
         self._skip = 0  # bytes of an unwanted body still to come
         self._head = b""
         self._asked: Request | None = None
+        self._begun = server.now
         self._announced = False
 
     def is_idle(self) -> bool:
         return self.interest == READABLE and not self._buffer and not self._skip
+
+    def is_asked(self) -> bool:
+        return self._asked is not None
 
     def on_event(self) -> None:
         if self._transfer is not None:
@@ -13334,6 +13628,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
             return
         except OSError:
             data = b""
+        self.loop.access.received += len(data)
         if not data:
             self.close()
         elif self._buffer or self._asked:
@@ -13357,7 +13652,6 @@ class Handler(Courier, BaseHTTPRequestHandler):
         opening = reply.opening(loop.second)
         blob = reply.blob.again() if reply.blob else None
         loop.app.used(reply.stored.name)
-        loop.access.hit(self.client, target)
         try:
             sent = 0 if blob else self.sock.send(opening)
         except BlockingIOError:
@@ -13368,9 +13662,13 @@ class Handler(Courier, BaseHTTPRequestHandler):
         if sent == len(opening):
             self._served += 1
             self.deadline = loop.now + _IDLE_SECONDS
+            loop.access.hit(self.client, target, reply.kind, sent, loop.now)
         else:
             self._keep = True
-            self._transfer = Transfer(self.sock, opening[sent:], blob, reply.left)
+            visit = loop.access.begins_hit(self.client, target, reply.kind, loop.now)
+            ended = functools.partial(loop.access.ends, visit)
+            self._transfer = Transfer(self.sock, opening[sent:], blob, reply.left, ended)
+            self._transfer.sent = sent
             self.resume()
         return True
 
@@ -13380,10 +13678,10 @@ class Handler(Courier, BaseHTTPRequestHandler):
             return
         if self._asked is None:
             received = self._buffer
-            head = self._next_head()
-            if head is None:
-                return
             try:
+                head, self._buffer = split_head(received)
+                if head is None:
+                    return
                 self._asked = parse_request(head)._replace(client=self.client)
             except ProxyError as error:
                 self.reject(error)
@@ -13405,24 +13703,9 @@ class Handler(Courier, BaseHTTPRequestHandler):
         """Whether whoever sends these very bytes again gets the same, if it is still there."""
         return bool(self._asked and self._asked.is_plain and not self.loop.app.gate)
 
-    def _next_head(self) -> bytes | None:
-        """A complete head without its empty line, taken from the buffer."""
-        if self._buffer.startswith(b"\r\n"):
-            self._buffer = self._buffer[2:]  # RFC 9112, section 2.2: be robust, once
-        head, end, rest = self._buffer.partition(b"\r\n\r\n")
-        if end and len(head) <= _HEAD_LIMIT:
-            self._buffer = rest
-            return head
-        if len(self._buffer) > _LINE_LIMIT and b"\r\n" not in self._buffer[: _LINE_LIMIT + 2]:
-            self.reject(TargetTooLong("request line too long"))
-        elif len(self._buffer) > _HEAD_LIMIT:
-            self.reject(HeadTooLarge("request head too large"))
-        elif re.search(rb"(?<!\r)\n", self._buffer):
-            self.reject(BadRequest("bare line feed"))
-        return None
-
     def _begin(self, request: Request) -> None:
         self.loop.poll(self, 0)
+        self._begun = self.loop.now
         if not self._announced:
             self.loop.access.begins(self.client, request)
         self._announced = False
@@ -13475,6 +13758,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
     def reject(self, error: ProxyError) -> None:
         """Answers something that is no request, and closes."""
         self.loop.poll(self, 0)
+        self._begun = self.loop.now
         self._buffer = b""
         self._send(None, refuse(error), keep=False)
 
@@ -13497,8 +13781,10 @@ class Handler(Courier, BaseHTTPRequestHandler):
             self.loop.remember(request.target, reply.stored, message)
         self._keep = keep
         opening = message.head + head_end(int(time.time())) + message.body
-        self._transfer = Transfer(self.sock, opening, message.blob, message.left)
-        self.loop.access.ends(self.client, request, message.status, reply.verdict)
+        access = self.loop.access
+        visit = access.answers(self.client, request, message, reply.verdict, self._begun)
+        ended = functools.partial(access.ends, visit)
+        self._transfer = Transfer(self.sock, opening, message.blob, message.left, ended)
         self.push()
 
     def finish(self) -> None:
@@ -13613,50 +13899,155 @@ class EpollPoller(SelectPoller):
         self._epoll.close()
 
 
+class Visit(NamedTuple):
+    """A request, or what was none, and how it is answered. `verdict` is hit, miss, stale, error or
+    none; `begun` is monotonic."""
+
+    client: str
+    method: str
+    path: str
+    kind: str
+    status: int
+    verdict: str
+    begun: float
+
+
+def kind_of(target: str) -> str:
+    """What is asked for: list, latest, info, mod, zip, sumdb or other."""
+    if target.startswith("/sumdb/"):
+        return "sumdb"
+    name = target.rpartition("/@")[2]
+    if name in ("latest", "v/list"):
+        return name[-6:].lstrip("v/")
+    ending = name.rpartition(".")[2]
+    return ending if name[:2] == "v/" and ending in KINDS else "other"
+
+
+def _subject(visit: Visit) -> tuple[str, str]:
+    """Module and version of what was asked for, unescaped; empty where there are none."""
+    if visit.kind == "sumdb":
+        module, _, version = visit.path.partition("/lookup/")[2].partition("@")
+    else:
+        module, _, name = visit.path.partition("/@")
+        version = name[2:].rpartition(".")[0] if visit.kind in KINDS else ""
+    if visit.kind == "other":
+        return "", ""
+    module = module[len(_CACHED_ONLY) :] if module.startswith(_CACHED_ONLY) else module
+    both = (re.sub("!([a-z])", lambda c: c[1].upper(), word) for word in (module, version))
+    return next(both), next(both)
+
+
 class AccessLog:
-    """The lines about requests: as text one when it begins and one that tells how it was answered,
-    as JSON one."""
+    """What is told about requests: figures, and lines. As text one line when it begins and one as
+    soon as it is known how it is answered; as JSON one when the answer is out."""
 
     def __init__(self, log: Log, quiet: bool) -> None:
         self._log = log
-        self._quiet = quiet
-        self._as_text = not log.as_json
+        self._as_text = not log.as_json and not quiet
+        self._as_json = log.as_json and not quiet
+        self.received = 0  # bytes from clients
+        self._told_at = 0.0
+        self._cells: dict[tuple[str, int, str], tuple[int, int, list[int]]] = {}
+        # By kind: requests by bucket of BUCKETS and above, bytes, seconds.
+        self._hits: dict[str, list[float]] = collections.defaultdict(
+            lambda: [0.0] * (len(BUCKETS) + 3)
+        )
 
     def begins(self, client: str, request: Request) -> None:
         """A request whose head is complete."""
-        if self._as_text and not self._quiet:
+        if self._as_text:
             self._log.line(f"[{client}] {request.method} {request.target[1:]}")
 
-    def hit(self, client: str, target: str) -> None:
-        """A GET that the loop answers itself."""
-        if self._quiet:
-            return
+    def hit(self, client: str, target: str, kind: str, sent: int, begun: float) -> None:
+        """A GET that the loop has answered itself; `tell` hands on its figures."""
+        seconds = time.monotonic() - begun
+        tally = self._hits[kind]
+        tally[bisect.bisect_left(BUCKETS, seconds)] += 1
+        tally[-1] += seconds
+        tally[-2] += sent
         if self._as_text:
             self._log.hit(client, target[1:])
-        else:
-            self._as_json(client, "GET", target[1:], 200, Verdict.HIT)
+        elif self._as_json:
+            self._line(Visit(client, "GET", target[1:], kind, 200, "hit", begun), sent, seconds)
 
-    def ends(
-        self, client: str, request: Request | None, status: int, verdict: Verdict | None
-    ) -> None:
-        """A request, or what was none, for which the answer is known."""
-        path = request.target[1:] if request else "-"
-        if self._quiet:
+    def tell(self, now: float, couriers: Iterable[Courier]) -> None:
+        """Twice a second hands on what the loop alone knows: that is cheaper than at each event."""
+        if now - self._told_at < _TELL_SECONDS:
             return
-        if not self._as_text:
-            self._as_json(client, request.method if request else "-", path, status, verdict)
-        elif status >= 400:
-            self._log.line(f"[ERROR {status}] {path}")
-        elif verdict:
-            self._log.line(f"[CACHE {verdict.value}] {path}")
+        self._told_at = now
+        for kind, (*counts, sent, seconds) in self._hits.items():
+            requests, bytes_out, durations = self._cells_of(kind, 200, "hit")
+            METER.change([(requests, sum(counts)), (bytes_out, sent), (durations[-1], seconds)])
+            METER.change(zip(durations, counts))
+        self._hits.clear()
+        METER.add("goproxy_received_bytes_total", self.received)
+        self.received = 0
+        clients = [courier for courier in couriers if not isinstance(courier, RelayEnd)]
+        METER.set("goproxy_connections", len(clients))
+        METER.set("goproxy_requests_in_flight", sum(client.is_asked() for client in clients))
 
-    def _as_json(
-        self, client: str, method: str, path: str, status: int, verdict: Verdict | None
-    ) -> None:
-        word = verdict.value.lower() if verdict else "none"
+    def begins_hit(self, client: str, target: str, kind: str, begun: float) -> Visit:
+        """A GET that the loop has begun to answer."""
+        if self._as_text:
+            self._log.hit(client, target[1:])
+        return Visit(client, "GET", target[1:], kind, 200, "hit", begun)
+
+    def answers(
+        self,
+        client: str,
+        request: Request | None,
+        message: Message,
+        verdict: Verdict | None,
+        begun: float,
+    ) -> Visit:
+        """A request, or what was none, for which the answer is known."""
+        method, target = (request.method, request.target) if request else ("-", "/-")
+        status, path = message.status, target[1:]
+        if self._as_text and status >= 400:
+            self._log.line(f"[ERROR {status}] {path}")
+        elif self._as_text and verdict:
+            self._log.line(f"[CACHE {verdict.value}] {path}")
+        word = verdict.value.lower() if verdict else "error" if status >= 400 else "none"
+        return Visit(client, method, path, kind_of(target), status, word, begun)
+
+    def ends(self, visit: Visit, sent: int) -> None:
+        """The answer is out, or the client gone, after so many bytes; called from any thread."""
+        seconds = max(0.0, time.monotonic() - visit.begun)
+        key = (visit.kind, visit.status, visit.verdict)
+        requests, bytes_out, durations = self._cells_of(*key)
+        bucket = durations[bisect.bisect_left(BUCKETS, seconds)]
+        METER.change(((requests, 1), (bytes_out, sent), (bucket, 1), (durations[-1], seconds)))
+        if self._as_json:
+            self._line(visit, sent, seconds)
+
+    def _cells_of(self, kind: str, status: int, verdict: str) -> tuple[int, int, list[int]]:
+        """Where requests, bytes and durations are counted."""
+        found = self._cells.get((kind, status, verdict))
+        if not found:
+            name = labelled("goproxy_requests_total", kind=kind, code=status, verdict=verdict)
+            bytes_out = METER.cell(labelled("goproxy_sent_bytes_total", kind=kind))
+            durations = METER.histogram("goproxy_request_seconds", kind=kind)
+            found = self._cells[kind, status, verdict] = METER.cell(name), bytes_out, durations
+        return found
+
+    def _line(self, visit: Visit, sent: int, seconds: float) -> None:
+        module, version = _subject(visit)
         self._log.line(
-            "request", client=client, method=method, path=path, status=status, verdict=word
+            "request",
+            "error" if visit.status >= 500 else "info",
+            client=visit.client,
+            method=visit.method,
+            path=visit.path,
+            module=module,
+            version=version,
+            status=visit.status,
+            bytes=sent,
+            duration=round(seconds, 6),
+            verdict=visit.verdict,
         )
+
+
+_TELL_SECONDS = 0.5
 
 
 class Wheel:
@@ -13759,6 +14150,7 @@ class Server(ThreadingHTTPServer):
             for _ in range(len(self._posts)):
                 self._posts.popleft()()
             self._wheel.expire(self.now)
+            self.access.tell(self.now, self._handlers)
             if self._accept_at and self.now >= self._accept_at and not self.draining:
                 self._accept_at = 0.0
                 self._watch(self.socket, self._accept, shared=True)
@@ -14218,6 +14610,7 @@ class Workers:
         try:
             for line in (writer, *self._lines.values()):
                 os.close(line)
+            METER.take(place)
             for number in _SEEN:
                 signal.signal(number, signal.SIG_IGN)  # a terminal sends them to all processes
             _unblock_signals()
@@ -14267,6 +14660,7 @@ class Workers:
         with contextlib.suppress(OSError):
             self._storage.sweep()
         end = f"signal {-status_of(status)}" if status_of(status) < 0 else f"{status_of(status)}"
+        METER.add("goproxy_worker_restarts_total")
         self._log.error(f"worker {process} ended with {end}: starting another one")
         self._log.write_out()  # before it could be inherited
         if age < self._PAUSE:
@@ -14497,6 +14891,7 @@ class Daemon:
         _block_signals()  # until somebody listens to them
         _slim()
         if self._settings.workers > 1 and hasattr(os, "fork"):
+            METER.share(self._settings.workers + 1)
             listener, storage, log = self._socket, self._storage, self._log
             workers = Workers(self._settings.workers, self._work, listener, storage, log)
             workers.run(self._announce, self._try_reload)

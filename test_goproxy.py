@@ -802,7 +802,7 @@ class Proxy:
 
     @property
     def port(self) -> int:
-        return int(self.logged("  Port: ").partition("Port: ")[2].split()[0])
+        return int(re.findall("  Port: ([0-9]+)", self.logged("  Port: "))[0])
 
     @property
     def url(self) -> str:
@@ -11142,6 +11142,45 @@ def test_quiet_leaves_out_the_requests(run: Run, upstream: Upstream) -> None:
     assert [line for line in proxy.stop().lines if INFO in line] == []
 
 
+def test_a_json_line_tells_all_about_a_request(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), ready="GOPROXY=", log_format="json")
+    stem = f"{SHOUT}.mod"
+    sizes = [len(talk(proxy.port, talk_get(f"/{path}"))) for path in (stem, stem, LATEST, "x")]
+    lines = [json.loads(line) for line in proxy.stop().log.splitlines() if '"request"' in line]
+    facts = ("status", "verdict", "module", "version", "level")
+    assert [tuple(line[fact] for fact in facts) for line in lines] == [
+        (200, "miss", "github.com/BurntSushi/toml", "v1.0.0", "info"),
+        (200, "hit", "github.com/BurntSushi/toml", "v1.0.0", "info"),
+        (200, "miss", "example.com/quote", "", "info"),
+        (404, "error", "", "", "info"),
+    ]
+    assert [line["bytes"] for line in lines] == sizes
+    assert {(line["client"], line["method"]) for line in lines} == {("127.0.0.1", "GET")}
+    assert all(0 <= line["duration"] < PATIENCE for line in lines)
+
+
+@pytest.mark.parametrize(("form", "count"), [("json", 13_000), ("text", 7_000)])
+def test_who_does_not_read_the_log_delays_no_request(tmp_path: Path, form: str, count: int) -> None:
+    place = str(tmp_path / "socket")
+    given = {**PLAIN, "host": f"unix:{place}", "log_format": form, "upstream": "off"}
+    arguments = command(*flags(given))
+    environ = clean_environment(tmp_path)
+    many = b"GET /x/@latest HTTP/1.1\r\nHost: x\r\n\r\n" * count
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, env=environ, cwd=tmp_path) as process:
+        assert process.stderr
+        while "Starting" not in process.stderr.readline().decode():
+            assert process.poll() is None
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(place)
+            threading.Thread(target=client.sendall, args=(many + talk_get("/metrics"),)).start()
+            answers = responses(read_all(client))
+        process.terminate()
+        log = process.stderr.read().decode()
+    assert [answer.status for answer in answers] == [404] * count + [200]
+    told = sum(map(int, re.findall(r"(\d+) log lines dropped", log)))
+    assert told > 0 and told + log.count("x/@latest") >= count * (1 if form == "json" else 2)
+
+
 def test_the_log_may_be_json(run: Run, upstream: Upstream) -> None:
     proxy = run(upstream=upstream.url(), ready="GOPROXY=", log_format="json").stop()
     assert all(isinstance(json.loads(line), dict) for line in proxy.log.splitlines())
@@ -11530,6 +11569,145 @@ def test_a_python_without_scrypt_is_told_in_a_line(tmp_path: Path) -> None:
         )  # fmt: skip
         assert (done.returncode, done.stderr.count("\n")) in ((1, 1), (2, 1))
         assert "hashlib.scrypt" in done.stderr
+
+
+def children_of(process: int) -> list[int]:
+    """The worker processes of a proxy, the one that fetches first."""
+    return [
+        int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+
+
+# --- figures -----------------------------------------------------------------
+
+
+def figures(proxy: Proxy) -> dict[str, float]:
+    """All samples of /metrics, by name and labels."""
+    lines = [line for line in proxy.get("metrics").text.splitlines() if line[0] != "#"]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def await_figure(proxy: Proxy, name: str, value: float) -> None:
+    """Returns once a figure has a value; loops tell what they count twice a second."""
+    end = time.monotonic() + PATIENCE
+    while figures(proxy).get(name) != value:
+        assert time.monotonic() < end, proxy.get("metrics").text
+
+
+def asked_for(kind: str, code: int, verdict: str) -> str:
+    return f'goproxy_requests_total{{kind="{kind}",code="{code}",verdict="{verdict}"}}'
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_process_knows_the_figures_of_all(run: Run, upstream: Upstream, workers: int) -> None:
+    proxy = run(upstream=upstream.url(), workers=workers)
+    for path in (INFO, ZIP, BIG, LIST, "example.com/none/@latest"):
+        proxy.get(path)
+    together(20, lambda number: proxy.get((INFO, BIG)[number % 2]).status)
+    await_figure(proxy, asked_for("info", 200, "hit"), 10)
+    await_figure(proxy, asked_for("zip", 200, "hit"), 10)
+    found = figures(proxy)
+    assert [found[asked_for(kind, 200, "miss")] for kind in ("info", "list", "zip")] == [1, 1, 2]
+    assert found[asked_for("latest", 404, "error")] == 1
+    assert found['goproxy_request_seconds_count{kind="zip"}'] == 12
+    assert found['goproxy_sent_bytes_total{kind="zip"}'] > 11 * len(SITE[BIG])
+    assert found["goproxy_requests_in_flight"] <= 1
+
+
+@needs_proc
+def test_a_worker_goes_on_with_the_figures_of_a_dead_one(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), workers=2)
+    statuses = [proxy.get(INFO).status for _ in range(10)]
+    await_figure(proxy, asked_for("info", 200, "hit"), len(statuses) - 1)
+    for victim in children_of(proxy.process.pid):
+        os.kill(victim, signal.SIGKILL)
+        proxy.logged(f"worker {victim} ended")
+    proxy.get(INFO)
+    await_figure(proxy, asked_for("info", 200, "hit"), len(statuses))
+    await_figure(proxy, "goproxy_worker_restarts_total", 2)
+
+
+def test_failures_of_an_upstream_are_counted_by_host(
+    run: Run, upstream: Upstream, refused: str
+) -> None:
+    proxy = run(upstream=f"{refused}|{upstream.url('truncate')}")
+    proxy.get(BIG)
+    proxy.get("example.com/none/@latest")
+    bad, good = (url.partition("//")[2].partition("/")[0] for url in (refused, upstream.url()))
+    found = figures(proxy)
+    name = "goproxy_upstream_failures_total"
+    assert found[f'{name}{{host="{bad}",failure="Unreachable"}}'] >= 2  # with retries
+    assert sum(count for key, count in found.items() if f'{name}{{host="{good}"' in key) > 0
+    assert found[f'goproxy_upstream_requests_total{{host="{good}",code="404"}}'] == 1
+    assert found[f'goproxy_upstream_received_bytes_total{{host="{good}"}}'] > 0
+
+
+def test_open_connections_are_counted(run: Run) -> None:
+    proxy = run()
+    with contextlib.ExitStack() as stack:
+        for _ in range(7):
+            stack.enter_context(dial(proxy.port))
+        await_figure(proxy, "goproxy_connections", 8)  # with the one that asks
+    await_figure(proxy, "goproxy_connections", 1)
+
+
+def test_promtool_finds_no_fault(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), workers=2)
+    for path in (INFO, BIG, "x", "example.com/none/@latest"):
+        proxy.get(path)
+    answer = proxy.get("metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    for words, given in (("check metrics", answer.body), ("check rules", b"")):
+        files = [str(HERE / "deploy/alerts.yml")] if words == "check rules" else []
+        command = [installed("promtool"), *words.split(), *files]
+        done = subprocess.run(command, input=given, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b""), done.stdout
+
+
+def test_what_others_read_of_the_figures_is_there() -> None:
+    families = set(goproxy.METRICS)
+    families |= {f"goproxy_request_seconds_{part}" for part in ("bucket", "count", "sum")}
+    for file in ("grafana.json", "alerts.yml"):
+        words = re.findall(r"\b(?:goproxy|process)_[a-z_]+", (HERE / "deploy" / file).read_text())
+        assert words and set(words) <= families
+    rows = re.findall(
+        r"^\| `((?:goproxy|process)_[a-z_]+)` \|", (HERE / "README.md").read_text(), re.M
+    )
+    assert set(rows) == set(goproxy.METRICS)
+
+
+def test_figures_of_processes_add_up_and_are_kept_by_their_place() -> None:
+    meter = goproxy.Meter()
+    meter.share(3)
+    for place in (0, 1, 0):
+        meter.take(place)
+        meter.add("goproxy_sent_bytes_total", 5, kind='a"\\\n')
+        meter.set("goproxy_connections", place + 1)
+    name = 'goproxy_sent_bytes_total{kind="a\\"\\\\\\n"}'
+    assert meter.figures() == {name: 15.0, "goproxy_connections": 3.0}
+    meter.take(1)
+    assert meter.figures()["goproxy_connections"] == 1.0
+
+
+def test_figures_take_no_more_than_their_room() -> None:
+    meter = goproxy.Meter()
+    assert [meter.host(f"h{number}") for number in (*range(40), 0)].count("other") == 8
+    for number in range(3000):
+        meter.add("goproxy_requests_total", kind=number)
+    assert len(meter.figures()) == 999
+
+
+def test_athens_pages_are_there(shared: Shared) -> None:
+    assert shared.proxy.get("healthz").status == 200
+    assert shared.proxy.get("version").text == f'{{"version": "{goproxy.__version__}"}}\n'
+
+
+def test_figures_are_for_users_alone(guarded: Proxy) -> None:
+    statuses = [guarded.get("metrics").status, guarded.get("metrics", Authorization=ALICE).status]
+    assert statuses == [401, 200]
 
 
 # --- TLS ---------------------------------------------------------------------
@@ -12134,16 +12312,6 @@ def test_the_file_alone_runs_isolated(tmp_path: Path) -> None:
                 check=True,
             )
             assert goproxy.__version__ in told.stdout.decode()
-
-
-def children_of(process: int) -> list[int]:
-    """The worker processes of a proxy, the one that fetches first."""
-    return [
-        int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    ]
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 
 
 @needs_proc
@@ -12985,6 +13153,7 @@ PLAN = re.compile(r"^ *(\d+)\.? +(\w+)", re.MULTILINE)
 DOORS = {
     "argparse": {3},
     "ctypes": {12},
+    "mmap": {5},
     "fcntl": {0, 5},
     "os.environ": {12},
     "resource": {0, 11},
@@ -12997,7 +13166,7 @@ DOORS = {
     "tarfile": {8, 9},
     "zipfile": {4},
 }
-SORTED_TABLES = {"COMMANDS", "DNS_TRANSPORTS", "STORAGES", "TUNNELS"}
+SORTED_TABLES = {"COMMANDS", "DNS_TRANSPORTS", "METRICS", "STORAGES", "TUNNELS"}
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
