@@ -8768,12 +8768,16 @@ class Everywhere(goproxy.Dialer):
         return super().connect("127.0.0.1", self._port, until)
 
 
-def commit_module(folder: Path, name: str, path: str, tags: Sequence[str]) -> Path:
-    """A bare repository `name` in `folder` with the module `path`, and these tags on its commit."""
+def commit_modules(
+    folder: Path, name: str, modules: Mapping[str, str], tags: Sequence[str]
+) -> None:
+    """A bare repository `name` in `folder` with modules, by their folders, and tags on them."""
     work, bare, git = folder / f"{name}-work", folder / name, Git(folder)
     git("init", "-q", "-b", "main", str(work))
-    (work / "go.mod").write_text(f"module {path}\n\ngo 1.21\n")
-    (work / "x.go").write_text(f"package x\n\nconst Name = {path!r}\n".replace("'", '"'))
+    for place, path in modules.items():
+        (work / place).mkdir(exist_ok=True)
+        (work / place / "go.mod").write_text(f"module {path}\n\ngo 1.21\n")
+        (work / place / "x.go").write_text(f"package x\n\nconst Name = `{path}`\n")
     who = ["-c", "user.name=x", "-c", "user.email=x@x.test", "-C", str(work)]
     git(*who, "add", ".")
     git(*who, "commit", "-q", "-m", "one")
@@ -8781,7 +8785,6 @@ def commit_module(folder: Path, name: str, path: str, tags: Sequence[str]) -> Pa
         git("-C", str(work), "tag", one)
     bare.parent.mkdir(parents=True, exist_ok=True)
     git("clone", "-q", "--bare", str(work), str(bare))
-    return bare
 
 
 class World(NamedTuple):
@@ -8803,8 +8806,12 @@ class World(NamedTuple):
 @pytest.fixture(scope="session")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("repositories")
-    commit_module(folder, "team/tool.git", "git.test/team/tool", ["v1.0.0", "v1.1.0"])
-    commit_module(folder, "vanity", "go.test/x", ["v0.1.0"])
+    commit_modules(folder, "team/tool.git", {"": "git.test/team/tool"}, ["v1.0.0", "v1.1.0"])
+    commit_modules(folder, "vanity", {"": "go.test/x"}, ["v0.1.0"])
+    tags = ["sub/v0.2.0", "in/v0.3.0", "v2.0.0"]
+    commit_modules(
+        folder, "mono", {"": "go.test/mono/v2", "sub": "go.test/s", "in": "go.test/mono/in"}, tags
+    )
     return folder
 
 
@@ -8888,6 +8895,18 @@ def test_nothing_outside_hears_of_a_private_path(world: World) -> None:
         proxy.stop()
         assert (world.upstream.asked, resolver.asked, resolver.tcp_connections) == ([], [], 0)
     assert set(world.way.asked) == {"git.test:443", "go.test:443"}
+
+
+def test_no_guess_is_made_of_a_private_path(world: World) -> None:
+    required = "git.test/team/tool v1.0.0\n\texample.com/quote v1.0.0"
+    mod = f"module example.com/leaky\n\nrequire (\n\t{required}\n)\n"
+    world.upstream.files["example.com/leaky/@v/v1.0.0.mod"] = mod.encode()
+    proxy = world.start(read_ahead="true")
+    assert proxy.get("example.com/leaky/@v/v1.0.0.mod").text == mod
+    world.upstream.wait_asked(MOD)
+    proxy.stop()
+    assert [path for path in world.upstream.asked if "git.test" in path] == []
+    assert world.way.asked == []
 
 
 def test_only_our_resolver_hears_of_a_private_path(world: World) -> None:
@@ -12969,6 +12988,55 @@ def test_go_shows_its_credentials(world: World, make_go: GoMaker, trust: Trust) 
         (go.folder / ".netrc").write_text(known)
         (got,) = go.download("git.test/team/tool@latest")
         assert (got["Version"], got["Sum"][:3]) == ("v1.1.0", "h1:")
+
+
+FOUND_AT = {
+    "go.test/x@v0.1.0": ["go.test/x git https://git.test/vanity"],
+    "go.test/s@v0.2.0": ["go.test/s git https://git.test/mono sub"],
+    "go.test/mono/v2@v2.0.0": ["go.test/mono git https://git.test/mono"],
+    "go.test/mono/in@v0.3.0": ["go.test/mono git https://git.test/mono"],
+    "go.test/mono@v2.0.0": ["go.test/mono git https://git.test/mono"],
+    "go.test/q@v1.0.0": ["go.test/q mod {upstream}"],
+    "go.test/both@v1.0.0": [
+        "go.test/both git https://git.test/vanity",
+        "go.test/both mod {upstream}",
+    ],
+    "go.test/liar/in@v0.3.0": ["go.test/x git https://git.test/mono"],
+    "go.test/x/y@v0.3.0": ["go.test/x git https://git.test/mono"],
+    "go.test/two@v0.1.0": ["go.test/two git https://git.test/vanity"] * 2,
+    "go.test/hg@v0.1.0": ["go.test/hg hg https://git.test/vanity"],
+    "go.test/away@v0.1.0": ["go.test/away git https://git.test/away"],
+    "go.test/none@v0.1.0": [],
+}
+
+
+def sums(go: Go) -> dict[str, str]:
+    """The sum of each of FOUND_AT that the go command can download."""
+    told, decoder, found = go.run("mod", "download", "-json", *FOUND_AT).out, json.JSONDecoder(), {}
+    while told.strip():
+        module, end = decoder.raw_decode(told := told.lstrip())
+        told = told[end:]
+        if "Sum" in module:
+            found[f"{module['Path']}@{module['Version']}"] = module["Sum"]
+    return found
+
+
+@needs_go
+def test_repositories_are_found_as_go_finds_them(
+    world: World, make_go: GoMaker, trust: Trust
+) -> None:
+    """The go command alone, on the same pages and repositories, is the judge."""
+    for name, tags in FOUND_AT.items():
+        page = "".join(map(tag, tags)).replace("</head></html><html><head>", "")
+        path = name.partition("@")[0]
+        world.forge.pages[path] = (200, page.replace("{upstream}", world.upstream.url()))
+        world.upstream.files.update(released(name, {"x.go": "package x\n"}))
+    world.forge.pages["go.test/mono"] = world.forge.pages["go.test/mono/in"]
+    gateway = world.environ["HTTPS_PROXY"]
+    reach = {"HTTPS_PROXY": gateway, "SSL_CERT_FILE": trust.cert, "GIT_SSL_CAINFO": trust.cert}
+    alone = sums(make_go("direct", **reach))
+    assert sums(make_go(world.start().url)) == alone
+    assert len(alone) == 6
 
 
 # --- with the real upstream --------------------------------------------------
