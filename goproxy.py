@@ -6946,7 +6946,7 @@ class SqlStorage(RemoteStorage):
     a while, so that who reads one can finish. A name appears in one transaction."""
 
     _WASTE_SECONDS, _TIDY_SECONDS, _TIDY_BODIES = 900.0, 60.0, 100
-    _LINES, _IDLE_LINES, _LINE_SECONDS = 16, 8, 10.0
+    _LINES, _IDLE_LINES, _LINE_SECONDS = 8, 4, 10.0
     _PAGE = 1000
 
     def __init__(self, dialect: SqlDialect) -> None:
@@ -7281,6 +7281,8 @@ class PostgresLine(SqlLine):
 
     def __init__(self, driver: Any, url: str) -> None:
         self._driver = driver
+        self._mutex = threading.Lock()
+        self._running: object = None  # the statement, while there is one
         options: dict[str, Any] = {"application_name": "goproxy", "autocommit": True}
         if "connect_timeout=" not in url:
             options["connect_timeout"] = self._CONNECT_SECONDS
@@ -7293,7 +7295,8 @@ class PostgresLine(SqlLine):
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         """Within a deadline, and with our errors."""
-        timer = threading.Timer(self._SECONDS, self._cut)
+        token = self._running = object()
+        timer = threading.Timer(self._SECONDS, self._cut, (token,))
         timer.daemon = True
         timer.start()
         try:
@@ -7303,10 +7306,14 @@ class PostgresLine(SqlLine):
             raise kind(f"the database fails: {_first_line(error)}") from None
         finally:
             timer.cancel()
+            with self._mutex:
+                self._running = None
 
-    def _cut(self) -> None:
+    def _cut(self, token: object) -> None:
         """Who waits for an answer learns that none will come."""
-        with contextlib.suppress(OSError, self._driver.Error):
+        with self._mutex, contextlib.suppress(OSError, self._driver.Error):
+            if self._running is not token:
+                return
             sock = socket.socket(fileno=os.dup(self._connection.fileno()))
             with contextlib.closing(sock):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -7338,6 +7345,8 @@ class Postgres(SqlDialect):
     """A PostgreSQL server, which many replicas may share, by the package psycopg."""
 
     blob, text = "BYTEA", 'TEXT COLLATE "C"'
+    # A server says no for good in other words than these.
+    _PASSING = re.compile("starting up|shutting down|recovery|too many|connection slots")
 
     def __init__(self, url: str) -> None:
         """Raises ValueError if the package is missing."""
@@ -7358,7 +7367,8 @@ class Postgres(SqlDialect):
 
     def refuse(self, error: StoreDown) -> None:
         """What cannot be reached may be there later; what the server itself refuses stays so."""
-        if "FATAL" in str(error) or not isinstance(error, StoreAway):
+        refused = "FATAL" in str(error) and not self._PASSING.search(str(error))
+        if refused or not isinstance(error, StoreAway):
             raise StartError(
                 f"cannot use {mask(self._url)} as a store: {error}; check user, password and "
                 "database, and that the user may create tables in it"
