@@ -7346,7 +7346,7 @@ class Postgres(SqlDialect):
 
     blob, text = "BYTEA", 'TEXT COLLATE "C"'
     # A server says no for good in other words than these.
-    _PASSING = re.compile("starting up|shutting down|recovery|too many|connection slots")
+    _FOR_NOW = re.compile("starting up|shutting down|recovery|too many|connection slots")
 
     def __init__(self, url: str) -> None:
         """Raises ValueError if the package is missing."""
@@ -7367,7 +7367,7 @@ class Postgres(SqlDialect):
 
     def refuse(self, error: StoreDown) -> None:
         """What cannot be reached may be there later; what the server itself refuses stays so."""
-        refused = "FATAL" in str(error) and not self._PASSING.search(str(error))
+        refused = "FATAL" in str(error) and not self._FOR_NOW.search(str(error))
         if refused or not isinstance(error, StoreAway):
             raise StartError(
                 f"cannot use {mask(self._url)} as a store: {error}; check user, password and "
