@@ -257,7 +257,11 @@ class BadUpstream(ProxyError):
 
 
 class Untrusted(BadUpstream):
-    """What contradicts the checksum database, or the database itself: a security event."""
+    """The checksum database contradicts itself: a security event."""
+
+
+class Mismatch(Untrusted):
+    """What contradicts the checksum database."""
 
 
 class Unreachable(BadUpstream):
@@ -2312,14 +2316,13 @@ def tree_hash(size: int, tiles: Tiles) -> bytes:
     return found or hashlib.sha256(b"").digest()
 
 
-def check_tiles(head: TreeHead, tiles: Tiles) -> None:
-    """Raises Untrusted unless these, which are all of some proving_tiles, belong to the tree."""
+def check_tiles(head: TreeHead, tiles: Tiles, known: Set[tuple[int, int]] = frozenset()) -> None:
+    """Raises Untrusted unless these, which are all of some proving_tiles, belong to the tree, as it
+    is known of some."""
     edge = {(tile.level, tile.number) for tile in edge_tiles(head.size)}
-    good = tree_hash(head.size, tiles) == head.hash and all(
-        _tile_hash(data) == hash_at(tiles, level + 1, number)
-        for (level, number), data in tiles.items()
-        if (level, number) not in edge
-    )
+    good = edge <= known or tree_hash(head.size, tiles) == head.hash
+    for level, number in tiles.keys() - edge - known:
+        good = good and _tile_hash(tiles[level, number]) == hash_at(tiles, level + 1, number)
     if not good:
         raise Untrusted("tiles of the checksum database do not fit its tree head")
 
@@ -2717,11 +2720,6 @@ def read_sums(raw: bytes) -> dict[tuple[str, str], set[str]]:
         elif fields:
             raise BadUpstream(f"line {number} is none of a go.sum")
     return sums
-
-
-def go_mod_hash(raw: bytes) -> str:
-    """The h1: hash of a go.mod, as in go.sum."""
-    return _hash1([(b"go.mod", hashlib.sha256(raw).digest())])
 
 
 class Kind(NamedTuple):
@@ -6468,6 +6466,7 @@ class Folder(Shelf):
 
 
 OWN_MARK = ".goproxy-"  # begins the names of our own side files, which are no artifacts
+BAD_PLACE = OWN_MARK + "bad"  # where goes what is not what it should be
 
 
 def _draft_in(folder: str, named: bool) -> Draft:
@@ -6505,7 +6504,7 @@ class DiskStorage(Folder, Storage):
     renamed without, a power cut left none. Where the file system keeps attributes, each has the
     digest of its bytes, and is held to it at the first use by every process."""
 
-    _OWN, _BAD = OWN_MARK + "drafts", OWN_MARK + "bad"
+    _OWN = OWN_MARK + "drafts"
     _SEAL = "user.goproxy.sha256"
     _REMEMBERED = 20_000
 
@@ -6547,10 +6546,10 @@ class DiskStorage(Folder, Storage):
     def _check(self, name: str, blob: FileBlob) -> None:
         seal = _attribute(blob.descriptor, self._SEAL)
         if seal and seal != _digest_of(blob):
-            aside = os.path.join(self._root, self._BAD, name)
+            aside = os.path.join(self._root, BAD_PLACE, name)
             self._make_folder(os.path.dirname(aside))
             os.replace(self._path(name), aside)
-            raise Spoiled(f"its bytes have changed on the disk: moved aside to {self._BAD}/{name}")
+            raise Spoiled(f"its bytes have changed on the disk: moved aside to {BAD_PLACE}/{name}")
         if len(self._sound) >= self._REMEMBERED:
             self._sound = set()
         self._sound.add(blob.stamp)
@@ -9963,8 +9962,15 @@ class Modules(Protocol):
         """Where the client itself can GET or HEAD a .zip; "" if it is to ask us for it."""
 
 
-# Given a go.sum version and its h1: hash, raises Untrusted if a checksum database has another one.
-Comparison = Callable[[str, str], None]
+# Given a go.sum version and its h1: hash, tells whether a checksum database has that; Mismatch is
+# raised if it has another one, Untrusted if its record does not count.
+Comparison = Callable[[str, str], bool]
+Begin = Callable[[str, str], Comparison]  # given path and version, before something is fetched
+
+
+def nothing_known(version: str, h1: str) -> bool:
+    """The comparison with no database."""
+    return False
 
 
 class Mirror(Modules):
@@ -9972,11 +9978,11 @@ class Mirror(Modules):
     with path and version before something is fetched, and what it returns before that is kept."""
 
     def __init__(
-        self, source: Source, cache: Cache, begin: Callable[[str, str], Comparison] | None = None
+        self, source: Source, cache: Cache, begin: Begin = lambda path, version: nothing_known
     ) -> None:
         self._source = source
         self._cache = cache
-        self._begin = begin or (lambda path, version: lambda go_sum_version, h1: None)
+        self._begin = begin
         self._stored = Stored(cache.storage)
 
     def versions(self, path: str, reach: Reach) -> Answer:
@@ -10033,7 +10039,7 @@ class Mirror(Modules):
                 return self._fetch(artifact)
             compare = self._begin(artifact.path, artifact.version)
             data = self._fetch(artifact)
-            compare(f"{artifact.version}/go.mod", go_mod_hash(data))
+            compare(f"{artifact.version}/go.mod", hash_of_mod(data))
             return data
 
         return self._cache.small(artifact.name, reach, fetch)
@@ -10518,6 +10524,7 @@ class Ledger:
     each tree, and full tiles where a larger tree seen has outgrown that."""
 
     _SIGNED = 100  # notes remembered; many records come with the same one
+    _KNOWN = 500  # proven tiles remembered, of 8 KiB at most
 
     def __init__(self, database: SumDbName, sumdb: SumDb, cache: Cache) -> None:
         self._name = database.name
@@ -10528,16 +10535,25 @@ class Ledger:
         self._mutex = threading.Lock()
         self._largest: TreeHead | None = None
         self._signed: TtlCache[TreeHead] = TtlCache(self._SIGNED)
+        self._entered: TtlCache[bool] = TtlCache(self._SIGNED)
+        self._known: dict[Tile, bytes] = {}
 
     def enter(self, record: Record) -> None:
         """Proves a record and stores what does. Raises Untrusted for one that does not count, and
         other ProxyErrors where tiles cannot be had."""
         head = self._open(record.note)
-        self._prove(head, ())
-        largest = self._grow(head, record.note)
+        if not (self._largest and self._entered.get(str(head))):
+            self._prove(head, ())
+            self._grow(head, record.note)
+            self._entered.put(str(head), True, math.inf)
+        largest = self._largest or head
         if record.number >= largest.size:
             raise Untrusted(f"{self._name}: a record from beyond the end")
-        tiles = self._prove(largest, [(0, record.number // TILE_WIDTH)])
+        known = self._known
+        wanted = proving_tiles(largest.size, [(0, record.number // TILE_WIDTH)])
+        tiles = self._fetch(largest, wanted, known)
+        self._known = {} if len(known) > self._KNOWN else known
+        self._known.update((tile, tiles[tile.level, tile.number]) for tile in wanted)
         if self._verifier and hash_at(tiles, 0, record.number) != record_hash(record.text):
             raise Untrusted(f"{self._name}: record {record.number} is not in the tree")
 
@@ -10551,9 +10567,9 @@ class Ledger:
             self._signed.put(key, head, math.inf)
         return head
 
-    def _grow(self, head: TreeHead, note: bytes) -> TreeHead:
-        """The largest head seen, which this one may be. Raises Untrusted where they are not parts
-        of one tree: the database tells different things to different people."""
+    def _grow(self, head: TreeHead, note: bytes) -> None:
+        """Holds a head against the largest one seen, and makes it that if it is. Raises Untrusted
+        where they are not parts of one tree: the database tells people different things."""
         while True:
             largest = self._largest or self._load()
             old, new = (head, largest) if head.size <= largest.size else (largest, head)
@@ -10564,15 +10580,14 @@ class Ledger:
                     f"{self._name}: the trees of {old.size} and {new.size} records contradict each "
                     f"other: {old.hash.hex()}, {new.hash.hex()}"
                 )
-            if old is head:
-                return largest
             with self._mutex:
                 grown = self._largest in (None, largest)
                 if grown:
-                    self._largest = head
-            if grown:
+                    self._largest = new
+            if grown and new is head:
                 self._cache.keep(self._side, note, replace=True)
-                return head
+            if grown:
+                return
 
     def _load(self) -> TreeHead:
         try:
@@ -10581,17 +10596,23 @@ class Ledger:
             return TreeHead(0, b"")
 
     def _prove(self, head: TreeHead, places: Iterable[tuple[int, int]]) -> Tiles:
-        """What the tiles at these places, and all between them and the edge, hold. Those that do
-        not fit are fetched again once: what is stored may be spoilt."""
-        wanted = proving_tiles(head.size, places)
+        """What the tiles at these places, and all between them and the edge, hold."""
+        return self._fetch(head, proving_tiles(head.size, places), {})
+
+    def _fetch(self, head: TreeHead, wanted: Sequence[Tile], known: Mapping[Tile, bytes]) -> Tiles:
+        """What tiles hold. Those that do not fit are fetched again once: what is stored may be
+        spoilt."""
+        fresh = [tile for tile in wanted if tile not in known]
+        sure = {(tile.level, tile.number): known[tile] for tile in wanted if tile in known}
         for last in (False, True):
-            tiles = self._sumdb.tiles(self._name, wanted)
+            tiles = {**sure, **self._sumdb.tiles(self._name, fresh)}
             try:
                 if self._verifier and head.size:
-                    check_tiles(head, tiles)
+                    check_tiles(head, tiles, sure.keys())
                 break
             except Untrusted:
-                self._sumdb.drop_tiles(self._name, wanted)
+                self._sumdb.drop_tiles(self._name, fresh)
+                self._known = {}
                 if last:
                     raise
         return tiles
@@ -10732,15 +10753,17 @@ class SumDb:
 
     def _compare(
         self, promises: Mapping[str, Future[bytes]], path: str, version: str, h1: str
-    ) -> None:
+    ) -> bool:
         """A fill is not refused because a database cannot be asked; that is told in the log."""
+        is_known = False
         for database, promise in promises.items():
             try:
                 patience = self._IMPATIENCE if database in self._suspect else self._PATIENCE
                 lines = promise.result(patience).decode("utf-8", "replace").split("\n")
                 told = [line for line in lines if line.startswith(f"{path} {version} ")]
                 if told and f"{path} {version} {h1}" not in told:
-                    raise Untrusted(f"checksum mismatch: {database} has {told[0]}, this is {h1}")
+                    raise Mismatch(f"checksum mismatch: {database} has {told[0]}, this is {h1}")
+                is_known = is_known or bool(told)
             except Untrusted as error:
                 self._log.security(f"{path}@{version}: {error}")
                 raise
@@ -10749,6 +10772,7 @@ class SumDb:
                 self._log.error(f"{path}@{version}: not compared with {database}: no answer yet")
             except ProxyError as error:
                 self._log.error(f"{path}@{version}: not compared with {database}: {error}")
+        return is_known
 
     def _testimony(self, database: str, path: str, version: str) -> bytes:
         """The text of a record that counts, b"" if there is none."""
@@ -11428,18 +11452,59 @@ class Selection:
         return [pair for pair in pairs if pair[1]]
 
 
+K = TypeVar("K", bound=Sequence[Any])
+
+
+class Crew:
+    """Threads that do the same with each of many things; `fail` is told what could not be done."""
+
+    _THREADS = 12
+
+    def __init__(self, fail: Callable[[Any, ProxyError], None]) -> None:
+        self._fail = fail
+        self._lane = Lane("crew", self._THREADS)
+
+    def each(
+        self, start: Iterable[K], work: Callable[[K], T], then: Callable[[K, T], Iterable[K]]
+    ) -> None:
+        """Does work on each in parallel, and on what `then` makes of the results. No more is taken
+        from `start` than is worked on."""
+        results: queue.SimpleQueue[tuple[K, T | None]] = queue.SimpleQueue()
+        source, waiting, pending = iter(start), collections.deque[K](), 0
+        while True:
+            room = max(0, 2 * self._THREADS - pending - len(waiting))
+            waiting.extend(itertools.islice(source, room))
+            pending += len(waiting)
+            while waiting:
+                self._lane.do(functools.partial(self._do, waiting.popleft(), work, results))
+            if not pending:
+                return
+            item, result = results.get()
+            pending -= 1
+            waiting.extend(() if result is None else then(item, result))
+
+    def _do(
+        self, item: K, work: Callable[[K], T], results: queue.SimpleQueue[tuple[K, T | None]]
+    ) -> None:
+        result = None
+        try:
+            result = work(item)
+        except ProxyError as error:
+            self._fail(item, error)
+        finally:
+            results.put((item, result))
+
+
 class Gatherer:
     """Brings all that builds ask for into the store, with the checksum records and what proves
     them: what go.sum files name, and what is selected for a go.mod."""
-
-    _THREADS = 12
 
     def __init__(self, policy: Policy, sumdb: SumDb, reach: Reach, progress: Progress) -> None:
         self._policy = policy
         self._sumdb = sumdb
         self._reach = reach
         self._progress = progress
-        self._lane = Lane("gather", self._THREADS)
+        self._crew = Crew(self._fail)
         self._sums: dict[tuple[str, str], set[str]] = {}
         self._wanted: dict[Artifact, None] = {}
         self.failures = 0
@@ -11460,7 +11525,7 @@ class Gatherer:
             found.append(go_mod)
             return ()
 
-        self._all([(path, query)], self._find, note)
+        self._crew.each([(path, query)], self._find, note)
         for go_mod in found:
             self.want_mod(go_mod)
 
@@ -11484,7 +11549,7 @@ class Gatherer:
     def want_mod(self, go_mod: bytes) -> None:
         """What the module with this go.mod builds with."""
         selection = Selection(go_mod)
-        self._all(selection.start(), self._read, selection.follow)
+        self._crew.each(selection.start(), self._read, selection.follow)
         for path, version in selection.selected():
             self._want(path, version, _ALL_KINDS)
 
@@ -11499,7 +11564,7 @@ class Gatherer:
     def gather(self) -> None:
         """Brings what is wanted, and tells what cannot be had."""
         self._progress.expect(len(self._wanted))
-        self._all(list(self._wanted), self._bring, lambda _, __: ())
+        self._crew.each(list(self._wanted), self._bring, lambda _, __: ())
 
     def _bring(self, artifact: Artifact) -> None:
         size = 0
@@ -11515,7 +11580,7 @@ class Gatherer:
         check_module(artifact.path, artifact.version)
         data = self._policy.admit(artifact.path, Asker()).small(artifact, self._reach).data
         if artifact.kind == "mod":
-            self._compare(artifact.path, f"{artifact.version}/go.mod", go_mod_hash(data))
+            self._compare(artifact.path, f"{artifact.version}/go.mod", hash_of_mod(data))
         return data
 
     def _bring_zip(self, artifact: Artifact) -> int:
@@ -11533,31 +11598,6 @@ class Gatherer:
         if h1 not in self._sums.get((path, version), {h1}):
             raise BadUpstream(f"checksum mismatch: it is {h1}, go.sum has another one")
 
-    def _all(
-        self, start: Sequence[K], work: Callable[[K], T], then: Callable[[K, T], Iterable[K]]
-    ) -> None:
-        """Does work on each in parallel, and on what `then` makes of the results."""
-        results: queue.SimpleQueue[tuple[K, T | None]] = queue.SimpleQueue()
-        waiting, pending = list(start), 0
-        while waiting or pending:
-            pending += len(waiting)
-            for item in waiting:
-                self._lane.do(functools.partial(self._do, item, work, results))
-            item, result = results.get()
-            pending -= 1
-            waiting = [] if result is None else list(then(item, result))
-
-    def _do(
-        self, item: K, work: Callable[[K], T], results: queue.SimpleQueue[tuple[K, T | None]]
-    ) -> None:
-        result = None
-        try:
-            result = work(item)
-        except ProxyError as error:
-            self._fail(item, error)
-        finally:
-            results.put((item, result))
-
     def _fail(self, item: Sequence[Any], error: ProxyError) -> None:
         """Tells of an item that begins with path and version."""
         path, version, *rest = map(str, item)
@@ -11566,12 +11606,95 @@ class Gatherer:
         fields = {"module": path, "version": version, "error": str(error)}
         self._progress.tell("failed", f"{path}@{version}{what}: {error}", **fields)
 
-    def close(self) -> None:
-        self._lane.close()
 
-
-K = TypeVar("K", bound=Sequence[Any])
 _ALL_KINDS = ("info", "mod", "zip", "record")
+
+
+class Inspector:
+    """Holds what is stored of versions to what it should be: by structure, by the hash it was
+    stored with and by the checksum database. Moves aside what is not."""
+
+    def __init__(self, storage: Storage, begin: Begin, progress: Progress) -> None:
+        self._storage = storage
+        self._begin = begin
+        self._progress = progress
+        self._crew = Crew(self._fail)
+        self._mutex = threading.Lock()
+        self.bad = self.failures = self.compared = 0
+
+    def inspect(self) -> None:
+        """Walks twice: for a bar one must know how much there is."""
+        for _, item in self._items():
+            self._progress.expect(1, item.size)
+        self._crew.each(self._items(), self._inspect, lambda _, __: ())
+
+    def _items(self) -> Iterator[tuple[Artifact, Item]]:
+        for item in self._storage.walk():
+            artifact = stored_artifact(item.name)
+            if artifact and artifact.kind in KINDS:
+                yield artifact, item
+
+    def _inspect(self, found: tuple[Artifact, Item]) -> None:
+        artifact, item = found
+        try:
+            self._check(artifact, item)
+        except Spoiled as error:
+            self._tell_bad(item, error)
+        except NotFound:
+            pass  # it has gone meanwhile
+        except (Mismatch, BadUpstream) as error:
+            if type(error) is Untrusted or isinstance(error, Unreachable):
+                raise
+            self._put_aside(item, error)
+        self._progress.advance(1, item.size)
+
+    def _check(self, artifact: Artifact, item: Item) -> None:
+        version = artifact.version + ("/go.mod" if artifact.kind == "mod" else "")
+        if artifact.kind == "info":
+            KINDS["info"].check(artifact, read_small(self._storage, item.name, MAX_INFO))
+            return
+        compare = self._begin(artifact.path, artifact.version)
+        h1 = self._zip_hash(artifact) if artifact.kind == "zip" else self._mod_hash(artifact)
+        if compare(version, h1):
+            with self._mutex:
+                self.compared += 1
+
+    def _mod_hash(self, artifact: Artifact) -> str:
+        data = read_small(self._storage, artifact.name, MAX_GO_MOD)
+        check_go_mod(data)
+        return hash_of_mod(data)
+
+    def _zip_hash(self, artifact: Artifact) -> str:
+        blob = self._storage.open(artifact.name)
+        assert isinstance(blob, FileBlob)
+        with contextlib.closing(blob), blob.reading() as file:
+            h1 = check_zip(file, artifact.path, artifact.version)
+        with contextlib.suppress(NotFound):
+            stored = read_small(self._storage, artifact.name + "hash", MAX_INFO).decode("latin-1")
+            if stored.strip() != h1:
+                raise BadUpstream(f"it is {h1}, but was stored as {stored.strip()}")
+        return h1
+
+    def _put_aside(self, item: Item, error: ProxyError) -> None:
+        sides = [item.name + "hash"] if item.name.endswith(".zip") else []
+        for name in (*sides, item.name):
+            with contextlib.suppress(NotFound):
+                copy(self._storage, name, self._storage, f"{BAD_PLACE}/{name}")
+                self._storage.remove(name)
+        self._tell_bad(item, error)
+
+    def _tell_bad(self, item: Item, error: ProxyError) -> None:
+        with self._mutex:
+            self.bad += 1
+        place = f"{BAD_PLACE}/{item.name}"
+        words = f"{item.name}: {error}; moved to {place}"
+        self._progress.tell("bad", words, name=item.name, error=str(error), place=place)
+
+    def _fail(self, found: tuple[Artifact, Item], error: ProxyError) -> None:
+        with self._mutex:
+            self.failures += 1
+        name = found[1].name
+        self._progress.tell("failed", f"{name}: {error}", name=name, error=str(error))
 
 
 # --- export and import ---
@@ -14838,12 +14961,12 @@ def answering(
     cache = Cache(storage, settings.ttl, log)
 
     def begin(path: str, version: str) -> Comparison:
-        return sumdb.begin(path, version)
+        return sumdb.begin(path, version) if settings.verify else nothing_known
 
     with going_direct(settings, outside, client) as direct:
         source = open_sources(client, settings.upstream, direct)
         private = open_private(settings.private_auth, direct, cache)
-        mirror = Mirror(source, cache, begin if settings.verify else None)
+        mirror = Mirror(source, cache, begin)
         policy = Policy(mirror, private, storage, settings)
         if settings.modules:
             policy = OwnFirst(OwnModules(settings.modules), policy)
@@ -15138,6 +15261,24 @@ def _at_work(settings: Settings, environ: Mapping[str, str]) -> Iterator[Answeri
     answers = answering(settings, outside, client, storage, log)
     with contextlib.closing(dialer.resolver), contextlib.closing(client), answers as found:
         yield found
+
+
+def run_verify(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Holds all that is stored of versions to what it should be; 1 if anything is not, or could not
+    be read. Raises UsageError, StartError."""
+    progress = Progress("verify", settings.given[_AS_JSON.name])
+    with _at_work(settings, environ) as found:
+        begin: Begin = lambda path, version: nothing_known  # noqa: E731
+        if settings.verify and not settings.offline:
+            begin = found.sumdb.begin
+        inspector = Inspector(found.cache.storage, begin, progress)
+        inspector.inspect()
+    counts = {
+        "bad": inspector.bad, "failed": inspector.failures, "compared": inspector.compared
+    }  # fmt: skip
+    told = ", ".join(f"{count} {word}" for word, count in counts.items())
+    progress.end(f"{told} with the checksum database", **counts)
+    return 1 if inspector.bad or inspector.failures else 0
 
 
 _AS_JSON = Argument("-json", "prints a JSON object per line", False)
@@ -15483,6 +15624,11 @@ COMMANDS = {
         run_restore, "Brings back what a re-check has moved aside.", _RESTORE_ARGUMENTS
     ),
     "serve": Command(run_serve, "A Go module proxy."),
+    "verify": Command(
+        run_verify,
+        "Checks all stored modules, also against the checksum database; moves bad ones aside.",
+        (_AS_JSON,),
+    ),
 }
 
 

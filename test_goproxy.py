@@ -9735,11 +9735,11 @@ def test_a_forked_tree_is_refused(
 def test_a_spoilt_tile_is_fetched_again(
     strict: Callable[..., Proxy], run: Run, upstream: Upstream
 ) -> None:
-    proxy = strict()
-    proxy.get(MOD)
+    assert strict().get(MOD).status == 200
+    run.started[-1].stop()
     tile = run.cache / "sumdb/sum.test/tile/8/0/000"
     tile.write_bytes(flipped(tile.read_bytes(), 9))
-    assert proxy.get(MOD.replace("quote", "big")).status == 200
+    assert strict().get(MOD.replace("quote", "big")).status == 200
     assert tile.read_bytes() == SUMS["tile/8/0/000"]
 
 
@@ -12673,6 +12673,94 @@ def test_fetch_draws_a_bar_on_a_terminal(run: Run, upstream: Upstream) -> None:
     os.close(screen)
     assert re.search(r"\r\x1b\[Kfetch \[[# ]{20}\] [1-4]/4 .* [kM]?B/s  0:00 left", drawn), drawn
     assert re.fullmatch(rb"fetch: 4 done, .* in .* s; 0 missing\n", done.stdout)
+
+
+# --- verify ------------------------------------------------------------------
+
+
+@pytest.fixture
+def inspect(
+    run: Run, upstream: Upstream, strict: Callable[..., Proxy]
+) -> Callable[..., tuple[Ended, list[str]]]:
+    """Runs `goproxy.py verify` over a cache with three modules; which of their files are still in
+    it. First the work given is done to the cache."""
+    proxy = strict()
+    names = [f"example.com/{stem}.{kind}" for kind in ("info", "mod", "zip") for stem in STEMS]
+    assert {proxy.get(name).status for name in names} == {200}
+    proxy.stop()
+    sumdb = f"{NOTARY.key} {upstream.url('404')}"
+
+    def work(spoil: Mapping[str, bytes], *words: str) -> tuple[Ended, list[str]]:
+        for name, data in spoil.items():
+            copied_in(run.cache / name, data)
+        settings = {"cache": run.cache, "upstream": upstream.url(), "sumdb": sumdb}
+        ended = finish(run.folder, "verify", *flags(settings), *words)
+        return ended, [name for name in names if (run.cache / name).exists()]
+
+    return work
+
+
+STEMS = ["big/@v/v1.0.0", "quote/@v/v1.0.0", "quote/@v/v1.1.0"]
+Inspect = Callable[..., "tuple[Ended, list[str]]"]
+
+
+def copied_in(place: Path, data: bytes) -> None:
+    """Replaces a file as a person does, so that nothing is known of the new one."""
+    place.unlink()
+    place.write_bytes(data)
+
+
+def test_verify_finds_nothing_wrong_with_a_good_store(inspect: Inspect) -> None:
+    ended, left = inspect({})
+    assert (ended.status, len(left)) == (0, 9), ended
+    assert re.fullmatch("verify: 9 done, .*; 0 bad, 0 failed, 6 compared with the .*\n", ended.out)
+
+
+OTHER_ZIP = make_zip("example.com/quote@v1.0.0", {"go.mod": "module example.com/quote\n"})
+SPOILT_FILES = {
+    "broken info": (INFO, b"{}"),
+    "broken mod": (MOD, b"go 1.21\n"),
+    "broken zip": (ZIP, SITE[ZIP][:-1]),
+    "other mod": (MOD, SITE[MOD] + b"// evil\n"),
+    "other zip": (ZIP, OTHER_ZIP),
+}
+
+
+@pytest.mark.parametrize("what", sorted(SPOILT_FILES))
+def test_verify_moves_aside_what_is_bad(inspect: Inspect, run: Run, what: str) -> None:
+    name, data = SPOILT_FILES[what]
+    ended, left = inspect({name: data})
+    assert ended.status == 1
+    assert f"{name}: " in ended.out and "; moved to .goproxy-bad/" in ended.out
+    assert len(left) == 8 and name not in left
+    assert (run.cache / ".goproxy-bad" / name).read_bytes() == data
+
+
+def test_verify_asks_the_database_what_only_that_knows(inspect: Inspect) -> None:
+    spoil = {ZIP: OTHER_ZIP, f"{ZIP}hash": hash1(OTHER_ZIP).encode()}
+    ended, left = inspect(spoil, "-offline")
+    assert (ended.status, len(left)) == (0, 9), ended
+    ended, left = inspect({})
+    assert (ended.status, len(left)) == (1, 8), ended
+    assert "checksum mismatch: sum.test has" in ended.out
+
+
+def test_verify_blames_no_module_for_a_lying_database(
+    inspect: Inspect, upstream: Upstream, run: Run
+) -> None:
+    attested(upstream, LIES["another key"])
+    (run.cache / f"sumdb/sum.test/{QUOTE_RECORD}").unlink()
+    ended, left = inspect({}, "-json")
+    assert (ended.status, len(left)) == (1, 9)
+    rows = [json.loads(line) for line in ended.out.splitlines()]
+    assert {row["name"] for row in rows if row["event"] == "failed"} == {MOD, ZIP}
+    assert (rows[-1]["bad"], rows[-1]["failed"], rows[-1]["compared"]) == (0, 2, 4)
+
+
+def test_verify_counts_what_it_could_not_compare(inspect: Inspect, upstream: Upstream) -> None:
+    upstream.fault = "500"
+    ended, left = inspect({})
+    assert (ended.status, len(left)) == (0, 9)
 
 
 @pytest.mark.parametrize(
