@@ -8373,6 +8373,22 @@ _GIT_OPTIONS = (
 )
 
 
+# The first that reads GIT_CONFIG_COUNT: an older one would miss credentials and go around filters.
+OLDEST_GIT = (2, 31)
+
+
+def git_version(search_path: str) -> tuple[int, ...]:
+    """Major and minor number of the git on a PATH, () if there is none."""
+    try:
+        told = subprocess.run(
+            ["git", "version"], env={"PATH": search_path}, capture_output=True, check=False
+        ).stdout
+    except OSError:
+        return ()
+    match = re.match(rb"git version ([0-9]{1,9})\.([0-9]{1,9})", told)
+    return (int(match[1]), int(match[2])) if match else ()
+
+
 class GitRunner:
     """Runs git so that nothing of a repository is executed, nothing of this machine's settings
     counts, nothing asks questions, and no more than eight run at once."""
@@ -9533,7 +9549,7 @@ def _check_place(told: ImportTag, trusted: bool) -> None:
     schemes = _ORIGINS[told.kind].schemes[trusted]
     if told.url.partition("://")[0] not in schemes:
         words = " or ".join(schemes)
-        raise Forbidden(f"the go-import tag of {told.prefix} must lead to {words}")
+        raise Forbidden(f"the go-import tag of {told.prefix} must lead to {words}: see -vcs")
 
 
 class Side(NamedTuple):
@@ -14930,14 +14946,17 @@ def prepare_git(settings: Settings, search_path: str) -> str:
     machine's temporary files; nobody else can read them. Raises StartError."""
     if not settings.private and not any(hop.kind == "direct" for hop in settings.upstream):
         return ""
-    if not shutil.which("git", path=search_path):
-        raise StartError("-private and direct need git: install it, or put it on the PATH")
+    found = git_version(search_path)
+    if found < OLDEST_GIT:
+        number = ".".join(map(str, found)) or "none"
+        raise StartError(f"-private and direct need git 2.31 or later on the PATH: found {number}")
     folder = os.path.join(tempfile.gettempdir(), f"goproxy-git-{os.geteuid()}")
     if settings.cache.kind == "folder":
         folder = os.path.join(settings.cache.text, OWN_MARK + "git")
     try:
         os.makedirs(folder, 0o700, exist_ok=True)
-        if os.stat(folder).st_uid != os.geteuid():
+        status = os.lstat(folder)
+        if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
             raise PermissionError(errno.EPERM, "it belongs to somebody else")
     except OSError as error:
         raise StartError(f"cannot keep repositories in {folder}: {error.strerror}") from None
@@ -15151,7 +15170,7 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     with contextlib.closing(dialer.resolver), contextlib.closing(client):
         for finding in _way_findings(settings, dialer, environ.get("SSL_CERT_FILE")):
             print(finding, flush=True)
-        git = shutil.which("git", path=environ.get("PATH", os.defpath))
+        git = git_version(environ.get("PATH", os.defpath))
         if settings.private:
             print(_git_finding("private", git), flush=True)
         status = 0
@@ -15200,12 +15219,13 @@ def _way_findings(settings: Settings, dialer: Dialer, ca_file: str | None) -> It
             yield Finding("dns", str(server), True, "not asked: the proxy looks up every name")
 
 
-def _git_finding(label: str, git: str | None) -> Finding:
-    return Finding(label, "git", bool(git), git or "not on the PATH")
+def _git_finding(label: str, git: tuple[int, ...]) -> Finding:
+    words = ".".join(map(str, git)) or "not on the PATH"
+    return Finding(label, "git", git >= OLDEST_GIT, words)
 
 
 def _upstream_findings(
-    settings: Settings, dialer: Dialer, client: Client, git: str | None
+    settings: Settings, dialer: Dialer, client: Client, git: tuple[int, ...]
 ) -> Iterator[Finding]:
     """Each upstream is asked what costs nobody a fetch."""
     databases = [database.name for database in settings.sumdb]

@@ -9076,9 +9076,32 @@ def test_a_private_page_may_lead_inside(world: World) -> None:
     assert world.start().get("go.test/x/@v/list").status == 200
 
 
-def test_private_modules_need_git(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", ["", "git version 2.30.2", "git version 1.99", "what?"])
+def test_private_modules_need_a_git_that_is_not_too_old(tmp_path: Path, told: str) -> None:
+    if told:
+        (tmp_path / "git").write_text(f"#!/bin/sh\necho {told}\n")
+        (tmp_path / "git").chmod(0o755)
     ended = finish(tmp_path, "-private=x.test", environ={"PATH": str(tmp_path)})
-    assert (ended.status, ended.err.count("\n"), "need git" in ended.err) == (1, 1, True)
+    assert (ended.status, ended.err.count("\n"), "need git 2.31" in ended.err) == (1, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("cache", "place"),
+    [("cache", "cache/.goproxy-git"), ("memory:", f"goproxy-git-{os.geteuid()}")],
+)
+def test_repositories_are_kept_where_others_cannot_look(
+    world: World, cache: str, place: str
+) -> None:
+    world.environ["TMPDIR"] = str(world.run.folder)
+    assert world.start(cache=cache).get(f"{TOOL}/list").status == 200
+    assert (world.run.folder / place).stat().st_mode & 0o777 == 0o700
+
+
+def test_repositories_are_not_kept_where_somebody_else_leads(tmp_path: Path) -> None:
+    (tmp_path / f"goproxy-git-{os.geteuid()}").symlink_to(tmp_path)
+    told = {"TMPDIR": str(tmp_path)}
+    ended = finish(tmp_path, "-cache=memory:", "-private=x.test", "-port=0", environ=told)
+    assert (ended.status, "cannot keep repositories" in ended.err) == (1, True)
 
 
 # --- private modules by each client's credentials ----------------------------
