@@ -9046,9 +9046,10 @@ class GitModule(ModuleFolder):
             return []
         highest = next((v for v in reversed(versions) if not is_prerelease(v)), versions[-1])
         try:
-            return read_retractions(self.go_mod(highest))
+            _, raw = self._find_folder(self._find(highest))
         except NotFound:
             return []
+        return read_retractions(raw or b"")
 
     def _base(self, commit: Commit, query: str) -> str:
         """The highest version on a commit before, after which its pseudo-version is counted."""
@@ -9097,9 +9098,11 @@ class GitModule(ModuleFolder):
     def _check_base(self, commit: Commit, base: str) -> None:
         tags = self._repository.tags()
         exact = self._tag_prefix + base
-        if tags.get(exact) == commit.hash:
+        # The go command takes a tag of the top folder for one of ours here. So must we: what it
+        # refuses by itself must not work through us.
+        if commit.hash in (tags.get(exact), tags.get(base)):
             raise NotFound(
-                f"tag ({exact}) found on revision {commit.hash[:12]} is already canonical"
+                f"tag ({base}) found on revision {commit.hash[:12]} is already canonical"
             )
         start = len(self._tag_prefix)
         same = [tag for tag in tags if tag.startswith(exact) and _rank(tag[start:]) == _rank(base)]

@@ -7842,6 +7842,10 @@ HISTORIES: dict[str, list[Step]] = {
         Step({"v2/go.mod": "go 1.21\n"}, "v2.2.0"),
         Step({"v2/go.mod": None}, "v2.3.0"),
     ],
+    "clash": [
+        Step({"in/go.mod": mod("clash/in")}, "in/v0.1.0"),
+        Step({"in/a.go": GO}, "v0.1.0"),
+    ],
     "empty": [],
     "fork": [
         Step({"go.mod": mod("example.com/other")}, "v1.0.0"),
@@ -7902,6 +7906,11 @@ HISTORIES: dict[str, list[Step]] = {
             "v1.0.0",
         ),
         Step({"go.mod": None, "real.mod": mod("links"), "go.mod@": "real.mod"}, "v1.1.0"),
+    ],
+    "loop": [
+        Step({"go.mod": mod("loop")}, "v1.0.0"),
+        Step({"go.mod": mod("loop/v2")}, "v1.1.0"),
+        Step({"go.mod": mod("loop")}),
     ],
     "major": [
         Step({"go.mod": mod("major"), "a.go": GO}, "v1.0.0"),
@@ -8011,6 +8020,7 @@ bad-root: v1.0.0
 branches: v9.9.9 a deadbeef main {c3} {s2} v0.0.0-20200101000000-abcdefabcdef v1.0.1-0.{t2}-{s2}
 both/v2: v2.0.0 v2.1.0 v2.2.0 v2.3.0
 both: v2.3.0 v2.3.0+incompatible
+clash/in: v0.1.0 main
 empty: main latest
 fork: v1.0.0 v1.1.0 v1.2.0 v1.3.0 v1.4.0
 gopkg.in/gopkg.v1: v1.0.0 v2.0.0 main
@@ -8025,6 +8035,7 @@ license/b: v1.0.0
 license/c: v1.0.0
 license/d: v1.0.0
 links: v1.0.0 v1.1.0
+loop: v1.1.0 main
 major: v1.0.0 v2.0.0 two v3.0.0
 major/v2: v2.0.0 two v2.0.1-0.{t3}-{s3} main v2.0.0-{t3}-{s3} v1.0.0
 major/v3: v3.0.0 main v3.1.0-pre v3.1.0-pre.0.{t5}-{s5}
@@ -8230,9 +8241,17 @@ def test_git_modules_are_those_of_go(compared: Comparison, number: int) -> None:
 
 
 SOME_TAGS = [
-    *("v0.1.0", "v0.2.0-pre", "v1.0.0", "v1.0.0+meta", "v1.2.0", "v1.2.1-rc.1", "v2.0.0", "v2.1.0"),
-    *("v2.1.0-pre", "v3.0.0", "v3.0.0+meta", "in/v0.1.0", "in/v1.0.0", "in/v1.1.0-rc.1", "v4"),
-    *("in/v2.0.0", "in/v2.0.1", "in/v0.0.1+meta", "other"),
+    *("v0.1.0", "v0.2.0-pre", "v1.0.0", "v1.2.0", "v1.2.1-rc.1", "v2.0.0", "v2.1.0", "v2.1.0-pre"),
+    *(
+        "v3.0.0",
+        "in/v0.1.0",
+        "in/v1.0.0",
+        "in/v1.1.0-rc.1",
+        "in/v2.0.0",
+        "in/v2.0.1",
+        "v4",
+        "other",
+    ),
 ]
 SOME_BASES = [
     "v0.0.0-",
