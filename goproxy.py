@@ -5714,23 +5714,39 @@ class AwsKeyChain:
         self._dialer = Dialer(resolver, ProxyRoute())
         self._profile = AwsProfile(environ)
         self._keys: AwsKeys | None = None
-        self._failure = _NoKeys("")
+        self._failure: _NoKeys | None = None
         self._next_try = 0.0  # monotonic
+        self._flights: Flights[Future[AwsKeys]] = Flights()
 
     def keys(self) -> AwsKeys:
         """Keys that are still good. Raises StoreDown."""
-        keys, now = self._keys, time.time()
-        if keys and now < keys.expires - self._EARLY:
-            return keys
-        if time.monotonic() >= self._next_try:
-            self._next_try = time.monotonic() + self._PAUSE  # one thread is enough to try
-            try:
-                keys = self._keys = self._find()
-            except _NoKeys as error:
-                self._failure = error
-        if keys and time.time() < keys.expires:
-            return keys
-        raise _NoKeys(str(self._failure) or "s3: keys are being renewed")
+        kept, now, tried = self._keys, time.time(), time.monotonic() < self._next_try
+        good = kept if kept and now < kept.expires else None
+        if good and (tried or now < good.expires - self._EARLY):
+            return good
+        if tried and self._failure:
+            raise _NoKeys(str(self._failure))
+        flight, first = self._flights.join("keys", Future)
+        if first:
+            self._renew(flight)
+        elif good:
+            return good
+        try:
+            return flight.result()
+        except _NoKeys:
+            if good:
+                return good
+            raise
+
+    def _renew(self, flight: Future[AwsKeys]) -> None:
+        try:
+            self._keys, self._failure = self._find(), None
+            flight.set_result(self._keys)
+        except BaseException as error:
+            self._failure = error if isinstance(error, _NoKeys) else None
+            flight.set_exception(error)
+        self._next_try = time.monotonic() + self._PAUSE
+        self._flights.land("keys")
 
     def forget(self) -> None:
         """The service refuses the keys: they are sought again."""

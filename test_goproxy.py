@@ -5905,6 +5905,13 @@ def test_keys_of_the_machines_role_are_renewed_before_they_end() -> None:
         assert (chain.keys().access, asked, len(server.seen)) == ("M", 6, 6)
 
 
+def test_who_comes_while_keys_are_sought_waits_for_them() -> None:
+    with scripted(metadata(itertools.repeat(3600.0))) as server:
+        chain = goproxy.AwsKeyChain({"AWS_EC2_METADATA_SERVICE_ENDPOINT": server.base}, Table())
+        assert {keys.access for keys in together(8, lambda number: chain.keys())} == {"M"}
+        assert len(server.seen) == 3
+
+
 def test_without_keys_the_store_is_down_and_nobody_waits_twice() -> None:
     with scripted(lambda heard: Said(404)) as server:
         environ = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": server.base}
@@ -7105,6 +7112,50 @@ def test_a_bucket_that_says_nothing_is_not_waited_for_twice(
         assert time.monotonic() - begun < 5
         gate.set()
         proxy.stop()
+
+
+def test_the_bucket_is_behind_the_proxy_as_everything_is(
+    run: Run, upstream: Upstream, s3_place: str
+) -> None:
+    def forward(port: int, heard: Heard) -> Said:
+        where, _, path = heard.path.partition("//s3.invalid")
+        assert where == "http:"
+        return handed_on(port, heard._replace(path=path))
+
+    with fronted(s3_place, forward) as (front, _):
+        place = "s3://modules/go?endpoint=http://s3.invalid"
+        direct = {"NO_PROXY": "127.0.0.1"}
+        proxy = run(direct, cache=place, proxy=front.base, upstream=upstream.url())
+        assert [proxy.get(ZIP).headers["x-cache"] for _ in range(2)] == ["MISS", "HIT"]
+        proxy.stop()
+    assert ZIP in in_bucket(run)
+
+
+@pytest.mark.soak
+def test_a_process_killed_between_two_parts_leaves_nothing_half(
+    run: Run, upstream: Upstream, s3_place: str
+) -> None:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr("example.com/big@v1.0.0/go.mod", "module example.com/big\n")
+        for number in range(180):
+            archive.writestr(f"example.com/big@v1.0.0/{number}", NOISE)
+    upstream.files[BIG] = held.getvalue()
+    killed: list[Proxy] = []
+
+    def answer(port: int, heard: Heard) -> Said:
+        if "partNumber=3" not in heard.path:
+            return handed_on(port, heard)
+        killed[0].process.kill()
+        return Said(0)
+
+    with fronted(s3_place, answer) as (_, place):
+        killed.append(run(cache=place, upstream=upstream.url()))
+        assert not killed[0].get(BIG).whole
+        killed[0].wait()
+    assert run(cache=s3_place, offline="true").get(BIG).status == 404
+    proxy = run(cache=s3_place, upstream=upstream.url())
+    assert [proxy.get(BIG).body == held.getvalue() for _ in range(2)] == [True, True]
 
 
 def test_what_was_changed_in_the_bucket_is_replaced(
