@@ -5909,7 +5909,7 @@ class _Ask(NamedTuple):
 _READ = Patience(5.0, 30.0, 600.0)
 _WRITE = Patience(30.0, 30.0, 600.0)
 _ASSEMBLY = Patience(120.0, 120.0, 300.0)  # a service may take minutes to put parts together
-_PASSING = frozenset(
+_MAY_PASS = frozenset(
     [
         "ConditionalRequestConflict",
         "InternalError",
@@ -6066,7 +6066,7 @@ class BucketLine:
             self._chain.forget()
         region = response.fields.get("x-amz-bucket-region") or said.get("Region", "")
         mended = self._mends_clock(response) or self._mends_region(region)
-        may_pass = code in _PASSING or response.status in (429, 500, 502, 503, 504)
+        may_pass = code in _MAY_PASS or response.status in (429, 500, 502, 503, 504)
         return self._error(response, code, mended or may_pass or code in _EXPIRED)
 
     def _error(self, response: Response, code: str, passing: bool) -> BucketError:
