@@ -7135,12 +7135,8 @@ def test_the_bucket_is_behind_the_proxy_as_everything_is(
 def test_a_process_killed_between_two_parts_leaves_nothing_half(
     run: Run, upstream: Upstream, s3_place: str
 ) -> None:
-    held = io.BytesIO()
-    with zipfile.ZipFile(held, "w") as archive:
-        archive.writestr("example.com/big@v1.0.0/go.mod", "module example.com/big\n")
-        for number in range(180):
-            archive.writestr(f"example.com/big@v1.0.0/{number}", NOISE)
-    upstream.files[BIG] = held.getvalue()
+    files: Files = {"go.mod": "module example.com/big\n", "noise": NOISE * 180}
+    upstream.files[BIG] = whole = make_zip("example.com/big@v1.0.0", files)
     killed: list[Proxy] = []
 
     def answer(port: int, heard: Heard) -> Said:
@@ -7155,7 +7151,7 @@ def test_a_process_killed_between_two_parts_leaves_nothing_half(
         killed[0].wait()
     assert run(cache=s3_place, offline="true").get(BIG).status == 404
     proxy = run(cache=s3_place, upstream=upstream.url())
-    assert [proxy.get(BIG).body == held.getvalue() for _ in range(2)] == [True, True]
+    assert [proxy.get(BIG).body == whole for _ in range(2)] == [True, True]
 
 
 def test_what_was_changed_in_the_bucket_is_replaced(
