@@ -7023,6 +7023,7 @@ class SqlStorage(RemoteStorage):
                     line.close()
                     if not idle:
                         raise
+                    self._close_idle()  # they are as old
                     continue
                 except BaseException:
                     line.close()
@@ -7181,10 +7182,14 @@ class SqlStorage(RemoteStorage):
                 return
             last = rows[-1][0]
 
+    def _close_idle(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
     def close(self) -> None:
         super().close()
-        while self._idle:
-            self._idle.pop().close()
+        self._close_idle()
 
 
 class _SqliteLine(SqlLine):
@@ -7293,12 +7298,14 @@ class PostgresLine(SqlLine):
     begin = "BEGIN"
     _SECONDS = 10.0  # for one statement
     _CONNECT_SECONDS = 3
+    _IDLE_SECONDS = 60  # after which the system asks whether the server is still there
 
     def __init__(self, driver: Any, url: str) -> None:
         self._driver = driver
         self._mutex = threading.Lock()
         self._running: object = None  # the statement, while there is one
         options: dict[str, Any] = {"application_name": "goproxy", "autocommit": True}
+        options["keepalives_idle"] = self._IDLE_SECONDS
         if "connect_timeout=" not in url:
             options["connect_timeout"] = self._CONNECT_SECONDS
         try:
@@ -7464,6 +7471,9 @@ class WatchedStorage(Storage):
                 trouble = error
             except NotFound:
                 pass
+            except Exception:  # a bug, which must not make an outage endless
+                self._log.error(traceback.format_exc())
+                continue
             self._is_sought = False
             self._note("read", trouble)
             return

@@ -6725,6 +6725,40 @@ def test_a_range_of_what_a_database_holds(run: Run, upstream: Upstream, place: s
     assert whole.body == again.body == SITE[BIG]
 
 
+STORE_MANY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import goproxy
+storage = goproxy.open_storage(goproxy.Settings.load(["-cache=" + sys.argv[2]], {}).cache, None)
+for number in range(int(sys.argv[3]), 1_000_000):
+    draft = storage.draft()
+    draft.write(b"%d" % (number % 10) * (1 << 21))
+    storage.adopt(f"a/@v/{number}.zip", draft)
+    storage.put(f"a/@v/{number}.info", b"%d" % number)
+    print(number, flush=True)
+"""
+
+
+def test_what_is_stored_survives_any_kill(place: str) -> None:
+    done = 0
+    for count in (1, 4, 2):
+        arguments = [sys.executable, "-c", STORE_MANY, str(HERE), place, str(done)]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            lines = [process.stdout.readline() for _ in range(count)]
+            process.kill()  # amidst the next one
+        done = int(lines[-1]) + 1
+        with opened(place) as storage:
+            names = {item.name for item in storage.walk()}
+            assert {
+                f"a/@v/{number}.{kind}" for number in range(done) for kind in ("info", "zip")
+            } <= names
+            for name in names:
+                number = re.sub(r"\D", "", name).encode()
+                want = number if name.endswith("info") else number[-1:] * (1 << 21)
+                assert read(storage, name) == want
+
+
 STORE_LARGE = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
