@@ -72,6 +72,7 @@ if __name__ == "__main__" and sys._getframe().f_back is None and sys.platform ==
 import argparse
 import base64
 import bisect
+import calendar
 import collections
 import concurrent.futures
 import configparser
@@ -544,6 +545,12 @@ def _parse(version: str) -> _Semver | None:
 
 def _is_identifier(text: str) -> bool:
     return bool(text) and (text == "0" or not text.startswith("0") or not text.isdigit())
+
+
+def minor_line(version: str) -> tuple[str, str]:
+    """Major and minor of a version: what gets patches on its own. ("", "") for what is none."""
+    parsed = _parse(version)
+    return parsed[:2] if parsed else ("", "")
 
 
 def is_semver(version: str) -> bool:
@@ -1410,6 +1417,12 @@ class Settings:
         "SIZE",
         "of the store, as 50GB: versions least recently asked for go first (memory: 1GB if unset)",
     )
+    min_age: float = _option(
+        "GOPROXY_MIN_AGE", "0", _seconds, "TIME", "public versions younger than this are refused"
+    )
+    min_age_exempt: tuple[str, ...] = _option(
+        "GOPROXY_MIN_AGE_EXEMPT", "", parse_globs, "GLOBS", "modules of any age"
+    )
     modules: tuple[str, ...] = _option(
         "GOPROXY_MODULES",
         "",
@@ -1763,6 +1776,17 @@ def _is_rfc3339(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def seconds_of(moment: str) -> float | None:
+    """Seconds since the epoch of an RFC 3339 time, None for what is none."""
+    found = _RFC3339.fullmatch(moment)
+    if not found or not _is_rfc3339(moment):
+        return None
+    year, month, day, hour, minute, second = map(int, found.groups())
+    zone = "+0000" if moment.endswith("Z") else moment[-6:].replace(":", "")
+    shift = int(zone[:3]) * 3600 + int(zone[0] + zone[3:]) * 60
+    return calendar.timegm((year or 1, month, day, hour, minute, second)) - shift
 
 
 # A string in double quotes as strconv.Unquote reads it; Python's unicode_escape knows all of these.
@@ -4657,7 +4681,7 @@ class Client:
         limit = time.monotonic() + patience.total
         until = min(limit, until or limit)
         headers = [*headers, (HOP_FIELD, HOP)]
-        authorization = authorization or self._authorization(url)
+        authorization = authorization or self.authorization(url)
         target = url
         for _ in range(self._REDIRECTS + 1):
             extra = [("Authorization", authorization)] if authorization else []
@@ -4671,7 +4695,8 @@ class Client:
             target = following
         raise BadUpstream(f"{url.authority}: more than {self._REDIRECTS} redirects")
 
-    def _authorization(self, url: Url) -> str:
+    def authorization(self, url: Url) -> str:
+        """The value of that field for a URL, "" for none."""
         if url.user or url.password:
             return _basic(url.user, url.password)
         return self._credentials.get(f"{url.host}:{url.port}") or self._credentials.get(
@@ -9669,6 +9694,18 @@ class Borrowed(Source):
         self._lending(lambda: self._direct.check(path))
 
 
+def send_zip(client: Client, url: Url, artifact: Artifact, draft: Draft) -> None:
+    """PUTs a version's zip to a goproxy.py. Raises Forbidden, BadUpstream."""
+    shown = client.authorization(url)
+    headers = [("Authorization", shown)] if shown else []
+    size = draft.written
+    body = Body(size, lambda count, offset: draft.file.read_at(min(count, size), offset))
+    request = Outgoing("PUT", below(url, artifact.name), headers, body)
+    response = client.send(request, TRANSFER, time.monotonic() + TRANSFER.total)
+    with contextlib.closing(response):
+        _refuse(response, (200, 201))
+
+
 _SOURCES: dict[str, Callable[[Client, Hop, Source], Source]] = {
     "direct": lambda client, hop, direct: direct,
     "file": lambda client, hop, direct: LocalFolder(hop.folder),
@@ -10221,6 +10258,87 @@ class Policy:
     def stamp(self, name: str) -> object:
         """The stamp of the file that would answer for a name now: see Shelf.stamp."""
         return self._storage.stamp(name)
+
+
+class Aged(Modules):
+    """The versions that have been out for a while (-min-age): most of what is slipped into a module
+    is found within days. What has no time counts as new.
+
+    A list tells no times, so those of its newest versions are asked, down to an old one in each
+    minor line; of more lines than a few, the rest is listed, and refused when it is asked for."""
+
+    _LINES, _LOOKS = 20, 200
+    _REMEMBERED, _REMEMBERED_SECONDS = 100_000, 86400.0
+
+    def __init__(self, modules: Modules, seconds: float, exempt: Sequence[str]) -> None:
+        self._modules = modules
+        self._seconds = seconds
+        self._exempt = exempt
+        self._old: TtlCache[bool] = TtlCache(self._REMEMBERED)
+
+    def _is_old(self, path: str, version: str, reach: Reach) -> bool:
+        """Raises what asking for the .info does."""
+        key = f"{path}@{version}"
+        if matches(self._exempt, path) or self._old.get(key):
+            return True
+        data = self._modules.small(Artifact(path, version, "info"), reach).data
+        moment = seconds_of(read_info(data).time)
+        is_old = moment is not None and time.time() - moment >= self._seconds
+        if is_old:
+            self._old.put(key, True, self._REMEMBERED_SECONDS)
+        return is_old
+
+    def _check(self, path: str, version: str, reach: Reach) -> None:
+        if not self._is_old(path, version, reach):
+            days = self._seconds / 86400
+            raise Forbidden(
+                f"{path}@{version} is younger than {days:.3g} days (-min-age), or of unknown age"
+            )
+
+    def _young(self, path: str, versions: Sequence[str], reach: Reach) -> Iterator[str]:
+        """The new ones among versions in semver order, the highest first."""
+        looks = self._LOOKS
+        lines = itertools.groupby(reversed(versions), minor_line)
+        for _, line in itertools.islice(lines, self._LINES):
+            for version in itertools.islice(line, looks):
+                looks -= 1
+                try:
+                    if self._is_old(path, version, reach):
+                        break
+                except ProxyError:  # of unknown age
+                    pass
+                yield version
+
+    def versions(self, path: str, reach: Reach) -> Answer:
+        answer = self._modules.versions(path, reach)
+        if matches(self._exempt, path):
+            return answer
+        found = answer.data.decode().split()
+        return answer._replace(body=_lines({*found} - {*self._young(path, found, reach)}))
+
+    def resolve(self, path: str, query: str, reach: Reach) -> Answer:
+        answer = self._modules.resolve(path, query, reach)
+        version = read_info(answer.data).version
+        if query != LATEST or self._is_old(path, version, reach):
+            self._check(path, version, reach)
+            return answer
+        others = self.versions(path, reach).data.decode().split()
+        if not others:
+            self._check(path, version, reach)
+        info = self._modules.small(Artifact(path, newest(others), "info"), reach)
+        return answer._replace(body=info.body)
+
+    def small(self, artifact: Artifact, reach: Reach) -> Answer:
+        self._check(artifact.path, artifact.version, reach)
+        return self._modules.small(artifact, reach)
+
+    def large(self, artifact: Artifact, reach: Reach) -> Answer:
+        self._check(artifact.path, artifact.version, reach)
+        return self._modules.large(artifact, reach)
+
+    def link(self, artifact: Artifact, method: str) -> str:
+        self._check(artifact.path, artifact.version, Reach.READY)
+        return self._modules.link(artifact, method)
 
 
 class OwnFirst(Policy):
@@ -15014,8 +15132,10 @@ def answering(
     with going_direct(settings, outside, client) as direct:
         source = open_sources(client, settings.upstream, direct)
         private = open_private(settings.private_auth, direct, cache)
-        mirror = Mirror(source, cache, begin)
-        policy = Policy(mirror, private, storage, settings)
+        public: Modules = Mirror(source, cache, begin)
+        if settings.min_age:
+            public = Aged(public, settings.min_age, settings.min_age_exempt)
+        policy = Policy(public, private, storage, settings)
         if settings.modules:
             policy = OwnFirst(OwnModules(settings.modules), policy)
         proxies = [hop.url for hop in settings.upstream if hop.url]
@@ -15371,12 +15491,15 @@ def run_pack(settings: Settings, environ: Mapping[str, str]) -> int:
         check_module(artifact.path, artifact.version)
     except BadName as error:
         raise UsageError(f"-module, -version: {error}") from None
-    storage = open_own(given["-to"]) if given["-to"] else MemoryStorage(None)
+    url = _upload_url(given["-to"])
+    storage = open_own(given["-to"]) if given["-to"] and not url else MemoryStorage(None)
     draft = storage.draft()
     try:
         write_zip(draft, artifact[:2], _chosen(given), _opener(given["SRC"]))
         sums = check_module_zip(draft, artifact.path, artifact.version)
-        if given["-to"]:
+        if url:
+            _upload(settings, environ, url, (artifact, draft))
+        elif given["-to"]:
             publish(storage, artifact, draft, sums)
     except (OSError, ProxyError) as error:
         raise StartError(f"{given['SRC']}: {error}") from None
@@ -15386,6 +15509,25 @@ def run_pack(settings: Settings, environ: Mapping[str, str]) -> int:
     print(f"{artifact.path} {artifact.version} {sums.zip}")
     print(f"{artifact.path} {artifact.version}/go.mod {sums.mod}")
     return 0
+
+
+def _upload_url(text: str) -> Url | None:
+    """None for a folder. Raises UsageError."""
+    if "://" not in text:
+        return None
+    try:
+        return parse_url(text)
+    except ValueError as error:
+        raise UsageError(f"-to={mask(text)}: {error}") from None
+
+
+def _upload(
+    settings: Settings, environ: Mapping[str, str], url: Url, packed: tuple[Artifact, Draft]
+) -> None:
+    dialer = open_way_out(settings, environ)
+    client = Client(dialer, read_credentials(environ)[0])
+    with contextlib.closing(dialer.resolver), contextlib.closing(client):
+        send_zip(client, url, *packed)
 
 
 def _chosen(given: Mapping[str, Any]) -> dict[str, int | None]:
@@ -15404,7 +15546,7 @@ _PACK_ARGUMENTS = (
     Argument("SRC", "the folder with the module's go.mod"),
     Argument("-module", "its path"),
     Argument("-version", "its version, as v1.2.3"),
-    Argument("-to", "a folder as for -modules; without it nothing is stored", ""),
+    Argument("-to", "a folder as for -modules, or a goproxy.py's URL; else nothing is stored", ""),
     Argument("-skip-ignored", "leave out what git ignores", False),
 )
 

@@ -2146,6 +2146,8 @@ BAD_SETTINGS = [
     ("log-format", "GOPROXY_LOG_FORMAT", "xml"),
     ("max-size", "GOPROXY_MAX_SIZE", "0"),
     ("max-size", "GOPROXY_MAX_SIZE", "much"),
+    ("min-age", "GOPROXY_MIN_AGE", "a week"),
+    ("min-age-exempt", "GOPROXY_MIN_AGE_EXEMPT", "example.com/["),
     ("modules", "GOPROXY_MODULES", "/no/such/folder"),
     ("offline", "GOPROXY_OFFLINE", "perhaps"),
     ("port", "PORT", "-1"),
@@ -10882,6 +10884,109 @@ def test_gc_removes_what_nobody_can_use(tmp_path: Path) -> None:
     assert stored_below(cache) == {*kept, "example.com/fresh/@v/v1.0.0.zip"}
 
 
+# --- versions that are too young ---------------------------------------------
+
+
+def fresh(upstream: Upstream, *versions: str, moment: str | None = None) -> None:
+    """Has the upstream publish versions of the module just now."""
+    now = moment if moment is not None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    for version in versions:
+        held = released(f"example.com/quote@{version}", OUR_FILES)
+        info = {"Version": version, **({"Time": now} if now else {})}
+        upstream.files.update(held)
+        upstream.files[f"example.com/quote/@v/{version}.info"] = json.dumps(info).encode()
+        upstream.files[LATEST] = upstream.files[f"example.com/quote/@v/{version}.info"]
+        upstream.files[LIST] += f"{version}\n".encode()
+
+
+def test_what_is_too_young_is_neither_listed_nor_the_latest(run: Run, upstream: Upstream) -> None:
+    fresh(upstream, "v1.0.1", "v1.2.0", "v1.2.1", "v2.0.0+incompatible")
+    proxy = run(upstream=upstream.url(), min_age="7d")
+    assert proxy.get(LIST).versions == ["v1.0.0", "v1.1.0"]
+    assert proxy.get(LATEST).version == "v1.1.0"
+
+
+@pytest.mark.parametrize("moment", [None, "", "2999-01-01T00:00:00Z"], ids=["now", "none", "2999"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_too_young_is_refused_with_the_reason(
+    run: Run, upstream: Upstream, moment: str | None, workers: int
+) -> None:
+    fresh(upstream, "v1.2.0", moment=moment)
+    proxy = run(upstream=upstream.url(), min_age="7d", workers=workers)
+    for _ in range(2):
+        for kind in ("info", "mod", "zip"):
+            answer = proxy.get(f"example.com/quote/@v/v1.2.0.{kind}")
+            assert (answer.status, "7 days (-min-age)" in answer.text) == (403, True)
+    assert "example.com/quote/@v/v1.2.0.zip" not in upstream.asked
+    assert [proxy.get(path).body for path in (INFO, MOD, ZIP)] == [
+        SITE[path] for path in (INFO, MOD, ZIP)
+    ]
+
+
+def test_a_branch_that_is_too_young_is_refused(run: Run, upstream: Upstream) -> None:
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    upstream.files["example.com/quote/@v/main.info"] = json.dumps(
+        {"Version": BRANCH, "Time": now}
+    ).encode()
+    upstream.files[f"example.com/quote/@v/{BRANCH}.info"] = upstream.files[
+        "example.com/quote/@v/main.info"
+    ]
+    proxy = run(upstream=upstream.url(), min_age="1h")
+    assert proxy.get("example.com/quote/@v/main.info").status == 403
+
+
+def test_where_all_is_too_young_there_is_no_latest(run: Run, upstream: Upstream) -> None:
+    upstream.files[LIST] = b""
+    fresh(upstream, "v1.2.0")
+    proxy = run(upstream=upstream.url(), min_age="7d")
+    assert (proxy.get(LIST).text, proxy.get(LATEST).status) == ("", 403)
+
+
+def test_exempt_modules_and_our_own_may_be_of_any_age(
+    run: Run, upstream: Upstream, modules: Path
+) -> None:
+    fresh(upstream, "v1.2.0")
+    proxy = run(upstream=upstream.url(), min_age="7d", min_age_exempt="example.com")
+    assert (proxy.get(LATEST).version, proxy.get(LIST).versions[-1]) == ("v1.2.0", "v1.2.0")
+    ours = host(modules, "example.com/quote@v1.3.0")
+    (modules / "example.com/quote/@v/v1.3.0.info").unlink()
+    proxy = run(upstream=upstream.url(), min_age="7d", modules=modules)
+    assert (
+        proxy.get("example.com/quote/@v/v1.3.0.zip").body == ours["example.com/quote/@v/v1.3.0.zip"]
+    )
+    assert (proxy.get(LATEST).version, proxy.get(LIST).versions[-2:]) == (
+        "v1.3.0",
+        ["v1.1.0", "v1.3.0"],
+    )
+
+
+def test_few_versions_of_a_long_list_are_looked_at(run: Run, upstream: Upstream) -> None:
+    versions = [f"v1.{minor}.{patch}" for minor in range(2, 60) for patch in range(3)]
+    upstream.files[LIST] += "\n".join(versions).encode()
+    for version in versions:
+        upstream.files[f"example.com/quote/@v/{version}.info"] = info_of(version)
+    proxy = run(upstream=upstream.url(), min_age="7d")
+    assert proxy.get(LIST).versions[-1] == "v1.59.2"
+    asked = [path for path in upstream.asked if path.endswith(".info")]
+    assert asked == [f"example.com/quote/@v/v1.{minor}.2.info" for minor in range(59, 39, -1)]
+
+
+@pytest.mark.parametrize(
+    ("moment", "seconds"),
+    [
+        ("1970-01-01T00:00:10Z", 10),
+        ("1970-01-01T05:30:00.999+05:30", 0),
+        ("1969-12-31T23:30:00-00:30", 0),
+        ("2024-02-29T00:00:00Z", 1709164800),
+        ("0000-01-01T00:00:00Z", -62135596800),
+        ("2024-02-30T00:00:00Z", None),
+        ("", None),
+    ],
+)
+def test_a_time_in_seconds(moment: str, seconds: float | None) -> None:
+    assert goproxy.seconds_of(moment) == seconds
+
+
 # =============================================================================
 # 11. HTTP
 # =============================================================================
@@ -12148,6 +12253,23 @@ def test_the_length_of_an_upload_must_be_told_and_be_bounded(
     head = f"PUT /{OURS}.zip HTTP/1.1\r\nHost: x\r\nAuthorization: {PAUL}\r\n{fields}\r\n\r\n"
     (answer,) = responses(talk(press.port, head.encode()))
     assert answer.status == status
+
+
+@pytest.mark.parametrize("by", ["netrc", "url"])
+def test_pack_publishes_where_it_is_told_to(press: Proxy, tmp_path: Path, by: str) -> None:
+    source = plant(tmp_path / "src", {"go.mod": "module example.com/ours\n", "noise": NOISE})
+    url = press.url if by == "netrc" else press.url.replace("//", "//paul:p@")
+    if by == "netrc":
+        (tmp_path / ".netrc").write_text("machine 127.0.0.1 login paul password p\n")
+    arguments = ["pack", str(source), "-module=example.com/ours", "-version=v1.0.0", f"-to={url}"]
+    ended = finish(tmp_path, *arguments)
+    assert (ended.status, ended.err) == (0, "")
+    assert press.get(f"{OURS}.zip", Authorization=PAUL).status == 200
+    plant(source, {"more": "x"})
+    ended = finish(tmp_path, *arguments)
+    assert (ended.status, "answered 409" in ended.err, "paul:p" in ended.err) == (1, True, False)
+    ended = finish(tmp_path, *arguments[:-1], f"-to={press.url.replace('//', '//paul:x@')}")
+    assert (ended.status, "answered 401" in ended.err) == (1, True)
 
 
 def begin_upload(proxy: Proxy, *fields: str) -> socket.socket:
