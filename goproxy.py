@@ -96,6 +96,7 @@ import math
 import mmap
 import netrc
 import operator
+import posixpath
 import queue
 import random
 import re
@@ -9580,7 +9581,8 @@ class Finder:
             raise NotFound(f"the pages of {path} and {told.prefix} name different repositories")
         _check_kind(told.kind)
         _check_place(told, trusted)
-        return Found(told.prefix, told.kind, told.url, told.folder, trusted)
+        folder = posixpath.normpath(told.folder or ".")
+        return Found(root, told.kind, told.url, "" if folder == "." else folder, trusted)
 
     def _read(self, where: str, path: str, trusted: bool) -> ImportTag:
         """What the page of `where` says of `path`; the status of a page that says it is all one."""
@@ -9598,7 +9600,8 @@ class Finder:
 
 def _check_place(told: ImportTag, trusted: bool) -> None:
     """Raises BadUpstream or Forbidden for what a page must not say."""
-    if not REPOSITORY.fullmatch(told.url) or told.folder[:1] in ("/", "-"):
+    is_outside = told.folder[:1] in ("/", "-") or ".." in told.folder.split("/")
+    if is_outside or not REPOSITORY.fullmatch(told.url):
         raise BadUpstream(f"the go-import tag of {told.prefix} is malformed")
     schemes = _ORIGINS[told.kind].schemes[trusted]
     if told.url.partition("://")[0] not in schemes:

@@ -8485,6 +8485,8 @@ ROOT = tag("go.test/x git https://git.test/x")
     [
         ("go.test/x git https://git.test/x", ("git", "https://git.test/x", "")),
         ("go.test/x git https://git.test/x sub/dir", ("git", "https://git.test/x", "sub/dir")),
+        ("go.test/x git https://git.test/x ./sub//dir/", ("git", "https://git.test/x", "sub/dir")),
+        ("go.test/x git https://git.test/x .", ("git", "https://git.test/x", "")),
         ("go.test/x mod https://p.test/go", ("mod", "https://p.test/go", "")),
     ],
 )
@@ -8518,6 +8520,7 @@ def test_a_tag_counts_on_a_page_of_any_status() -> None:
         ({"go.test/x/y": tag("go.test/x/y git https://u:p@git.test/x")}, goproxy.BadUpstream),
         ({"go.test/x/y": tag("go.test/x/y git https://git.test/x /etc")}, goproxy.BadUpstream),
         ({"go.test/x/y": tag("go.test/x/y git https://git.test/x -x")}, goproxy.BadUpstream),
+        ({"go.test/x/y": tag("go.test/x/y git https://git.test/x a/../..")}, goproxy.BadUpstream),
     ],
 )
 def test_a_page_that_does_not_tell_it(pages: Pages, error: type[Exception]) -> None:
@@ -13342,6 +13345,7 @@ def test_go_shows_its_credentials(world: World, make_go: GoMaker, trust: Trust) 
 FOUND_AT = {
     "go.test/x@v0.1.0": ["go.test/x git https://git.test/vanity"],
     "go.test/s@v0.2.0": ["go.test/s git https://git.test/mono sub"],
+    "go.test/t@v0.2.0": ["go.test/t git https://git.test/mono ./sub/"],
     "go.test/mono/v2@v2.0.0": ["go.test/mono git https://git.test/mono"],
     "go.test/mono/in@v0.3.0": ["go.test/mono git https://git.test/mono"],
     "go.test/mono@v2.0.0": ["go.test/mono git https://git.test/mono"],
@@ -13385,7 +13389,7 @@ def test_repositories_are_found_as_go_finds_them(
     reach = {"HTTPS_PROXY": gateway, "SSL_CERT_FILE": trust.cert, "GIT_SSL_CAINFO": trust.cert}
     alone = sums(make_go("direct", **reach))
     assert sums(make_go(world.start().url)) == alone
-    assert len(alone) == 6
+    assert len(alone) == 7
 
 
 # --- with the real upstream --------------------------------------------------
