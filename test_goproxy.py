@@ -767,15 +767,21 @@ class Proxy:
     """A goproxy.py process; `prefix` is a command that runs it as its child."""
 
     def __init__(
-        self, words: list[str], environ: dict[str, str], cwd: Path, prefix: Iterable[str] = ()
+        self,
+        words: list[str],
+        environ: dict[str, str],
+        cwd: Path,
+        prefix: Iterable[str] = (),
+        passed: Sequence[int] = (),
     ) -> None:
         self._prefix = list(prefix)
         self._changed = threading.Condition()
         self._log = b""
         self._ended = False
         self.process = subprocess.Popen(
-            [*self._prefix, *words], env=environ, cwd=cwd, stderr=subprocess.PIPE
-        )
+            [*self._prefix, *words],
+            env=environ, cwd=cwd, stderr=subprocess.PIPE, pass_fds=passed,
+        )  # fmt: skip
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -843,7 +849,7 @@ class Proxy:
 
     def signal(self, number: int) -> None:
         pid = str(self.process.pid)
-        if self._prefix:
+        if self._prefix and "python" not in Path(f"/proc/{pid}/comm").read_text():
             pid = Path(f"/proc/{pid}/task/{pid}/children").read_text()
         os.kill(int(pid), number)
 
@@ -891,12 +897,13 @@ class Run:
         environ: Mapping[str, str] | None = None,
         ready: str = "  Set GOPROXY=",
         prefix: Iterable[str] = (),
+        passed: Any = (),
         **settings: object,
     ) -> Proxy:
         """A proxy that has logged `ready`."""
         given = {"cache": self.cache, **PLAIN, **settings}
         variables = clean_environment(self.folder, environ)
-        proxy = Proxy(self.command(*flags(given)), variables, self.folder, prefix)
+        proxy = Proxy(self.command(*flags(given)), variables, self.folder, prefix, passed)
         self.started.append(proxy)
         proxy.logged(ready)
         return proxy
@@ -11570,7 +11577,7 @@ settings = g["Settings"](quiet=True)
 log = g["Log"](2, False)
 policy = types.SimpleNamespace(stamp=None)
 app = g["App"](settings, policy, None, None, log, *[lambda word: None] * 2)
-g["Server"](sock, app).serve_forever()
+g["Server"]([sock], app).serve_forever()
 """
 
 
@@ -12636,6 +12643,151 @@ def test_connections_that_miss_go_to_the_process_that_fetches(run: Run, upstream
     bodies = together(24, lambda number: proxy.get(paths[number % len(paths)]).body)
     assert bodies[:5] == [SITE[path] for path in paths[:5]]
     assert sorted(upstream.asked) == sorted(paths)
+
+
+# --- systemd -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_systemd_hands_over_its_sockets(run: Run, upstream: Upstream, workers: int) -> None:
+    port, place = free_port(), str(run.folder / "socket")
+    places = [f"-l{address}" for address in (f"127.0.0.1:{port}", f"[::1]:{port}", place)]
+    prefix = [installed("systemd-socket-activate"), *places]
+    proxy = run(prefix=prefix, ready=" as 5", upstream=upstream.url(), workers=workers)
+    for family, address in ((socket.AF_UNIX, place), (socket.AF_INET6, ("::1", port))):
+        with socket.socket(family) as client:
+            client.connect(address)
+            client.sendall(talk_get(f"/{INFO}"))
+            (answer,) = responses(read_all(client))
+            assert answer.body == SITE[INFO]
+    assert proxy.logged("  Port: ").endswith(f"  Port: {port}, unix:{place}")
+    assert proxy.get(INFO).body == SITE[INFO]
+
+
+def test_what_is_passed_must_be_a_listening_socket(tmp_path: Path) -> None:
+    words = 'exec 3</dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
+    arguments = ["sh", "-c", words, "sh", *command("-port=0", "-cache=cache")]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "LISTEN_FDS: descriptor 3 is no listening stream socket" in done.stderr
+
+
+class Manager:
+    """The receiving end of sd_notify(3)."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.settimeout(PATIENCE)
+        self.sock.bind(re.sub("^@", "\0", place))
+
+    def wait(self, word: str) -> str:
+        """The first message that has this word."""
+        while word not in (message := self.sock.recv(4096).decode()):
+            pass
+        return message
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
+    place = str(tmp_path / "notify")
+    held = Manager(place if request.param == "path" else f"@{place}")
+    with held.sock:
+        yield held
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_systemd_is_told_how_it_goes(run: Run, manager: Manager, workers: int) -> None:
+    environ = {"NOTIFY_SOCKET": manager.place, "WATCHDOG_USEC": "4000000"}
+    proxy = run(environ, workers=workers)
+    manager.wait("READY=1")
+    manager.wait("WATCHDOG=1")
+    proxy.signal(signal.SIGHUP)
+    assert re.search("MONOTONIC_USEC=[0-9]+", manager.wait("RELOADING=1"))
+    manager.wait("READY=1")
+    proxy.signal(signal.SIGTERM)
+    manager.wait("STOPPING=1")
+
+
+@needs_proc
+@pytest.mark.soak
+def test_a_worker_that_hangs_is_told_by_silence(run: Run, manager: Manager) -> None:
+    proxy = run({"NOTIFY_SOCKET": manager.place, "WATCHDOG_USEC": "4000000"}, workers=2)
+    manager.wait("WATCHDOG=1")
+    victim = children_of(proxy.process.pid)[1]
+    os.kill(victim, signal.SIGSTOP)
+    manager.sock.settimeout(6.0)
+    with pytest.raises(socket.timeout):
+        for _ in range(10):
+            manager.wait("WATCHDOG=1")
+    os.kill(victim, signal.SIGCONT)
+    manager.wait("WATCHDOG=1")
+
+
+PASS_ON = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def restart(run: Run, listener: socket.socket, upstream: Upstream) -> Proxy:
+    """Ends the last proxy and starts one that is passed the same socket, as systemd does."""
+    if run.started:
+        run.started[-1].stop()
+    passed = listener.fileno()
+    prefix = [sys.executable, "-c", PASS_ON, str(passed)]
+    return run(prefix=prefix, passed=[passed], upstream=upstream.url(), workers=2)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(100, marks=pytest.mark.soak)])
+def test_a_restart_under_load_loses_no_request(run: Run, upstream: Upstream, count: int) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        proxy = restart(run, listener, upstream)
+        over = threading.Event()
+
+        def ask_on(_: int) -> list[int]:
+            statuses: list[int] = []
+            while not over.is_set():
+                statuses.append(proxy.get((INFO, BIG)[len(statuses) % 2]).status)
+            return statuses
+
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(together, 4, ask_on)
+            for _ in range(count):
+                restart(run, listener, upstream)
+            over.set()
+            statuses = [status for each in asked.result() for status in each]
+    assert statuses == [200] * len(statuses)
+
+
+def test_who_was_let_in_before_the_end_is_answered(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url())
+    with dial(proxy.port) as client:
+        proxy.get("health")
+        proxy.signal(signal.SIGTERM)
+        proxy.logged("hutting down")
+        client.sendall(talk_get("/" + INFO))
+        (answer,) = responses(read_all(client))
+    assert answer.body == SITE[INFO]
+
+
+def test_the_unit_files_are_good_and_tight() -> None:
+    units = [str(HERE / "deploy" / f"goproxy.{kind}") for kind in ("service", "socket")]
+    analyze = installed("systemd-analyze")
+    done = subprocess.run([analyze, "verify", *units], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    words = ["security", "--offline=true", "--threshold=15", units[0]]
+    done = subprocess.run([analyze, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_health_is_asked_by_tls_where_that_is_served(run: Run, trust: Trust) -> None:
+    proxy = run(tls_cert=trust.cert, tls_key=trust.key)
+    arguments = ["health", f"-port={proxy.port}", "-host=127.0.0.1", f"-tls-cert={trust.cert}"]
+    ended = finish(run.folder, *arguments)
+    assert (ended.status, ended.out) == (0, "HTTP/1.1 200 OK\n")
 
 
 ABSENT = """
