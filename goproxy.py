@@ -11,7 +11,7 @@ downward from vocabulary to plot, and a request is followed from the last page u
     3. Settings: flags, variables, defaults: one table
     4. Artifacts: what is asked for, and what may be kept
     5. Tools: blobs, drafts, flights, lanes, memory with a time limit, the log
-    6. Network: HTTP heads, resolvers, tunnels, the dialer, the pooled client, DNS, checks
+    6. Network: HTTP heads, resolvers, tunnels, the dialer, the pooled client, DNS, checks, S3
     7. Storage: where bytes live
     8. Sources: where modules come from
     9. Mirror: sources remembered in a store; policy; the checksum database
@@ -3627,7 +3627,7 @@ class Progress:
 
 
 # =============================================================================
-# 6. Network: HTTP heads, resolvers, tunnels, the dialer, the pooled client, DNS, checks
+# 6. Network: HTTP heads, resolvers, tunnels, the dialer, the pooled client, DNS, checks, S3
 # =============================================================================
 # http.client is not used to read: it takes a cut body for a whole one, waits for ever on a byte a
 # second, and hands heads to the email package, which one line can keep busy for seconds.
@@ -5888,7 +5888,7 @@ def _utc_seconds(text: str, form: str) -> float:
 def parse_xml(data: bytes) -> xml.etree.ElementTree.Element:
     """A document, its names without their namespace. Raises ValueError, also for a document type:
     that is where entities come from, which can make gigabytes of a few lines."""
-    text = data.decode("utf-8")
+    text = data.decode("utf-8").strip()  # S3 may send blanks for as long as it works
     if "<!DOCTYPE" in text:
         raise ValueError("a document type is not wanted")
     try:
@@ -5962,7 +5962,7 @@ _REPLACED = frozenset(["InvalidAccessKeyId", "SignatureDoesNotMatch"])
 _SHA256_NOTE = (
     "x-amz-meta-sha256"  # our own note: no service computes it for an object made of parts
 )
-_MAX_PAGE = 16 << 20
+_MAX_PAGE, _MAX_FAULT = 16 << 20, 64 << 10
 
 
 def body_sha256(body: Body) -> str:
@@ -6005,10 +6005,10 @@ class BucketLine:
 
     def done(self, ask: _Ask) -> bool:
         """True when it is done. An error may stand in an answer that began with 200, too."""
-        with contextlib.closing(self.ask(ask)) as response:
-            code = _read_fault(response).get("Code")
-            if code:
-                raise self._error(response, code, passing=False)
+        with contextlib.closing(self.ask(ask)) as response, self._understanding():
+            code = _fault_in(response.read_all(_MAX_FAULT)).get("Code")
+        if code:
+            raise self._error(response, code, passing=False)
         return True
 
     def once(self, ask: _Ask) -> bool:
@@ -6094,8 +6094,10 @@ class BucketLine:
 
     def _fault(self, ask: _Ask, response: Response) -> BucketError:
         """What the refusal means. Raises NotFound."""
-        with contextlib.closing(response):
-            said = _read_fault(response)
+        raw = b""
+        with contextlib.closing(response), contextlib.suppress(BadUpstream):
+            raw = response.read_all(_MAX_FAULT)
+        said = _fault_in(raw)
         code = said.get("Code", "")
         if code == "NoSuchKey" or (response.status == 404 and ask.method == "HEAD"):
             raise NotFound("not in the store")
@@ -6236,11 +6238,11 @@ class Bucket(BucketLine):
                 ).abort()
 
 
-def _read_fault(response: Response) -> dict[str, str]:
+def _fault_in(body: bytes) -> dict[str, str]:
     """The texts of an <Error>; {} if the body is none."""
     try:
-        root = parse_xml(response.read_all(64 * 1024))
-    except (BadUpstream, ValueError):
+        root = parse_xml(body)
+    except ValueError:
         return {}
     if root.tag != "Error":
         return {}

@@ -6178,10 +6178,17 @@ def test_bytes_that_were_not_stored_are_told_from_those_that_were() -> None:
     assert damaged == ["a"]
 
 
-def test_an_error_after_a_good_status_is_an_error() -> None:
-    with scripted_bucket(lambda heard: Said(200, {}, fault("InternalError"))) as (_, made, _said):
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Said(200, {}, b" \n" + fault("InternalError")), "200 InternalError"),
+        (Said(200, {"Content-Length": "100"}, b" \n"), "body cut short"),
+    ],
+)
+def test_an_error_after_a_good_status_is_an_error(answer: Said, words: str) -> None:
+    with scripted_bucket(lambda heard: answer) as (_, made, _said):
         upload = goproxy.PartsUpload(made, "a", "1")
-        with pytest.raises(goproxy.BucketError, match="InternalError"):
+        with pytest.raises(goproxy.StoreDown, match=words):
             upload.finish(once=True)
 
 
