@@ -1118,6 +1118,30 @@ def _vanities(text: str) -> tuple[Vanity, ...]:
     return tuple(found)
 
 
+class Recipe(NamedTuple):
+    """What -generate runs in the modules of a glob."""
+
+    glob: str
+    command: tuple[str, ...]
+
+
+def _recipes(text: str) -> tuple[Recipe, ...]:
+    """GLOB=COMMAND, one a line."""
+    found = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, _, command = line.partition("=")
+        globs = parse_globs(name)
+        script = command.strip()
+        if script.startswith("shell:"):
+            words = ["/bin/sh", "-c", script[len("shell:") :].strip()]
+        else:
+            words = shlex.split(script)
+        if len(globs) != 1 or not words or not words[-1]:
+            raise ValueError("want GLOB=COMMAND or GLOB=shell:SCRIPT, one a line")
+        found.append(Recipe(globs[0], tuple(words)))
+    return tuple(found)
+
+
 def _base_url(text: str) -> Url | None:
     return parse_url(text) if text else None
 
@@ -1406,6 +1430,13 @@ class Settings:
     )
     exclude: tuple[str, ...] = _option(
         "GOPROXY_EXCLUDE", "", parse_globs, "GLOBS", "module paths that always answer 404"
+    )
+    generate: tuple[Recipe, ...] = _option(
+        "GOPROXY_GENERATE",
+        "",
+        _recipes,
+        "RULES",
+        "GLOB=COMMAND: run once in each public version; the result goes to -modules",
     )
     host: str = _option(
         "GOPROXY_HOST", "", _host, "ADDRESS", "listen on it: name, IP or unix:/path (default: all)"
@@ -1938,6 +1969,18 @@ def mod_in_zip(file: BinaryIO, path: str, version: str) -> bytes:
         return b"".join(_unpacked(cursor, entry))
     except (ValueError, zlib.error) as error:
         raise BadUpstream(f"go.mod: {error}") from None
+
+
+def unpack_zip(file: BinaryIO, path: str, version: str, folder: str) -> None:
+    """The files of a zip that check_zip has passed, below a folder. Raises OSError."""
+    prefix = f"{path}@{version}/"
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            target = os.path.join(folder, *entry.filename[len(prefix) :].split("/"))
+            if not entry.is_dir():
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with archive.open(entry) as source, open(target, "wb") as sink:
+                    shutil.copyfileobj(source, sink, _CHUNK)
 
 
 def _skip_local(cursor: _Cursor) -> None:
@@ -9710,6 +9753,91 @@ class Borrowed(Source):
         self._lending(lambda: self._direct.check(path))
 
 
+class Maker:
+    """Runs the commands of -generate: in a copy of a version that nobody else sees, in a process
+    group of its own, with few variables."""
+
+    SECONDS = 600.0
+    _SHOWN = 100  # lines of output
+
+    def __init__(self, recipes: Sequence[Recipe], path: str, log: Log) -> None:
+        """`path`: where commands are looked for."""
+        self._recipes = recipes
+        self._path = path
+        self._log = log
+
+    def recipe(self, path: str) -> Recipe | None:
+        """The first whose glob fits."""
+        return next((each for each in self._recipes if matches((each.glob,), path)), None)
+
+    def make(self, artifact: Artifact, given: Blob, info: bytes, storage: Storage) -> None:
+        """Publishes what the command makes of a version. Raises BadUpstream, and what reading
+        `given` does."""
+        with tempfile.TemporaryDirectory(prefix="goproxy-generate-") as folder:
+            root = os.path.join(folder, "module")
+            packed = os.path.join(folder, "zip")
+            try:
+                _save(given, packed)
+                with open(packed, "rb") as file:
+                    unpack_zip(file, artifact.path, artifact.version, root)
+                    before = mod_in_zip(file, artifact.path, artifact.version)
+                self._run(artifact, root, folder)
+                with drafting(storage) as draft:
+                    write_zip(draft, artifact[:2], source_tree(root), opener(root))
+                    sums = check_module_zip(draft, artifact.path, artifact.version)
+                    if sums.go_mod != before:
+                        raise BadUpstream("-generate: go.mod has changed, which clients have read")
+                    storage.put(artifact._replace(kind="info").name, info, replace=False)
+                    publish(storage, artifact, draft, sums)
+            except (BadRequest, OSError) as error:
+                raise BadUpstream(f"-generate: {error}") from None
+
+    def _run(self, artifact: Artifact, root: str, home: str) -> None:
+        recipe = self.recipe(artifact.path)
+        assert recipe
+        env = {"HOME": home, "LANG": "C.UTF-8", "PATH": self._path, "TMPDIR": home}
+        env.update(MODULE_PATH=artifact.path, MODULE_VERSION=artifact.version)
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                recipe.command,
+                cwd=root,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                status: int | None = process.wait(self.SECONDS)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                with contextlib.suppress(OSError):  # and whatever it left running
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            self._tell(artifact, output)
+        if status != 0:
+            end = f"ended with {status}" if status else f"took more than {self.SECONDS:.0f} s"
+            raise BadUpstream(f"-generate: {recipe.command[0]} {end}; its output is in the log")
+
+    def _tell(self, artifact: Artifact, output: BinaryIO) -> None:
+        output.seek(max(0, output.seek(0, os.SEEK_END) - MAX_INFO))
+        lines = output.read().decode(errors="replace").splitlines()
+        for line in lines[-self._SHOWN :]:
+            self._log.line(f"generate {artifact.path}@{artifact.version}: {line}")
+
+
+def _save(blob: Blob, path: str) -> None:
+    with open(path, "wb") as file:
+        for data in iter(functools.partial(blob.read, CHUNK), b""):
+            file.write(data)
+
+
+def opener(folder: str) -> Callable[[str], BinaryIO]:
+    """Opens a file by its name below a folder."""
+    return lambda name: open(os.path.join(folder, name), "rb")
+
+
 def send_zip(client: Client, url: Url, artifact: Artifact, draft: Draft) -> None:
     """PUTs a version's zip to a goproxy.py. Raises Forbidden, BadUpstream."""
     shown = client.authorization(url)
@@ -10357,12 +10485,84 @@ class Aged(Modules):
         return self._modules.link(artifact, method)
 
 
+class Generated(Modules):
+    """The public versions that -generate makes versions of ours of, when their zip is asked for.
+    .info and .mod are those of the others: a .mod never drags a zip along."""
+
+    _AT_ONCE, _REMEMBERED, _FAILURE_SECONDS = 2, 1000, 60.0
+
+    def __init__(self, modules: Modules, own: OwnModules, maker: Maker) -> None:
+        self._modules = modules
+        self._own = own
+        self._maker = maker
+        self._flights: Flights[Future[None]] = Flights()
+        self._failed: TtlCache[ProxyError] = TtlCache(self._REMEMBERED)
+        self._lane = Lane("generate", self._AT_ONCE)
+
+    def versions(self, path: str, reach: Reach) -> Answer:
+        return self._modules.versions(path, reach)
+
+    def resolve(self, path: str, query: str, reach: Reach) -> Answer:
+        return self._modules.resolve(path, query, reach)
+
+    def small(self, artifact: Artifact, reach: Reach) -> Answer:
+        return self._modules.small(artifact, reach)
+
+    def large(self, artifact: Artifact, reach: Reach) -> Answer:
+        if not self._maker.recipe(artifact.path):
+            return self._modules.large(artifact, reach)
+        if reach is Reach.STORED:
+            raise NotHere("not made yet, and fetching is off")
+        failed = self._failed.get(artifact.name)
+        if failed:
+            raise type(failed)(str(failed))
+        if reach is Reach.READY:
+            raise MustWait
+        flight, first = self._flights.join(artifact.name, Future)
+        if first:
+            self._lane.do(lambda: self._make(artifact, flight))
+        try:
+            flight.result(self._maker.SECONDS + TRANSFER.total)
+        except FutureTimeout:
+            raise Overloaded("-generate: others are made first", 60) from None
+        return Answer(self._own.open(artifact), Verdict.MISS)
+
+    def _make(self, artifact: Artifact, flight: Future[None]) -> None:
+        try:
+            if not self._own.has(artifact.path, artifact.version):
+                self._made(artifact)
+        except Exception as caught:
+            error = (
+                caught if isinstance(caught, ProxyError) else BadUpstream(f"-generate: {caught}")
+            )
+            self._failed.put(artifact.name, error, self._FAILURE_SECONDS)
+            self._flights.land(artifact.name)
+            flight.set_exception(error)
+        else:
+            self._flights.land(artifact.name)
+            flight.set_result(None)
+
+    def _made(self, artifact: Artifact) -> None:
+        info = self._modules.small(artifact._replace(kind="info"), Reach.FETCH).data
+        body = self._modules.large(artifact, Reach.FETCH).body
+        assert isinstance(body, FileBlob)
+        with contextlib.closing(body), contextlib.closing(self._own.writable()) as storage:
+            self._maker.make(artifact, body, info, storage)
+
+    def link(self, artifact: Artifact, method: str) -> str:
+        return "" if self._maker.recipe(artifact.path) else self._modules.link(artifact, method)
+
+    def close(self) -> None:
+        self._lane.close()
+
+
 class OwnFirst(Policy):
     """The versions that are ours, before a policy is asked about any others."""
 
-    def __init__(self, own: OwnModules, policy: Policy) -> None:
+    def __init__(self, own: OwnModules, policy: Policy, maker: Maker) -> None:
         self._own = own
         self._policy = policy
+        self._maker = maker
 
     def admit(self, path: str, asker: Asker) -> Modules:
         return WithOwn(self._own, lambda: self._policy.admit(path, asker))
@@ -10371,7 +10571,7 @@ class OwnFirst(Policy):
         return WithOwn(self._own, lambda: self._policy.public(path))
 
     def check_public(self, path: str, version: str) -> None:
-        if self._own.has(path, version):
+        if self._own.has(path, version) or self._maker.recipe(path):
             raise NotFound("this version is made here, so set GONOSUMDB for it")
         self._policy.check_public(path, version)
 
@@ -13016,7 +13216,7 @@ def serve_put(app: App, request: Request, module: str, version: str, kind: str) 
     that very version is there already, 409 if another one is."""
     artifact = _own_artifact(module, version, kind)
     storage = app.own.writable()
-    with contextlib.closing(storage), _drafting(storage) as draft:
+    with contextlib.closing(storage), drafting(storage) as draft:
         if app.own.has(*artifact[:2]) and storage.stamp(artifact.name) is None:
             raise Conflict("another folder of -modules has this version")
         assert request.upload
@@ -13029,16 +13229,6 @@ def serve_put(app: App, request: Request, module: str, version: str, kind: str) 
     name = f"{artifact.path} {artifact.version}"
     lines = f"{name} {sums.zip}\n{name}/go.mod {sums.mod}\n"
     return Reply(201 if is_new else 200, lines.encode(), headers=(_NO_STORE,))
-
-
-@contextlib.contextmanager
-def _drafting(storage: Storage) -> Iterator[Draft]:
-    """A draft of which nothing is left in the end, unless it was adopted."""
-    draft = storage.draft()
-    try:
-        yield draft
-    finally:
-        draft.fail(StoreDown("not kept"))
 
 
 def serve_delete(app: App, request: Request, module: str, version: str, kind: str) -> Reply:
@@ -15225,17 +15415,30 @@ def answering(
     with going_direct(settings, outside, client) as direct:
         source = open_sources(client, settings.upstream, direct)
         private = open_private(settings.private_auth, direct, cache)
-        public: Modules = Mirror(source, cache, begin)
+        own = OwnModules(settings.modules)
+        maker = Maker(settings.generate, outside.search_path, log)
+        generated = Generated(Mirror(source, cache, begin), own, maker)
+        public: Modules = generated
         if settings.min_age:
             public = Aged(public, settings.min_age, settings.min_age_exempt)
         policy = Policy(public, private, storage, settings)
         if settings.modules:
-            policy = OwnFirst(OwnModules(settings.modules), policy)
+            policy = OwnFirst(own, policy, maker)
         proxies = [hop.url for hop in settings.upstream if hop.url]
         sumdb = SumDb(SumDbOrigin(settings.sumdb, proxies, client), cache, policy, log)
         yield Answering(policy, sumdb, cache, source)
+    generated.close()
     sumdb.close()
     cache.close()
+
+
+def _check_generate(settings: Settings) -> None:
+    if settings.generate and not settings.modules:
+        glob, command = settings.generate[0]
+        raise UsageError(
+            f"{settings.origins['generate']}={glob}={shlex.join(command)}: want -modules as well, "
+            "where the results are kept"
+        )
 
 
 def _open_gate(settings: Settings, log: Log) -> Gate | None:
@@ -15269,6 +15472,7 @@ class Daemon:
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         """Opens what the settings name. Raises UsageError, StartError."""
         self._settings = settings
+        _check_generate(settings)
         _check_recheck(settings)
         self._log = Log(2, settings.log_format == "json")
         self._gate = _open_gate(settings, self._log)
@@ -15613,7 +15817,7 @@ def run_pack(settings: Settings, environ: Mapping[str, str]) -> int:
     storage = open_own(given["-to"]) if given["-to"] and not url else MemoryStorage(None)
     draft = storage.draft()
     try:
-        write_zip(draft, artifact[:2], _chosen(given), _opener(given["SRC"]))
+        write_zip(draft, artifact[:2], _chosen(given), opener(given["SRC"]))
         sums = check_module_zip(draft, artifact.path, artifact.version)
         if url:
             _upload(settings, environ, url, (artifact, draft))
@@ -15654,10 +15858,6 @@ def _chosen(given: Mapping[str, Any]) -> dict[str, int | None]:
         return sizes
     known = known_to_git(given["SRC"])
     return {name: size for name, size in sizes.items() if name in known}
-
-
-def _opener(folder: str) -> Callable[[str], BinaryIO]:
-    return lambda name: open(os.path.join(folder, name), "rb")
 
 
 _PACK_ARGUMENTS = (

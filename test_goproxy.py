@@ -2149,6 +2149,10 @@ BAD_SETTINGS = [
     ("cache", "CACHE_DIR", "sqlite:"),
     ("evict-private", "GOPROXY_EVICT_PRIVATE", "some"),
     ("exclude", "GOPROXY_EXCLUDE", "example.com/["),
+    ("generate", "GOPROXY_GENERATE", "example.com/quote=true"),
+    ("generate", "GOPROXY_GENERATE", "example.com/quote="),
+    ("generate", "GOPROXY_GENERATE", "=true"),
+    ("generate", "GOPROXY_GENERATE", "example.com/quote='"),
     ("host", "GOPROXY_HOST", "no such host"),
     ("log-format", "GOPROXY_LOG_FORMAT", "xml"),
     ("max-size", "GOPROXY_MAX_SIZE", "0"),
@@ -10899,6 +10903,100 @@ def test_gc_removes_what_nobody_can_use(tmp_path: Path) -> None:
     assert (dry.status, stored_below(cache)) == (0, before)
     assert finish(tmp_path, "gc").out.splitlines()[:-1] == dry.out.splitlines()[:-1]
     assert stored_below(cache) == {*kept, "example.com/fresh/@v/v1.0.0.zip"}
+
+
+# --- versions that are generated ---------------------------------------------
+
+MAKES = "example.com/quote=shell: echo made $MODULE_PATH@$MODULE_VERSION; cat quote.go > bpf.o"
+
+
+def made(answer: Answer) -> str:
+    """What a generated zip has, beside what the upstream's had."""
+    assert answer.status == 200, answer.text
+    with zipfile.ZipFile(io.BytesIO(answer.body)) as archive:
+        names = archive.namelist()
+        assert "example.com/quote@v1.0.0/quote.go" in names
+        return archive.read("example.com/quote@v1.0.0/bpf.o").decode()
+
+
+def test_a_version_is_generated_once_and_kept(run: Run, upstream: Upstream, modules: Path) -> None:
+    database = f"sum.test {upstream.url()}"
+    proxy = run(upstream=upstream.url(), modules=modules, generate=MAKES, sumdb=database)
+    answers = together(4, lambda _: proxy.get(ZIP))
+    assert {made(answer) for answer in answers} == {MODULES["example.com/quote@v1.0.0"]["quote.go"]}
+    assert proxy.log.count("generate example.com/quote@v1.0.0: made example.com/quote@v1.0.0") == 1
+    assert [proxy.get(path).body for path in (INFO, MOD)] == [SITE[INFO], SITE[MOD]]
+    assert upstream.asked.count(ZIP) == 1
+    assert proxy.get(LOOKUP).status == 404
+    assert [path for path in upstream.asked if "lookup" in path] == []
+    assert proxy.get(f"{SHOUT}.zip").body == SITE[f"{SHOUT}.zip"]
+    again = run(upstream="off", modules=modules, cache=modules.with_name("empty"))
+    assert again.get(ZIP).body == answers[0].body
+
+
+def test_a_mod_is_passed_on_and_generates_nothing(
+    run: Run, upstream: Upstream, modules: Path
+) -> None:
+    proxy = run(upstream=upstream.url(), modules=modules, generate=MAKES, workers=2)
+    assert [proxy.get(path).body for path in (INFO, MOD)] == [SITE[INFO], SITE[MOD]]
+    assert left_in(modules) == []
+    assert made(proxy.get(ZIP))
+    offline = run(offline="true", modules=modules, generate=MAKES)
+    assert offline.get(ZIP).status == 200
+    assert offline.get("example.com/quote/@v/v1.1.0.zip").status == 404
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("false", "false ended with 1"),
+        ("no-such-program", "No such file"),
+        ("shell: echo >> go.mod", "go.mod has changed"),
+        ("shell: touch aux.go", "aux"),
+        ("shell: rm go.mod", "go.mod has changed"),
+        ("shell: echo why; kill -9 $$", "/bin/sh ended with -9; its output is in the log"),
+    ],
+)
+def test_what_cannot_be_generated_is_502_and_nothing_is_kept(
+    run: Run, upstream: Upstream, modules: Path, script: str, reason: str
+) -> None:
+    proxy = run(upstream=upstream.url(), modules=modules, generate=f"example.com/quote={script}")
+    answers = [proxy.get(ZIP) for _ in range(2)]
+    assert [(answer.status, reason in answer.text) for answer in answers] == [(502, True)] * 2
+    assert left_in(modules) == []
+    assert upstream.asked.count(ZIP) == 1
+
+
+def test_a_command_sees_little_and_leaves_nothing_running(
+    run: Run, upstream: Upstream, modules: Path
+) -> None:
+    script = "cat /dev/zero & echo $! > bpf.o; env | cut -d= -f1 | sort > env.txt; pwd >> env.txt"
+    proxy = run({"SECRET": "x"}, upstream=upstream.url(), modules=modules,
+                generate=f"example.com/quote=shell: ({script}) > /dev/null")  # fmt: skip
+    answer = proxy.get(ZIP)
+    process = int(made(answer))
+    with zipfile.ZipFile(io.BytesIO(answer.body)) as archive:
+        told = archive.read("example.com/quote@v1.0.0/env.txt").decode().split()
+    known = {"HOME", "LANG", "MODULE_PATH", "MODULE_VERSION", "PATH", "PWD", "TMPDIR"}
+    assert set(told[:-1]) - {"OLDPWD", "SHLVL", "_"} == known
+    assert not Path(told[-1]).exists()
+    with contextlib.suppress(ProcessLookupError):
+        ended = os.pidfd_open(process)
+        assert select.select([ended], [], [], PATIENCE)[0]
+        os.close(ended)
+
+
+def test_a_command_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    class Impatient(goproxy.Maker):
+        SECONDS = 0.05
+
+    (recipe,) = goproxy.Settings.load(["-generate=example.com=tail -f /dev/null"], {}).generate
+    maker = Impatient([recipe], os.environ["PATH"], goproxy.Log(2, False))
+    storage = goproxy.MemoryStorage(None)
+    artifact = goproxy.Artifact("example.com/quote", "v1.0.0", "zip")
+    with pytest.raises(goproxy.BadUpstream, match=r"took more than"):
+        maker.make(artifact, goproxy.BytesBlob(SITE[ZIP]), SITE[INFO], storage)
+    assert list(storage.walk()) == []
 
 
 # --- versions that are too young ---------------------------------------------
