@@ -10099,7 +10099,7 @@ class Cache:
             self._log.error(f"{name}: not stored: {error}")
         else:
             if is_ours:
-                self.on_stored(name, draft.written)
+                self.on_stored(name, draft.written + len(side))
             else:
                 self._check_same(name, draft)
 
@@ -13196,6 +13196,7 @@ def serve_artifact(app: App, request: Request, module: str, version: str, kind: 
     mirror = app.policy.admit(artifact.path, request.asker)
     link = mirror.link(artifact, request.method) if kind == "zip" else ""
     if link:
+        app.used(artifact.name)
         headers = (("Cache-Control", "no-store"), ("Location", link))
         return Reply(307, b"", headers=headers, verdict=Verdict.HIT)
     if kind == "zip" and request.method == "HEAD":
@@ -13206,6 +13207,8 @@ def serve_artifact(app: App, request: Request, module: str, version: str, kind: 
         if kind != "mod":  # its successors need not wait; those of a .mod stand in it
             app.watch(request, artifact, here=False)
         raise
+    if answer.verdict is Verdict.HIT:
+        app.used(artifact.name)
     if kind == "mod" or request.reach is Reach.READY:
         app.watch(request, artifact, answer.verdict is Verdict.HIT)
     return _replied(answer, KINDS[kind].content_type, None)
@@ -14285,8 +14288,6 @@ class Handler(Courier, BaseHTTPRequestHandler):
 
     def _send(self, request: Request | None, reply: Reply, keep: bool) -> None:
         message = compose(request, reply, keep)
-        if reply.stored:
-            self.loop.app.used(reply.stored.name)
         if reply.stored and request and keep and self._is_alike():
             self.loop.remember(request.target, reply.stored, message)
         self._keep = keep

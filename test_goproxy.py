@@ -10415,6 +10415,18 @@ def test_private_modules_are_evicted_only_if_told(run: Run, flag: str, left: lis
     assert by_then(lambda: run.stored() == left)
 
 
+def test_clients_get_whole_bodies_while_everything_is_evicted(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), max_size="1", workers=2)
+    names = [BIG, ZIP, INFO, f"{SHOUT}.zip"]
+
+    def work(number: int) -> list[bool]:
+        order = [names[(number + turn) % len(names)] for turn in range(12)]
+        return [proxy.get(name).body == SITE[name] for name in order]
+
+    assert all(itertools.chain(*together(6, work)))
+    assert by_then(lambda: run.stored() == [])
+
+
 def test_what_other_workers_give_out_counts_as_used(run: Run, upstream: Upstream) -> None:
     proxy = run(upstream=upstream.url(), max_size="1GB", workers=2)
     for _ in range(20):
