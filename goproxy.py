@@ -11282,6 +11282,17 @@ class SumDb:
 # --- upkeep ---
 
 
+def unhurried(items: Iterable[T]) -> Iterator[T]:
+    """The same, with pauses: a long walk must not keep the threads that serve from running."""
+    for number, item in enumerate(items):
+        if number % _BREATH == 0:
+            time.sleep(_PAUSE)
+        yield item
+
+
+_BREATH, _PAUSE = 32, 0.0003  # items, seconds
+
+
 def stored_modules(items: Iterable[Item]) -> Iterator[tuple[str, dict[str, list[Item]]]]:
     """Modules, each with its stored versions and their files, from a walk over a store; a module
     comes in parts if the walk comes back to it."""
@@ -11495,7 +11506,7 @@ class Evictor:
                     yield self._used(items), path, version, sum(item.size for item in items)
 
     def _counted(self) -> Iterator[Item]:
-        for item in self._storage.walk():
+        for item in unhurried(self._storage.walk()):
             if self._ended:
                 return
             self._total += item.size
@@ -11681,7 +11692,7 @@ class Recheck:
     def _ask_slot(self, slot: int) -> None:
         modules = [
             (path, [each for each in versions if self._is_public(path, each)])
-            for path, versions in stored_modules(self._storage.walk())
+            for path, versions in stored_modules(unhurried(self._storage.walk()))
             if zlib.crc32(path.encode()) % self._SLOTS == slot
         ]
         count = sum(len(versions) for _, versions in modules)
