@@ -13804,6 +13804,51 @@ def test_go_downloads_a_toolchain(public: Public, make_safe_go: GoMaker) -> None
     assert f"golang.org/toolchain/@v/{name}" in public.run.stored()
 
 
+QUOTING = 'package main\n\nimport "rsc.io/quote"\n\nfunc main() { print(quote.Go()) }\n'
+QUOTING_MOD = """module example.com/work
+
+go 1.21
+
+require (
+	golang.org/x/text v0.0.0-20170915032832-14c0d48ead0c
+	rsc.io/quote v1.5.2
+	rsc.io/sampler v1.3.0
+)
+"""
+AIR_GAP = """
+ip link set lo up
+"$PYTHON" "$PROGRAM" -offline -cache "$THERE" -port 12345 2>log & proxy=$!
+until grep -q 'Set GOPROXY' log; do kill -0 $proxy || exit 9; done
+"$GO" build -o built .; status=$?
+rm go.sum; GOPROXY="file://$THERE" GOMODCACHE="$PWD/fresh" "$GO" build -o built .
+test $? = 0 -a $status = 0 && ./built; status=$?
+kill $proxy; wait $proxy; exit $status
+"""
+
+
+@needs_go
+@pytest.mark.network
+def test_what_was_fetched_and_exported_builds_behind_an_air_gap(
+    tmp_path: Path, make_safe_go: GoMaker
+) -> None:
+    """In a network namespace without a route, with the checksum database on, and no go.sum."""
+    if subprocess.run(["unshare", "-n", "ip", "link"], capture_output=True, check=False).returncode:
+        missing("unshare and ip, as root")
+    if reason := why_unreachable(goproxy.Settings.load([], {}).upstream_text):
+        missing(reason)
+    go = make_safe_go("http://localhost:12345", GOFLAGS="-mod=mod -modcacherw")
+    (go.work / "go.mod").write_text(QUOTING_MOD)
+    (go.work / "main.go").write_text(QUOTING)
+    for words in (["fetch", f"{go.work}/go.mod"], ["export", "x.tar"], ["import", "x.tar"]):
+        where = "there" if words[0] == "import" else "here"
+        assert finish(tmp_path, *words, f"-cache={where}")[::2] == (0, "")
+    places = {"GO": GO, "PROGRAM": str(PROGRAM), "PYTHON": sys.executable}
+    environ = {**go.environ, **places, "THERE": str(tmp_path / "there"), "HTTP_PROXY": ""}
+    script = ["unshare", "-n", "sh", "-c", AIR_GAP]
+    built = subprocess.run(script, cwd=go.work, env=environ, capture_output=True, check=False)
+    assert built.stderr.endswith(b"communicating."), built.stderr
+
+
 # --- with real repositories --------------------------------------------------
 
 REAL = ["github.com/pkg/errors@v0.9.1", "golang.org/x/sync@v0.8.0", "gopkg.in/yaml.v3@v3.0.1"]
