@@ -8509,6 +8509,7 @@ class GitRunner:
         self._fixed = {**_GIT_VARIABLES, "PATH": search_path}
         self._slots = threading.BoundedSemaphore(self._AT_ONCE)
         self._running: set[_Git] = set()
+        self._is_closed = False
 
     @contextlib.contextmanager
     def start(self, order: _Order) -> Iterator[_Git]:
@@ -8518,6 +8519,8 @@ class GitRunner:
         try:
             git = _Git(self._spawn(order), order.seconds)
             self._running.add(git)
+            if self._is_closed:  # while this one began
+                git.kill()
             try:
                 yield git
             finally:
@@ -8557,7 +8560,8 @@ class GitRunner:
             return said
 
     def close(self) -> None:
-        """Ends every git."""
+        """Ends every git, now and from now on."""
+        self._is_closed = True
         for git in list(self._running):
             git.kill()
 
