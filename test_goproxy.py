@@ -7696,6 +7696,23 @@ def test_whoever_closes_the_repositories_ends_their_gits(quote: Origin, tmp_path
     assert not is_alive(pid)
 
 
+def test_a_proxy_that_ends_leaves_no_git(run: Run, quote: Origin, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    os.mkfifo(begun)
+    script = f'case "$note" in ls-remote*) echo $$ > {begun}; exec sleep 600;; esac'
+    path = {"PATH": NotingGit(tmp_path / "bin", script).path}
+    vcs = f"{ACME_QUOTE}={quote.url}"
+    proxy = run(path, vcs=vcs, private=ACME_QUOTE, upstream="off", workers=1)
+    request = goproxy.in_thread(lambda: proxy.get(f"{ACME_QUOTE}/@v/list"))
+    pid = int(begun.read_text())
+    proxy.process.terminate()
+    proxy.logged("shutting down")
+    proxy.process.terminate()  # now, not after what is running
+    assert proxy.process.wait(PATIENCE) is not None
+    assert request.exception(PATIENCE)
+    assert not is_alive(pid)
+
+
 def test_a_module_of_more_than_500_mib_is_refused_before_it_is_packed(tmp_path: Path) -> None:
     origin = Origin(tmp_path / "quote", [Step({"go.mod": GIT_MOD, "a": bytes(1 << 20)})])
     big = origin("rev-parse", "main:a").strip()
