@@ -13407,41 +13407,37 @@ def relay(port: int) -> Callable[[socket.socket], None]:
 # --- with the fake upstream --------------------------------------------------
 
 
-EBPF: Files = {
-    ".gitignore": "*.o\n",
-    "bpf.o": "object",
-    "ebpf.go": 'package ebpf\n\nimport _ "embed"\n\n//go:embed bpf.o\nvar Object string\n',
-    "go.mod": "module go.test/ebpf\n\ngo 1.21\n",
-}
-USES_EBPF = """package main
-
-import (
-	_ "example.com/quote"
-	"go.test/ebpf"
-)
-
-func main() { print(ebpf.Object) }
-"""
+EBPF = HERE / "deploy" / "ebpf"
 
 
 @needs_go
 def test_go_takes_generated_files_from_here_by_the_page_and_the_rest_from_upstream(
     run: Run, upstream: Upstream, make_go: GoMaker, modules: Path
 ) -> None:
-    source = plant(run.folder / "src", EBPF)
+    source = Path(shutil.copytree(EBPF / "module", run.folder / "src"))
+    plant(source, {"bpf.o": "object"})  # which git ignores
     where = ["-module=go.test/ebpf", "-version=v1.0.0", f"-to={modules}"]
     assert finish(run.folder, "pack", str(source), *where).status == 0
     proxy = run(upstream=upstream.url(), modules=modules, exclude="go.test")
     # The client knows no GOPROXY for go.test; our port stands for that host.
     web = {"GOINSECURE": "go.test", "HTTPS_PROXY": proxy.url, "HTTP_PROXY": proxy.url}
     go = make_go(proxy.url, GOPRIVATE="go.test", **web)
-    (go.work / "main.go").write_text(USES_EBPF)
+    client = (EBPF / "client" / "main.go").read_text()
+    (go.work / "main.go").write_text(client.replace("github.com/google/uuid", "example.com/quote"))
     go("mod", "tidy")
     folder = go("list", "-m", "-f={{.Dir}}", "go.test/ebpf").strip()
     assert Path(folder, "bpf.o").read_text() == "object"
     assert "] GET ebpf\n" in proxy.log
     assert [path for path in upstream.asked if "go.test" in path] == []
     assert "example.com/quote/@v/v1.1.0.zip" in upstream.asked
+
+
+def test_the_example_uses_flags_that_there_are() -> None:
+    text = (EBPF / "compose.yaml").read_text()
+    given = set(re.findall(r"[\[ ](-[a-z-]{2,})[,\]]", text))
+    packs = {each.name for each in goproxy.COMMANDS["pack"].arguments}
+    assert given >= {"-exclude", "-module", "-modules", "-public-url", "-to"}
+    assert given - packs - set(SETTINGS) == set()
 
 
 @needs_go

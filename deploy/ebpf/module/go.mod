@@ -1,0 +1,3 @@
+module go.test/ebpf
+
+go 1.21
