@@ -4006,6 +4006,7 @@ def scripted(answer: Callable[[Heard], Said]) -> Iterator[Scripted]:
         yield server
 
 
+@functools.cache
 def go_tool(name: str) -> str:
     """Where `go install` puts a program, if it is not on the PATH."""
     told = subprocess.run([GO or "false", "env", "GOPATH"], capture_output=True, check=False)
