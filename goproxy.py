@@ -12246,6 +12246,8 @@ class Exporter:
                 self._try(name)
             for what in self._choice.missing(self._found):
                 self._fail(what, "not in the store")
+            if not self._found and not self.failures:
+                self._fail("the store", "no module is in it")
             self._manifest.flush()
             file = OpenFile(os.dup(self._manifest.fileno()))
             self._target.add(MANIFEST, FileBlob(file, self._manifest.tell(), time.time()))
@@ -12507,13 +12509,17 @@ class Importer:
 
     def run(self, files: Iterable[Incoming], needs_manifest: bool) -> None:
         """Two passes: the first looks for the manifest. Raises BadUpstream, StoreDown."""
+        is_empty = True
         for name, blob in files:
             if name == MANIFEST:
                 self._manifest = _read_manifest(blob)
             else:
                 self._progress.expect(1, blob.size or 0)
+                is_empty = False
         if needs_manifest and self._manifest is None:
             raise BadUpstream("it has no manifest: it is cut, or none of ours")
+        if is_empty:
+            raise BadUpstream("no modules are in it")
         for name, blob in files:
             if name != MANIFEST:
                 self._take(name, blob)

@@ -10851,6 +10851,15 @@ def test_what_was_exported_serves_offline_elsewhere(
     assert there.get(LIST).versions == ["v1.0.0"]
 
 
+def test_nothing_to_export_or_to_import_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    ended = finish(tmp_path, "export", "out.tar")
+    assert (ended.status, "no module is in it" in ended.out) == (1, True)
+    for source in ("out.tar", "empty", "none"):
+        ended = finish(tmp_path, "import", source)
+        assert (ended.status, ended.err.count("\n"), source in ended.err) == (1, 1, True)
+
+
 def test_an_interrupted_command_is_one_line_and_status_130(tmp_path: Path) -> None:
     storage = goproxy.DiskStorage(str(tmp_path / "cache"))
     storage.put(BIG, SITE[BIG])  # more than a pipe holds
