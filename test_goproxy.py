@@ -4014,13 +4014,13 @@ def go_tool(name: str) -> str:
 
 
 @contextlib.contextmanager
-def versitygw(folder: Path) -> Iterator[str]:
+def versitygw(folder: Path, *options: str) -> Iterator[str]:
     """A real S3 server, with the place of a bucket in it."""
     port = free_port()
     (folder / "s3/modules").mkdir(parents=True)
     keys = ["--access", AWS["AWS_ACCESS_KEY_ID"], "--secret", AWS["AWS_SECRET_ACCESS_KEY"]]
     at = ["--port", f"127.0.0.1:{port}", "--keep-alive", "--quiet", "posix", str(folder / "s3")]
-    with program(port, go_tool("versitygw"), *keys, *at):
+    with program(port, go_tool("versitygw"), *options, *keys, *at):
         yield f"s3://modules/go?endpoint=http://127.0.0.1:{port}"
 
 
@@ -7184,6 +7184,19 @@ def test_the_bucket_is_behind_the_proxy_as_everything_is(
         assert [proxy.get(ZIP).headers["x-cache"] for _ in range(2)] == ["MISS", "HIT"]
         proxy.stop()
     assert ZIP in in_bucket(run)
+
+
+def test_a_bucket_is_reached_by_https(run: Run, upstream: Upstream, trust: Trust) -> None:
+    with versitygw(run.folder, "--cert", trust.cert, "--key", trust.key) as place:
+        place = place.replace("http:", "https:")
+        proxy = run({"SSL_CERT_FILE": trust.cert}, cache=place, upstream=upstream.url())
+        assert [proxy.get(BIG).body for _ in range(2)] == [SITE[BIG]] * 2
+        assert BIG in in_bucket(run)
+        distrustful = run(cache=place, upstream=upstream.url())
+        assert distrustful.get(BIG).body == SITE[BIG]
+        distrustful.logged("degraded: ")
+        run.stop()
+    assert "certificate" in distrustful.log
 
 
 @pytest.mark.soak
