@@ -8689,7 +8689,7 @@ def test_pages_are_read_as_go_reads_them(tmp_path: Path) -> None:
     ours = [goproxy.read_imports(page) for page in (*IMPORTS, *mixed)]
     assert ours[: len(IMPORTS)] == told[: len(IMPORTS)]
     assert [pair for pair in zip(told, ours) if not set(pair[0]) <= set(pair[1])] == []
-    assert sum(map(bool, told)) > 300
+    assert sum(map(bool, told)) > 100
 
 
 @pytest.mark.parametrize("unit", ["<", "<!--", "<a ", "<a '", "<a b=", "a ", "<?", "<a b='c' "])
