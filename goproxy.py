@@ -13261,6 +13261,8 @@ def serve_delete(app: App, request: Request, module: str, version: str, kind: st
     with contextlib.closing(app.own.writable()) as storage:
         if storage.stamp(artifact.name) is None:
             raise NotFound("not in the first folder of -modules")
+        if storage.stamp(Attic.PLACE + artifact.name) is not None:
+            raise Conflict(f"an older one is in {Attic.PLACE} there: it has to go first")
         Attic(storage).put_away(artifact.path, artifact.version)
     app.log.line(f"{artifact.path}@{artifact.version}: moved aside by {request.user}")
     return Reply(204, None, headers=(_NO_STORE,))

@@ -12311,7 +12311,9 @@ def test_go_downloads_by_tls(
 PAUL, ADA = basic("paul", "p"), basic("ada", "a")
 OURS = "example.com/ours/@v/v1.0.0"
 OUR_ZIP = make_zip("example.com/ours@v1.0.0", {"go.mod": "module example.com/ours\n", "a.o": NOISE})
-OTHER_ZIP = make_zip("example.com/ours@v1.0.0", {"go.mod": "module example.com/ours\n\ngo 1.21\n"})
+CHANGED_ZIP = make_zip(
+    "example.com/ours@v1.0.0", {"go.mod": "module example.com/ours\n\ngo 1.21\n"}
+)
 
 
 def put(proxy: Proxy, path: str, body: Any, shown: str = PAUL, **fields: str) -> Answer:
@@ -12351,14 +12353,14 @@ def test_a_published_version_is_there_at_once(press: Proxy, modules: Path) -> No
 
 
 def test_a_published_version_never_changes(press: Proxy, modules: Path) -> None:
-    answers = [put(press, f"{OURS}.zip", body) for body in (OUR_ZIP, OUR_ZIP, OTHER_ZIP)]
+    answers = [put(press, f"{OURS}.zip", body) for body in (OUR_ZIP, OUR_ZIP, CHANGED_ZIP)]
     assert [answer.status for answer in answers] == [201, 200, 409]
     assert press.get(f"{OURS}.zip", Authorization=PAUL).body == OUR_ZIP
     assert press.get(f"{OURS}.mod", Authorization=PAUL).text == "module example.com/ours\n"
 
 
 def test_of_two_publishers_at_once_the_first_wins_whole(press: Proxy) -> None:
-    zips = [OUR_ZIP, OTHER_ZIP] * 2
+    zips = [OUR_ZIP, CHANGED_ZIP] * 2
     statuses = together(4, lambda number: put(press, f"{OURS}.zip", zips[number]).status)
     assert sorted(statuses) == [200, 201, 409, 409] or sorted(statuses) == [201, 201, 409, 409]
     kept = press.get(f"{OURS}.zip", Authorization=PAUL).body
@@ -12504,6 +12506,9 @@ def test_an_admin_moves_a_version_aside(press: Proxy, modules: Path) -> None:
     assert [press.get(path, "DELETE", Authorization=ADA).status for _ in range(2)] == [204, 404]
     assert press.get(path, Authorization=ADA).status == 404
     assert (modules / ".goproxy-removed" / path).read_bytes() == OUR_ZIP
+    put(press, path, CHANGED_ZIP)
+    assert press.get(path, "DELETE", Authorization=ADA).status == 409
+    assert press.get(path, Authorization=ADA).body == CHANGED_ZIP
 
 
 @pytest.mark.parametrize("given", ["modules", "auth", "quiet"])
