@@ -3314,6 +3314,12 @@ class Metric(NamedTuple):
 
 METRICS = {
     "goproxy_build_info": Metric("gauge", "Always 1; the labels tell what runs.", "version,python"),
+    "goproxy_comparisons_total": Metric(
+        "counter",
+        "Fetched files by what the checksum database says: agrees, unknown, not asked, mismatch, "
+        "or contradicts itself.",
+        "result",
+    ),
     "goproxy_connections": Metric("gauge", "Connections of clients that are open."),
     "goproxy_evicted_bytes_total": Metric("counter", "Bytes removed to keep -max-size."),
     "goproxy_evicted_versions_total": Metric("counter", "Versions removed to keep -max-size."),
@@ -11138,24 +11144,39 @@ class SumDb:
         self, promises: Mapping[str, Future[bytes]], path: str, version: str, h1: str
     ) -> bool:
         """A fill is not refused because a database cannot be asked; that is told in the log."""
-        is_known = False
-        for database, promise in promises.items():
-            try:
-                patience = self._IMPATIENCE if database in self._suspect else self._PATIENCE
-                lines = promise.result(patience).decode("utf-8", "replace").split("\n")
-                told = [line for line in lines if line.startswith(f"{path} {version} ")]
-                if told and f"{path} {version} {h1}" not in told:
-                    raise Mismatch(f"checksum mismatch: {database} has {told[0]}, this is {h1}")
-                is_known = is_known or bool(told)
-            except Untrusted as error:
-                self._log.security(f"{path}@{version}: {error}")
-                raise
-            except FutureTimeout:
-                self._note_silence(database, "it did not answer in time")
-                self._log.error(f"{path}@{version}: not compared with {database}: no answer yet")
-            except ProxyError as error:
-                self._log.error(f"{path}@{version}: not compared with {database}: {error}")
-        return is_known
+        results = [
+            self._judge(database, promise, (path, version, h1))
+            for database, promise in promises.items()
+        ]
+        return "agrees" in results
+
+    def _judge(self, database: str, promise: Future[bytes], line: Sequence[str]) -> str:
+        """What one database says of a go.sum line, as a word for METRICS."""
+        module, result = f"{line[0]}@{line[1]}", "contradicts itself"
+        try:
+            result = self._found(database, promise, line)
+        except Untrusted as error:
+            self._log.security(f"{module}: {error}")
+            result = "mismatch" if isinstance(error, Mismatch) else result
+            raise
+        except FutureTimeout:
+            result = "not asked"
+            self._note_silence(database, "it did not answer in time")
+            self._log.error(f"{module}: not compared with {database}: no answer yet")
+        except ProxyError as error:
+            result = "not asked"
+            self._log.error(f"{module}: not compared with {database}: {error}")
+        finally:
+            METER.add("goproxy_comparisons_total", result=result)
+        return result
+
+    def _found(self, database: str, promise: Future[bytes], line: Sequence[str]) -> str:
+        patience = self._IMPATIENCE if database in self._suspect else self._PATIENCE
+        lines = promise.result(patience).decode("utf-8", "replace").split("\n")
+        told = [each for each in lines if each.startswith(f"{line[0]} {line[1]} ")]
+        if told and " ".join(line) not in told:
+            raise Mismatch(f"checksum mismatch: {database} has {told[0]}, this is {line[2]}")
+        return "agrees" if told else "unknown"
 
     def _testimony(self, database: str, path: str, version: str) -> bytes:
         """The text of a record that counts, b"" if there is none."""

@@ -9786,6 +9786,7 @@ def test_what_the_database_knows_is_served_and_kept(
     assert upstream.asked.count(f"sumdb/sum.test/{QUOTE_RECORD}") == 1
     assert {MOD, ZIP, f"sumdb/sum.test/{QUOTE_RECORD}"} <= set(run.stored())
     assert "SECURITY" not in proxy.log and "not compared" not in proxy.log
+    await_figure(proxy, 'goproxy_comparisons_total{result="agrees"}', 2)
 
 
 @pytest.mark.parametrize("name", [MOD, ZIP, BIG])
@@ -9797,9 +9798,11 @@ def test_what_the_database_contradicts_is_refused_and_not_kept(
     forged = released(f"{module}@v1.0.0", files)
     upstream.files.update(forged)
     proxy = strict()
-    assert len(proxy.get(name).body) < len(forged[name]) or proxy.get(name).status == 502
+    answer = proxy.get(name)
+    assert answer.status == 502 or len(answer.body) < len(forged[name])
     assert f"{module}@v1.0.0" in proxy.logged("checksum mismatch: sum.test has")
     assert "SECURITY: " in proxy.log
+    await_figure(proxy, 'goproxy_comparisons_total{result="mismatch"}', 1)
     assert name not in run.stored()
 
 
@@ -13364,11 +13367,11 @@ class Go:
             "GOTOOLCHAIN": "local", "HTTPS_PROXY": DEAD_END, "HTTP_PROXY": DEAD_END, **extra,
         })  # fmt: skip
 
-    def run(self, *arguments: str) -> Ended:
-        """Runs `go ARGUMENTS`, whatever comes of it."""
+    def run(self, *arguments: str, before: Sequence[str] = ()) -> Ended:
+        """Runs `go ARGUMENTS`, whatever comes of it; `before` is a command that does so."""
         done = subprocess.run(
-            [GO, *arguments], cwd=self.work, env=self.environ, capture_output=True, timeout=600,
-            check=False,
+            [*before, GO, *arguments], cwd=self.work, env=self.environ, capture_output=True,
+            timeout=600, check=False,
         )  # fmt: skip
         return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
 
@@ -13709,6 +13712,87 @@ def test_repositories_are_found_as_go_finds_them(
 
 
 # --- with the real upstream --------------------------------------------------
+
+
+# Run where there is no network: takes an archive into a cache, serves it, and has go build.
+CARRIED_OVER = """
+import fcntl, os, socket, struct, subprocess, sys
+program, archive, cache, sumdb, *go = sys.argv[1:]
+with socket.socket() as up:
+    fcntl.ioctl(up, 0x8914, struct.pack("16sh14x", b"lo", 0x49))  # SIOCSIFFLAGS: up and running
+with socket.socket() as out:
+    assert out.connect_ex(("192.0.2.1", 80)) == 101, "there is a network"  # ENETUNREACH
+ours = [f"-cache={cache}", f"-sumdb={sumdb}", "-host=127.0.0.1", "-port=0", "-offline"]
+subprocess.run([sys.executable, program, "import", archive, *ours], check=True)
+with subprocess.Popen([sys.executable, program, *ours], stderr=subprocess.PIPE, text=True) as proxy:
+    port = next(line.split()[-1] for line in proxy.stderr if "Port: " in line)
+    done = subprocess.run(go, env={**os.environ, "GOPROXY": f"http://127.0.0.1:{port}"})
+    proxy.terminate()
+    print(proxy.stderr.read(), file=sys.stderr)
+sys.exit(done.returncode)
+"""
+USES_A_MODULE = """package main
+
+import "MODULE"
+
+func main() { println(quote.Hello()) }
+"""
+
+
+@pytest.fixture
+def behind_the_gap(make_go: GoMaker, tmp_path: Path) -> Callable[..., Ended]:
+    """Fetches and exports what `sums` names, carries only the archive over, and builds a program
+    there that has no go.sum, so that the database must be asked for everything."""
+    space = ["unshare", "-rn"]
+    if not shutil.which("unshare") or subprocess.run([*space, "true"], check=False).returncode:
+        missing("namespaces without a network (unshare -rn)")
+
+    def work(module: str, sums: str, database: str, **settings: object) -> Ended:
+        path, _, version = module.partition("@")
+        go = make_go("off", GOSUMDB=database, GOFLAGS="-mod=mod -modcacherw -trimpath")
+        (tmp_path / "go.sum").write_text(sums)
+        given = flags({"cache": tmp_path / "here", "sumdb": database, **settings})
+        for words in (["fetch", "go.sum"], ["export", "modules.tar"]):
+            ended = finish(tmp_path, *words, *given)
+            assert ended.status == 0, ended
+        shutil.rmtree(tmp_path / "here")
+        (go.work / "main.go").write_text(USES_A_MODULE.replace("MODULE", path))
+        with (go.work / "go.mod").open("a") as file:
+            file.write(f"\nrequire {path} {version}\n")
+        paths = map(str, (PROGRAM, tmp_path / "modules.tar", tmp_path / "there"))
+        isolated = [*space, sys.executable, "-c", CARRIED_OVER, *paths, database.split(" ")[0]]
+        return go.run("build", "-o", "built", ".", before=isolated)
+
+    return work
+
+
+@needs_go
+def test_a_build_passes_behind_an_air_gap(
+    behind_the_gap: Callable[..., Ended], upstream: Upstream
+) -> None:
+    attested(upstream, SUMS)
+    text = SUMS[QUOTE_RECORD].partition(b"\n")[2].partition(b"\n\n")[0].decode()
+    ended = behind_the_gap("example.com/quote@v1.0.0", text, NOTARY.key, upstream=upstream.url())
+    assert ended.status == 0, ended
+
+
+QUOTE_SUMS = """
+golang.org/x/text v0.0.0-20170915032832-14c0d48ead0c h1:qgOY6WgZOaTkIIMiVjBQcw93ERBE4m30iBm00nkL0i8=
+golang.org/x/text v0.0.0-20170915032832-14c0d48ead0c/go.mod h1:NqM8EUOU14njkJ3fqMW+pc6Ldnwhi/IjpwHt7yyuwOQ=
+rsc.io/quote v1.5.2 h1:w5fcysjrx7yqtD/aO+QwRjYZOKnaM9Uh2b40tElTs3Y=
+rsc.io/quote v1.5.2/go.mod h1:LzX7hefJvL54yjefDEDHNONDjII0t9xZLPXsUe+TKr0=
+rsc.io/sampler v1.3.0 h1:7uVkIFmeBqHfdjD+gZwtXXI+RODJ2Wc4O7MPEh/QiW4=
+rsc.io/sampler v1.3.0/go.mod h1:T1hPZKmBbMNahiBKFy5HrXp6adAjACjK9JXDnKaTXpA=
+"""  # noqa: E501
+
+
+@needs_go
+@pytest.mark.network
+def test_a_real_build_passes_behind_an_air_gap(
+    public: Public, behind_the_gap: Callable[..., Ended]
+) -> None:
+    ended = behind_the_gap("rsc.io/quote@v1.5.2", QUOTE_SUMS, "sum.golang.org")
+    assert ended.status == 0, ended
 
 
 class Public(NamedTuple):
