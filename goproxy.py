@@ -2899,7 +2899,11 @@ class OpenFile:
 
     def reading(self) -> BinaryIO:
         """A file object of its own for what has been written so far."""
-        return io.BufferedReader(_Reading(self), CHUNK)
+        return self.reading_of(os.fstat(self.descriptor).st_size)
+
+    def reading_of(self, size: int) -> BinaryIO:
+        """The same for so many bytes."""
+        return io.BufferedReader(_Reading(self, size), CHUNK)
 
     def __del__(self) -> None:
         os.close(self.descriptor)
@@ -2927,9 +2931,9 @@ class OpenBytes(OpenFile):
 class _Reading(io.RawIOBase):
     """Reads an open file by offset, beside whoever else reads it."""
 
-    def __init__(self, file: OpenFile) -> None:
+    def __init__(self, file: OpenFile, size: int) -> None:
         self._file = file
-        self._length = os.fstat(file.descriptor).st_size
+        self._length = size
         self._offset = 0
 
     def readable(self) -> bool:
@@ -2979,9 +2983,10 @@ class FileBlob(Blob):
         return self._file.read_at(count, self.offset)
 
     def reading(self) -> BinaryIO:
-        """A file object of its own for the bytes."""
-        assert self._file is not None
-        return self._file.reading()
+        """A file object of its own for all bytes, once they are there."""
+        self.wait_for_end()
+        assert self._file is not None and self.size is not None
+        return self._file.reading_of(self.size)
 
     def again(self) -> FileBlob:
         """Another blob of the same bytes, from the start."""
@@ -11904,8 +11909,8 @@ class Crew:
         result = None
         try:
             result = work(item)
-        except ProxyError as error:
-            self._fail(item, error)
+        except Exception as error:  # a bug must not pass for success
+            self._fail(item, error if isinstance(error, ProxyError) else ProxyError(repr(error)))
         finally:
             results.put((item, result))
 

@@ -13288,6 +13288,16 @@ def test_verify_finds_nothing_wrong_with_a_good_store(inspect: Inspect) -> None:
     assert re.fullmatch("verify: 9 done, .*; 0 bad, 0 failed, 6 compared with the .*\n", ended.out)
 
 
+def test_verify_reads_stores_that_are_no_folder(fetch: Fetch, run: Run, upstream: Upstream) -> None:
+    store = {"cache": f"sqlite:{run.folder}/store.db"}
+    run.cache.mkdir()
+    for name in ("big", "quote"):
+        assert fetch(f"example.com/{name}@v1.0.0", **store).ended.status == 0
+    ended = finish(run.folder, "verify", *flags({**store, "sumdb": "off"}))
+    assert ended.status == 0, ended
+    assert "verify: 6 done, " in ended.out and "; 0 bad, 0 failed, 0 compared" in ended.out
+
+
 OTHER_ZIP = make_zip("example.com/quote@v1.0.0", {"go.mod": "module example.com/quote\n"})
 SPOILT_FILES = {
     "broken info": (INFO, b"{}"),
