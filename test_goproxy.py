@@ -7032,9 +7032,6 @@ def check_one_hash(run: Run, upstream: Upstream, place: str) -> None:
         assert seen == {(path, hashlib.sha256(read(storage, path)).hexdigest()) for path in paths}
 
 
-QUOTE = "example.com/quote@v1.0.0"
-
-
 def test_replicas_over_one_database_give_one_hash_per_name(run: Run, upstream: Upstream) -> None:
     check_one_hash(run, upstream, database().url(database().make()))
 
@@ -7916,22 +7913,22 @@ def mod(path: str, rest: str = "go 1.21") -> str:
     )
 
 
-GO = "package p\n"
-MANY = {f"d{number}/f{number}.go": GO for number in range(40)}
+BARE = "package p\n"
+MANY = {f"d{number}/f{number}.go": BARE for number in range(40)}
 WILD = "sp ace.go a,b.go ö/é.go x@y.go ~t.go -dash.go --upload-pack=x &%$#!.go [a].go 中文.go"
 VENDORED = {
-    "vendor/modules.txt": GO,
-    "vendor/a.go": GO,
-    "vendor/x/x.go": GO,
-    "pkg/vendor/a.go": GO,
-    "pkg/vendor/x/x.go": GO,
-    "p/vendor/a.go": GO,
+    "vendor/modules.txt": BARE,
+    "vendor/a.go": BARE,
+    "vendor/x/x.go": BARE,
+    "pkg/vendor/a.go": BARE,
+    "pkg/vendor/x/x.go": BARE,
+    "p/vendor/a.go": BARE,
 }
 HISTORIES: dict[str, list[Step]] = {
     "annotated": [
         Step({"go.mod": mod("annotated")}, "!v1.0.0 !v1.1.0+meta v1.2 !note"),
-        Step({"a.go": GO}, "v1.3.0+meta"),
-        Step({"b.go": GO}),
+        Step({"a.go": BARE}, "v1.3.0+meta"),
+        Step({"b.go": BARE}),
     ],
     "attributes": [
         Step(
@@ -7954,19 +7951,19 @@ HISTORIES: dict[str, list[Step]] = {
             "v1.0.0",
         )
     ],
-    "bad-case": [Step({"a.go": GO, "A.go": GO}, "v1.0.0")],
+    "bad-case": [Step({"a.go": BARE, "A.go": BARE}, "v1.0.0")],
     "bad-colon": [Step({"a:b": "x"}, "v1.0.0"), Step({"a:b": None, "vendor/c:d/e": "x"}, "v1.0.1")],
     "bad-con": [Step({"aux.c": "x"}, "v1.0.0")],
-    "bad-emoji": [Step({"😀.go": GO}, "v1.0.0")],
+    "bad-emoji": [Step({"😀.go": BARE}, "v1.0.0")],
     "bad-link": [Step({"a?@": "target"}, "v1.0.0")],
     "bad-root": [Step({"GO.MOD": mod("bad-root")}, "v1.0.0")],
     "branches": [
         Step({"go.mod": mod("branches")}, "v1.0.0"),
-        Step({"a.go": GO}, branch="v9.9.9", start="1"),
-        Step({"b.go": GO}, branch="a/b", start="1"),
-        Step({"c.go": GO}, branch="v1", start="1"),
-        Step({"d.go": GO}, "a", branch="deadbeef", start="1"),
-        Step({"e.go": GO}, "v0.0.0-20200101000000-abcdefabcdef", start="1"),
+        Step({"a.go": BARE}, branch="v9.9.9", start="1"),
+        Step({"b.go": BARE}, branch="a/b", start="1"),
+        Step({"c.go": BARE}, branch="v1", start="1"),
+        Step({"d.go": BARE}, "a", branch="deadbeef", start="1"),
+        Step({"e.go": BARE}, "v0.0.0-20200101000000-abcdefabcdef", start="1"),
     ],
     "both": [
         Step({"go.mod": mod("both/v2"), "v2/go.mod": mod("both/v2")}, "v2.0.0"),
@@ -7976,7 +7973,7 @@ HISTORIES: dict[str, list[Step]] = {
     ],
     "clash": [
         Step({"in/go.mod": mod("clash/in")}, "in/v0.1.0"),
-        Step({"in/a.go": GO}, "v0.1.0"),
+        Step({"in/a.go": BARE}, "v0.1.0"),
     ],
     "empty": [],
     "fork": [
@@ -7987,26 +7984,26 @@ HISTORIES: dict[str, list[Step]] = {
         Step({"go.mod": mod("example.com/other/v1")}, "v1.4.0"),
     ],
     "gopkg": [
-        Step({"a.go": GO}, "v1.0.0"),
-        Step({"b.go": GO}, "v2.0.0 v2", branch="main"),
+        Step({"a.go": BARE}, "v1.0.0"),
+        Step({"b.go": BARE}, "v2.0.0 v2", branch="main"),
         Step({"go.mod": mod("gopkg.in/gopkg.v2")}, "v2.1.0"),
         Step({"go.mod": mod("github.com/acme/gopkg")}, "v2.2.0"),
         Step({"go.mod": mod("gopkg.in/gopkg.v2")}),
     ],
-    "hg": [Step({".hg_archival.txt": "x", "sub/.hg_archival.txt": "y", "a.go": GO}, "v1.0.0")],
+    "hg": [Step({".hg_archival.txt": "x", "sub/.hg_archival.txt": "y", "a.go": BARE}, "v1.0.0")],
     "incompatible": [
-        Step({"a.go": GO}, "v1.0.0"),
-        Step({"b.go": GO}, "v2.0.0 v2.1.0+incompatible"),
+        Step({"a.go": BARE}, "v1.0.0"),
+        Step({"b.go": BARE}, "v2.0.0 v2.1.0+incompatible"),
         Step({"v3/go.mod": mod("incompatible/v3")}, "v3.0.0"),
-        Step({"c.go": GO}),
+        Step({"c.go": BARE}),
         Step({"go.mod": mod("incompatible/v4")}, "v4.0.0", branch="four", start="4"),
-        Step({"d.go": GO}, "v5.0.0-rc.1 v5.0.0", start="4"),
-        Step({"e.go": GO}),
+        Step({"d.go": BARE}, "v5.0.0-rc.1 v5.0.0", start="4"),
+        Step({"e.go": BARE}),
     ],
     "incompatible-not": [
-        Step({"a.go": GO}, "v2.0.0"),
+        Step({"a.go": BARE}, "v2.0.0"),
         Step({"go.mod": mod("incompatible-not")}, "v1.5.0"),
-        Step({"b.go": GO}),
+        Step({"b.go": BARE}),
     ],
     "license": [
         Step(
@@ -8031,9 +8028,9 @@ HISTORIES: dict[str, list[Step]] = {
                 "file@": "go.mod",
                 "folder@": "sub",
                 "out@": "/etc/passwd",
-                "sub/a.go": GO,
+                "sub/a.go": BARE,
                 "nested/go.mod@": "../go.mod",
-                "nested/a.go": GO,
+                "nested/a.go": BARE,
             },
             "v1.0.0",
         ),
@@ -8045,18 +8042,18 @@ HISTORIES: dict[str, list[Step]] = {
         Step({"go.mod": mod("loop")}),
     ],
     "major": [
-        Step({"go.mod": mod("major"), "a.go": GO}, "v1.0.0"),
+        Step({"go.mod": mod("major"), "a.go": BARE}, "v1.0.0"),
         Step({"go.mod": mod("major/v2")}, "v2.0.0", branch="two", start="1"),
-        Step({"b.go": GO}, branch="two"),
-        Step({"v3/go.mod": mod("major/v3"), "v3/a.go": GO}, "v3.0.0 v3.1.0-pre", start="1"),
-        Step({"v3/b.go": GO}),
+        Step({"b.go": BARE}, branch="two"),
+        Step({"v3/go.mod": mod("major/v3"), "v3/a.go": BARE}, "v3.0.0 v3.1.0-pre", start="1"),
+        Step({"v3/b.go": BARE}),
     ],
     "merges": [
         Step({"go.mod": mod("merges")}, "v1.0.0"),
-        Step({"a.go": GO}, "v1.1.0", branch="side", start="1"),
-        Step({"b.go": GO}, "v1.0.5 v1.2.0-rc.1", start="1"),
-        Step({"c.go": GO}, start="3 2"),
-        Step({"d.go": GO}, "v1.9.0", branch="later", start="1"),
+        Step({"a.go": BARE}, "v1.1.0", branch="side", start="1"),
+        Step({"b.go": BARE}, "v1.0.5 v1.2.0-rc.1", start="1"),
+        Step({"c.go": BARE}, start="3 2"),
+        Step({"d.go": BARE}, "v1.9.0", branch="later", start="1"),
     ],
     "mods": [
         Step({"go.mod": "module (\n\tgithub.com/acme/mods\n)\n"}, "v1.0.0"),
@@ -8066,46 +8063,49 @@ HISTORIES: dict[str, list[Step]] = {
         Step({"go.mod": mod("mods"), "GO.mod": "x"}, "v1.4.0"),
     ],
     "names": [
-        Step(dict.fromkeys(WILD.replace("sp ace", "sp_ace").split(), GO) | {"a b.go": GO}, "v1.0.0")
+        Step(
+            dict.fromkeys(WILD.replace("sp ace", "sp_ace").split(), BARE) | {"a b.go": BARE},
+            "v1.0.0",
+        )
     ],
     "nested": [
         Step(
             {
                 "go.mod": mod("nested"),
-                "a.go": GO,
+                "a.go": BARE,
                 "in/go.mod": mod("nested/in"),
-                "in/a.go": GO,
+                "in/a.go": BARE,
                 "in/deep/go.mod": mod("nested/in/deep"),
-                "in/deep/a.go": GO,
+                "in/deep/a.go": BARE,
                 "upper/GO.MOD": "x",
-                "upper/a.go": GO,
-                "infix/a.go": GO,
-                "none/a.go": GO,
+                "upper/a.go": BARE,
+                "infix/a.go": BARE,
+                "none/a.go": BARE,
             },
             "v1.0.0 in/v0.1.0 in/deep/v0.2.0 none/v1.0.0",
         ),
-        Step({"in/b.go": GO}),
+        Step({"in/b.go": BARE}),
     ],
     "plain": [
-        Step({"go.mod": mod("plain"), "a.go": GO, "empty": "", **MANY}, "v1.0.0 v1.0.1-pre"),
-        Step({"b.go": GO}),
+        Step({"go.mod": mod("plain"), "a.go": BARE, "empty": "", **MANY}, "v1.0.0 v1.0.1-pre"),
+        Step({"b.go": BARE}),
         Step({"a.go": None}, "v1.1.0-rc.1"),
-        Step({"c.go": GO}, branch="topic"),
+        Step({"c.go": BARE}, branch="topic"),
     ],
     "retracted": [
         Step({"go.mod": mod("retracted")}, "v1.0.0"),
-        Step({"a.go": GO}, "v1.1.0"),
+        Step({"a.go": BARE}, "v1.1.0"),
         Step(
             {"go.mod": mod("retracted", "retract v1.1.0 // bad\nretract [v1.2.0, v1.3.0]")},
             "v1.2.0",
         ),
-        Step({"b.go": GO}),
+        Step({"b.go": BARE}),
     ],
-    "sha256": [Step({"go.mod": mod("sha256"), "a.go": GO}, "v1.0.0"), Step({"b.go": GO})],
+    "sha256": [Step({"go.mod": mod("sha256"), "a.go": BARE}, "v1.0.0"), Step({"b.go": BARE})],
     "sub": [
-        Step({"a.go": GO, "x/go.mod": mod("sub/x"), "x/a.go": GO}, "v1.0.0 x/v1.0.0"),
-        Step({"x/v2/go.mod": mod("sub/x/v2"), "x/v2/a.go": GO}, "x/v2.0.0 v1.2.0"),
-        Step({"x/v2/b.go": GO, "x/b.go": GO}),
+        Step({"a.go": BARE, "x/go.mod": mod("sub/x"), "x/a.go": BARE}, "v1.0.0 x/v1.0.0"),
+        Step({"x/v2/go.mod": mod("sub/x/v2"), "x/v2/a.go": BARE}, "x/v2.0.0 v1.2.0"),
+        Step({"x/v2/b.go": BARE, "x/b.go": BARE}),
         Step({"x/go.mod": mod("sub/x/v3")}, "x/v3.0.0", branch="three", start="3"),
     ],
     "submodule": [
@@ -8113,13 +8113,13 @@ HISTORIES: dict[str, list[Step]] = {
             {
                 ".gitmodules": '[submodule "s"]\n\tpath = s\n\turl = ../plain\n',
                 "s*": b"0123456789012345678901234567890123456789",
-                "a.go": GO,
+                "a.go": BARE,
             },
             "v1.0.0",
         )
     ],
-    "treetag": [Step({"a.go": GO})],
-    "untagged": [Step({"a.go": GO}), Step({"b.go": GO})],
+    "treetag": [Step({"a.go": BARE})],
+    "untagged": [Step({"a.go": BARE}), Step({"b.go": BARE})],
     "vendor-new": [
         Step(
             {
@@ -8134,7 +8134,7 @@ HISTORIES: dict[str, list[Step]] = {
             {
                 "go.mod": mod("vendor-old", "go 1.23"),
                 **VENDORED,
-                "longer/name/vendor/a.go": GO,
+                "longer/name/vendor/a.go": BARE,
             },
             "v1.0.0",
         )
@@ -8405,7 +8405,7 @@ SOME_FILES = ["a.go", "in/a.go", "in/v2/a.go", "v2/a.go", "vendor/x/x.go", "LICE
 
 def random_step(dice: random.Random, name: str, tags: list[str], number: int) -> Step:
     """A commit with a few files and go.mod files, some of them wrong, and a few of the tags."""
-    files: dict[str, str | bytes | None] = {dice.choice(SOME_FILES): f"{GO}// {number}\n"}
+    files: dict[str, str | bytes | None] = {dice.choice(SOME_FILES): f"{BARE}// {number}\n"}
     for folder, ends in SOME_MODULES.items():
         if dice.random() < (0.4 if number < 3 else 0.15):
             path = f"{name}/{dice.choice(ends)}".rstrip("/")
@@ -14134,6 +14134,13 @@ def test_an_underscore_means_this_room_only() -> None:
         if use[2][:1] == "_" != use[2][1:2] and SOURCE.owner[use[2]] != use[1]
     ]
     assert strangers == []
+
+
+@pytest.mark.parametrize("house", [SOURCE, TESTS])
+def test_a_module_level_name_is_given_once(house: House) -> None:
+    plain = (ast.ClassDef, ast.Assign, ast.AnnAssign, *Function)
+    names = [name for node in house.tree.body if isinstance(node, plain) for name in defined(node)]
+    assert [name for name in {*names} if names.count(name) > 1] == []
 
 
 def test_no_local_hides_a_module_level_name() -> None:
