@@ -14682,9 +14682,10 @@ class Server(ThreadingHTTPServer):
         self.transfer_lane = Lane("transfer", self._TRANSFERS)
         self.handshake_lane = Lane("handshake", self._HANDSHAKES if app.tls else 0)
         self._handed = handed
+        self._helps = handed is not None  # others hand connections over, also while it drains
         self._thread = 0
         self._poller = EpollPoller() if hasattr(select, "epoll") else SelectPoller()
-        self._events: dict[int, Callable[[], None]] = {}
+        self._events: dict[int, Callable[[], object]] = {}
         self._handlers: set[Courier] = set()
         self._wheel = Wheel(self.now)
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
@@ -14717,7 +14718,9 @@ class Server(ThreadingHTTPServer):
                 self._listen()
         self._close_all()
 
-    def _watch(self, sock: socket.socket, event: Callable[[], None], shared: bool = False) -> None:
+    def _watch(
+        self, sock: socket.socket, event: Callable[[], object], shared: bool = False
+    ) -> None:
         sock.setblocking(False)
         self._events[sock.fileno()] = event
         self._poller.set(sock.fileno(), 0, READABLE, shared)
@@ -14815,12 +14818,13 @@ class Server(ThreadingHTTPServer):
         self.enter(handler, _IDLE_SECONDS)
         return handler
 
-    def _take_over(self) -> None:
+    def _take_over(self) -> bool:
+        """Takes one thing that another process has sent; False if there is none."""
         assert self._handed is not None
         try:
             read, descriptors, flags, _ = socket.recv_fds(self._handed, 1 << 18, 1)
         except BlockingIOError:
-            return
+            return False
         client, _, rest = read.partition(b"\n")
         if not client:
             for name in rest.decode().split("\n"):
@@ -14831,6 +14835,7 @@ class Server(ThreadingHTTPServer):
             sock = socket.socket(fileno=descriptor)
             sock.setblocking(False)
             self.admit(sock, client.decode()).take_over(rest)
+        return True
 
     def forget(self, handler: Courier) -> None:
         """A connection is about to close."""
@@ -14877,10 +14882,20 @@ class Server(ThreadingHTTPServer):
         for handler in [handler for handler in self._handlers if handler.is_idle()]:
             handler.dismiss()
 
+    def expect_no_more(self) -> None:
+        """Nobody is left who hands connections over; what is on its way is taken. May be called
+        from any thread."""
+        self.post(self._take_last)
+
+    def _take_last(self) -> None:
+        while self._helps and self._take_over():
+            pass
+        self._helps = False
+
     def _is_over(self) -> bool:
         if self._stop_at is None:
             return False
-        return not self._handlers or self.now >= self._stop_at
+        return not (self._handlers or self._helps) or self.now >= self._stop_at
 
     def _close_all(self) -> None:
         for handler in list(self._handlers):
@@ -15143,7 +15158,7 @@ def _check_recheck(settings: Settings) -> None:
         raise UsageError(f"{origin}={settings.recheck:g}s: with {why} nobody may be asked")
 
 
-_STOP_WORD, _RELOAD_WORD = b"s", b"r"
+_STOP_WORD, _RELOAD_WORD, _ALONE_WORD = b"s", b"r", b"a"
 
 
 def _obey(line: int, server: Server, reload: Callable[[], object]) -> None:
@@ -15152,6 +15167,10 @@ def _obey(line: int, server: Server, reload: Callable[[], object]) -> None:
         said = os.read(line, 1)
         if said == _RELOAD_WORD:
             reload()
+            continue
+        if said in (_ALONE_WORD, b""):
+            server.expect_no_more()
+        if said == _ALONE_WORD:
             continue
         server.stop(_DRAIN_SECONDS)
         if not said:
@@ -15212,6 +15231,8 @@ class Workers:
                 self._kill_all()
             self._reap()
             self._replace()
+            if self._stopping and {*self._places.values()} == {0}:
+                self._tell(_ALONE_WORD)  # until now, others may have handed it connections
             manager.reassure()
             self._log.write_out()
         self._fetcher.close()

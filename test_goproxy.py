@@ -12934,6 +12934,27 @@ def test_a_restart_under_load_loses_no_request(run: Run, upstream: Upstream, cou
     assert statuses == [200] * len(statuses)
 
 
+def test_what_a_worker_hands_over_at_the_end_is_answered(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url(), workers=2)
+    fetching, other = children_of(proxy.process.pid)
+    os.kill(fetching, signal.SIGSTOP)
+    with dial(proxy.port) as client:
+        client.sendall(talk_get("/health").replace(b"Connection: close\r\n", b""))
+        assert client.recv(1000).startswith(b"HTTP/1.1 200 ")  # from the other one
+        os.kill(fetching, signal.SIGCONT)
+        os.kill(other, signal.SIGSTOP)
+        client.sendall(talk_get("/" + INFO))
+        proxy.signal(signal.SIGTERM)
+        proxy.logged("hutting down")
+        ends = os.pidfd_open(fetching)
+        assert select.select([ends], [], [], 0.5)[0] == []  # it waits for the other one
+        os.close(ends)
+        os.kill(other, signal.SIGCONT)
+        (answer,) = responses(read_all(client))
+    assert answer.body == SITE[INFO]
+    proxy.wait()
+
+
 def test_who_was_let_in_before_the_end_is_answered(run: Run, upstream: Upstream) -> None:
     proxy = run(upstream=upstream.url())
     with dial(proxy.port) as client:
