@@ -7062,6 +7062,7 @@ class SqlStorage(RemoteStorage):
         super().__init__()
         self._dialect = dialect
         self._idle: collections.deque[SqlLine] = collections.deque()
+        self._closed = False
         self._permits = threading.BoundedSemaphore(self._LINES)
         self._tidy_at = 0.0
         try:
@@ -7142,10 +7143,12 @@ class SqlStorage(RemoteStorage):
         return None
 
     def _give_back(self, line: SqlLine) -> None:
-        if len(self._idle) < self._IDLE_LINES:
-            self._idle.append(line)
-        else:
+        if len(self._idle) >= self._IDLE_LINES:
             line.close()
+            return
+        self._idle.append(line)
+        if self._closed:  # by somebody else, while this was in use
+            self._close_idle()
 
     def _fetch(self, name: str) -> Blob:
         select = "SELECT size, modified, body, data FROM goproxy_names WHERE name = ?"
@@ -7282,6 +7285,7 @@ class SqlStorage(RemoteStorage):
 
     def close(self) -> None:
         super().close()
+        self._closed = True
         self._close_idle()
 
 

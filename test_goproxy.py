@@ -13393,9 +13393,12 @@ class Go:
         self.work = folder / "work"
         self.work.mkdir(parents=True)
         (self.work / "go.mod").write_text("module example.com/work\n\ngo 1.21\n")
+        telemetry = folder / ".config" / "go" / "telemetry"  # else a child of go writes there later
+        telemetry.mkdir(parents=True)
+        (telemetry / "mode").write_text("off")
         self.environ = clean_environment(folder, {
             "GOCACHE": str(build_cache), "GOENV": "off", "GOFLAGS": "-modcacherw -trimpath",
-            "GOPATH": str(folder / "gopath"), "GOPROXY": proxies, "GOTELEMETRY": "off",
+            "GOPATH": str(folder / "gopath"), "GOPROXY": proxies,
             "GOTOOLCHAIN": "local", "HTTPS_PROXY": DEAD_END, "HTTP_PROXY": DEAD_END, **extra,
         })  # fmt: skip
 
