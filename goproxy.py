@@ -14648,6 +14648,41 @@ class Wheel:
                     self.file(courier)
 
 
+class Inbox:
+    """What the other processes send to the one that fetches: connections that must wait, and what
+    they have seen. It is open until none of them is left, also while the loop drains."""
+
+    def __init__(self, sock: socket.socket | None, server: Server) -> None:
+        self.sock = sock
+        self.is_open = sock is not None
+        self._server = server
+
+    def take(self) -> bool:
+        """Takes one thing that another process has sent; False if there is none."""
+        assert self.sock is not None
+        try:
+            read, descriptors, flags, _ = socket.recv_fds(self.sock, 1 << 18, 1)
+        except BlockingIOError:
+            return False
+        client, _, rest = read.partition(b"\n")
+        if not client:
+            for name in rest.decode().split("\n"):
+                self._server.app.used(name)
+        elif not descriptors and not flags & socket.MSG_CTRUNC:  # else there was no room for it
+            self._server.app.saw(Sight(*read.decode().split("\n")))
+        for descriptor in descriptors:
+            sock = socket.socket(fileno=descriptor)
+            sock.setblocking(False)
+            self._server.admit(sock, client.decode()).take_over(rest)
+        return True
+
+    def end(self) -> None:
+        """Nobody is left to send; what is on its way is taken."""
+        while self.is_open and self.take():
+            pass
+        self.is_open = False
+
+
 class Server(ThreadingHTTPServer):
     """The front loop: one thread owns accepting, request heads, idle and slow connections and all
     deadlines. Complete requests go to threads made at the start; nothing is spawned per client."""
@@ -14685,8 +14720,7 @@ class Server(ThreadingHTTPServer):
         self.zip_lane = Lane("zip", self._ZIP_WAITERS)
         self.transfer_lane = Lane("transfer", self._TRANSFERS)
         self.handshake_lane = Lane("handshake", self._HANDSHAKES if app.tls else 0)
-        self._handed = handed
-        self._helps = handed is not None  # others hand connections over, also while it drains
+        self._inbox = Inbox(handed, self)
         self._thread = 0
         self._poller = EpollPoller() if hasattr(select, "epoll") else SelectPoller()
         self._events: dict[int, Callable[[], object]] = {}
@@ -14703,8 +14737,8 @@ class Server(ThreadingHTTPServer):
         self._wake_sender.setblocking(False)
         self._watch(self._wake_receiver, self._drain_wakes)
         self._listen()
-        if self._handed:
-            self._watch(self._handed, self._take_over)
+        if self._inbox.sock:
+            self._watch(self._inbox.sock, self._inbox.take)
         while not self._is_over():
             ready = self._poller.wait(0 if self._posts else poll_interval)
             self.now = time.monotonic()
@@ -14822,25 +14856,6 @@ class Server(ThreadingHTTPServer):
         self.enter(handler, _IDLE_SECONDS)
         return handler
 
-    def _take_over(self) -> bool:
-        """Takes one thing that another process has sent; False if there is none."""
-        assert self._handed is not None
-        try:
-            read, descriptors, flags, _ = socket.recv_fds(self._handed, 1 << 18, 1)
-        except BlockingIOError:
-            return False
-        client, _, rest = read.partition(b"\n")
-        if not client:
-            for name in rest.decode().split("\n"):
-                self.app.used(name)
-        elif not descriptors and not flags & socket.MSG_CTRUNC:  # else there was no room for it
-            self.app.saw(Sight(*read.decode().split("\n")))
-        for descriptor in descriptors:
-            sock = socket.socket(fileno=descriptor)
-            sock.setblocking(False)
-            self.admit(sock, client.decode()).take_over(rest)
-        return True
-
     def forget(self, handler: Courier) -> None:
         """A connection is about to close."""
         self.poll(handler, 0)
@@ -14889,17 +14904,12 @@ class Server(ThreadingHTTPServer):
     def expect_no_more(self) -> None:
         """Nobody is left who hands connections over; what is on its way is taken. May be called
         from any thread."""
-        self.post(self._take_last)
-
-    def _take_last(self) -> None:
-        while self._helps and self._take_over():
-            pass
-        self._helps = False
+        self.post(self._inbox.end)
 
     def _is_over(self) -> bool:
         if self._stop_at is None:
             return False
-        return not (self._handlers or self._helps) or self.now >= self._stop_at
+        return not (self._handlers or self._inbox.is_open) or self.now >= self._stop_at
 
     def _close_all(self) -> None:
         for handler in list(self._handlers):

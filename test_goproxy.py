@@ -3372,10 +3372,12 @@ def soon(seconds: float = PATIENCE) -> float:
 
 def free_port() -> int:
     """A port free for TCP and UDP."""
-    with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-        tcp.bind(("127.0.0.1", 0))
-        udp.bind(tcp.getsockname())
-        return int(tcp.getsockname()[1])
+    while True:
+        with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            tcp.bind(("127.0.0.1", 0))
+            with contextlib.suppress(OSError):  # somebody else has it for UDP
+                udp.bind(tcp.getsockname())
+                return int(tcp.getsockname()[1])
 
 
 @pytest.fixture
