@@ -3196,19 +3196,31 @@ class GrowingBlob(FileBlob):
 
 
 class Lane:
-    """Threads made at the start, taking work in the order it came."""
+    """Threads that take work in the order it came: one from the start, so that there is one
+    whatever limits the machine has, more as work would wait, and never more than so many."""
 
     def __init__(self, name: str, threads: int) -> None:
+        self._name = name
+        self._most = threads
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
-            for number in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._mutex = threading.Lock()
+        self._threads = 0
+        self._unfinished = 0
+        if threads:
+            self._begin_thread()
+
+    def _begin_thread(self) -> None:
+        name = f"{self._name}-{self._threads}"
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._threads += 1
 
     def do(self, work: Callable[[], object]) -> None:
         """Queues work, which must not raise."""
+        with self._mutex:
+            self._unfinished += 1
+            if self._threads < min(self._unfinished, self._most):
+                with contextlib.suppress(RuntimeError):  # no more of them: those there are do it
+                    self._begin_thread()
         self._queue.put(work)
 
     @property
@@ -3232,11 +3244,15 @@ class Lane:
             except Exception:  # a bug, which must not cost the thread as well
                 sys.excepthook(*sys.exc_info())
             del work  # a thread that waits must not keep a client's socket alive
+            with self._mutex:
+                self._unfinished -= 1
 
     def close(self) -> None:
         """Threads end after the work they have; nobody waits for them."""
-        for _ in self._threads:
-            self._queue.put(None)
+        with self._mutex:
+            self._most = 0
+            for _ in range(self._threads):
+                self._queue.put(None)
 
 
 def keep_promise(promise: Future[T], work: Callable[[], T]) -> None:
@@ -4903,9 +4919,9 @@ def _redirect(url: Url, location: str) -> Url:
     """Where a redirect leads. Raises BadUpstream for what must not be followed."""
     if not re.fullmatch(r"[\x21-\x7e]+", location):
         raise BadUpstream(f"{url.authority}: redirect without a usable location")
-    joined = urllib.parse.urljoin(str(url) or "/", location).partition("#")[0]
-    base, mark, query = joined.partition("?")
     try:
+        joined = urllib.parse.urljoin(str(url) or "/", location).partition("#")[0]
+        base, mark, query = joined.partition("?")
         target = parse_url(base)
     except ValueError:
         raise BadUpstream(f"{url.authority}: redirect to something that is not http") from None
@@ -14685,7 +14701,7 @@ class Inbox:
 
 class Server(ThreadingHTTPServer):
     """The front loop: one thread owns accepting, request heads, idle and slow connections and all
-    deadlines. Complete requests go to threads made at the start; nothing is spawned per client."""
+    deadlines. Complete requests go to lanes of few threads; nothing is spawned per client."""
 
     request_queue_size = 4096
     _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS = 4, 24, 12, 4

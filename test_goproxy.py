@@ -69,6 +69,7 @@ import goproxy
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "goproxy.py"
 PATIENCE = 30.0  # seconds that anything may take before its test is a failure
+SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "10"))  # of what runs as long as one likes
 T = TypeVar("T")
 
 
@@ -486,6 +487,10 @@ def _redirect_away(exchange: Exchange, body: bytes) -> None:
     exchange.reply(302, b"", Location=f"http://localhost:{port}/good/{exchange.path_asked}")
 
 
+def _redirect_bracket(exchange: Exchange, body: bytes) -> None:
+    exchange.reply(302, b"", Location="http://[::1/")
+
+
 def _redirect_file(exchange: Exchange, body: bytes) -> None:
     exchange.reply(302, b"", Location="file:///etc/hostname")
 
@@ -552,6 +557,7 @@ FAULTS: dict[str, Fault] = {
     "othermod": _other_module,
     "redirect": _redirect,
     "redirect-away": _redirect_away,
+    "redirect-bracket": _redirect_bracket,
     "redirect-file": _redirect_file,
     "redirect-loop": _redirect_loop,
     "reset": _reset,
@@ -3150,6 +3156,21 @@ def test_a_lane_hands_on_errors_and_goes_on() -> None:
     lane.close()
 
 
+def test_a_lane_has_as_many_threads_as_it_had_work_at_once() -> None:
+    lane, gate = goproxy.Lane("width", 3), threading.Event()
+
+    def threads() -> int:
+        return sum(thread.name.startswith("width-") for thread in threading.enumerate())
+
+    counts = [threads()]
+    for _ in range(5):
+        last = lane.submit(gate.wait)
+        counts.append(threads())
+    gate.set()
+    assert (counts, last.result(PATIENCE)) == ([1, 1, 2, 3, 3, 3], True)
+    lane.close()
+
+
 # =============================================================================
 # 6. Network
 # =============================================================================
@@ -3267,7 +3288,7 @@ def test_the_upstream_is_asked_for_plain_bytes(proxy: Proxy, upstream: Upstream)
     assert "connection" not in headers or headers["connection"] != "close"
 
 
-@pytest.mark.parametrize("fault", ["redirect-file", "redirect-loop"])
+@pytest.mark.parametrize("fault", ["redirect-bracket", "redirect-file", "redirect-loop"])
 def test_a_bad_redirect_is_502(run: Run, upstream: Upstream, fault: str) -> None:
     assert run(upstream=upstream.url(fault)).get(INFO).status == 502
     assert len(upstream.asked) <= 3 * 11
@@ -3410,10 +3431,10 @@ def installed(name: str, more: str = "") -> str:
 
 
 @contextlib.contextmanager
-def program(port: int, *command: str) -> Iterator[None]:
+def program(port: int, *command: str, out: Any = subprocess.DEVNULL) -> Iterator[None]:
     """A real server, ready when its port accepts."""
-    end, arguments, void = soon(), [installed(command[0]), *command[1:]], subprocess.DEVNULL
-    with subprocess.Popen(arguments, stdout=void, stderr=void) as process:
+    end, arguments = soon(), [installed(command[0]), *command[1:]]
+    with subprocess.Popen(arguments, stdout=out, stderr=subprocess.DEVNULL) as process:
         try:
             while not is_listening(port):
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -12592,6 +12613,310 @@ def test_the_public_url_is_told(run: Run, upstream: Upstream) -> None:
     assert go_import(proxy, "auto/x") == f"go.test/auto mod {url}"
     assert proxy.get(f"{MOD}?go-get=0").body == SITE[MOD]
     assert [go_import(proxy, MOD) for _ in range(3)] == ["404"] * 3
+
+
+# --- fronts -------------------------------------------------------------------
+
+NGINX_FRONT = """
+daemon off; worker_processes 1; pid {folder}/pid; error_log /dev/null;
+events {{}}
+http {{
+  log_format sent "$upstream_addr $request_uri"; access_log {folder}/log sent;
+  client_body_temp_path {folder}/a; proxy_temp_path {folder}/b; fastcgi_temp_path {folder}/c;
+  uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
+  client_header_timeout 1s; keepalive_timeout 1s; client_body_timeout 1s; client_max_body_size 0;
+  upstream us {{ server 127.0.0.1:{back}; keepalive 8; }}
+  server {{
+    listen 127.0.0.1:{front};
+    location / {{
+      proxy_pass http://us; proxy_http_version 1.1; proxy_set_header Connection "";
+      proxy_request_buffering off; proxy_next_upstream off;
+    }}
+  }}
+}}
+"""
+HAPROXY_FRONT = """
+global
+  log stdout len 9000 format raw local0
+defaults
+  mode http
+  log global
+  log-format "%b/%s %HU"
+  timeout connect 5s
+  timeout server 30s
+  timeout client 1s
+  timeout http-request 1s
+  http-reuse always
+frontend front
+  bind 127.0.0.1:{front}
+  default_backend us
+backend us
+  server us 127.0.0.1:{back}
+"""
+FRONTS = {"haproxy": HAPROXY_FRONT, "nginx": NGINX_FRONT}
+HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: x\r\n\r\n"
+FRAMINGS = [
+    b"Content-Length: %d\r\nContent-Length: 0", b"Content-Length: 0\r\nContent-Length: %d",
+    b"Content-Length: %d, 0", b"Content-Length:\r\nContent-Length: %d", b"Content-Length:",
+    b"Content-Length : %d", b"Content-Length\t: %d", b" Content-Length: %d", b"X: y\r\n\tZ: %d",
+    b"Content-Length: %d \r\nX:\x0by", b"Content-Length: 0%d", b"Content-Length: -%d",
+    b"Content-Length: %d\rX: y", b"X: y\rContent-Length: %d", b"X: y\nContent-Length: %d",
+    b"Content-Length: %d\r\nTransfer-Encoding: chunked", b"Content_Length: %d",
+    b"Transfer-Encoding: chunked\r\nContent-Length: %d", b"Transfer-Encoding: identity\r\nX: %d",
+    b"Transfer-Encoding: chunked, identity\r\nX: %d", b"Transfer-Encoding: xchunked\r\nX: %d",
+    b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\nX: %d", b"Transfer-Encoding : chunked",
+    b"Transfer-Encoding: x\r\nTransfer-Encoding: chunked", b"Transfer-Encoding:\x0bchunked",
+    b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding: \x00chunked",
+    b"Transfer_Encoding: chunked", b"Transfer-Encoding\r\n : chunked",
+    b"X: y\r\n Transfer-Encoding: chunked", b"Transfer-Encoding: CHUNKED",
+    b"Connection: Content-Length\r\nContent-Length: %d",
+    b"Expect: 100-continue\r\nContent-Length: %d",
+]  # fmt: skip
+FRAMED = [
+    b"%s /%s HTTP/1.%d\r\nHost: x\r\n%s\r\n\r\n%s"
+    % (method, path, minor, framing.replace(b"%d", b"%d" % len(body)), body)
+    for method, path, minor in [(b"GET", b"health", 1), (b"POST", b"x", 1), (b"GET", b"", 0)]
+    for framing in FRAMINGS
+    for body in (HIDDEN, b"0\r\n\r\n" + HIDDEN, b"5\r\nhello\r\n0\r\n\r\n" + HIDDEN)
+]  # fmt: skip
+
+
+def forwarded_by(name: str, folder: Path, back: int, rows: Sequence[bytes]) -> list[str]:
+    """Sends rows through a real front, each on its own connection with another request behind it;
+    what the front has handed on, by its own log."""
+    front, option = free_port(), "-c" if name == "nginx" else "-f"
+    (folder / "config").write_text(FRONTS[name].format(folder=folder, front=front, back=back))
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context((folder / "log").open("ab"))
+        stack.enter_context(program(front, name, option, f"{folder}/config", out=out))
+        pool = stack.enter_context(ThreadPoolExecutor(64))
+        list(pool.map(lambda data: talk(front, data + talk_get("/last")), rows))
+    lines = (folder / "log").read_text(errors="replace").splitlines()
+    return [line for line in lines if line.startswith(("us/us", f"127.0.0.1:{back}"))]
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_no_front_and_we_see_different_requests(run: Run, tmp_path: Path, name: str) -> None:
+    proxy = run(upstream="off", log_format="json", ready="GOPROXY=")
+    port = int(re.findall(r"Port: ([0-9]+)", proxy.log)[0])
+    rows = [data for _, _, data in MALFORMED if len(data) < 20_000] + FRAMED
+    by_front = forwarded_by(name, tmp_path, port, rows)
+    seen = [line for line in proxy.stop().log.splitlines() if '"request"' in line]
+    assert len(by_front) == len(seen) > 100
+
+
+def test_an_ambiguous_framing_is_one_answer_and_the_end(shared: Shared) -> None:
+    """But where an underscore makes it no framing at all."""
+    rows = [row for row in FRAMED if b"_" not in row.partition(b"\r\n\r\n")[0]]
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(lambda row: talk(shared.proxy.port, row + talk_get("/last")), rows))
+    ends = [[answer.headers["connection"] for answer in responses(data)] for data in said]
+    assert [row for row, end in zip(rows, ends) if end != ["close"]] == []
+
+
+# --- what strangers send, mutated ---------------------------------------------
+
+
+class Canned:
+    """A server that has said it all, in the place of a dialer and of the connections it opens."""
+
+    def __init__(self, said: bytes) -> None:
+        self._said = io.BytesIO(said)
+
+    def forward_proxy(self, url: goproxy.Url) -> None:
+        """There is none."""
+
+    def connect(self, host: str, port: int, until: float) -> Canned:
+        return self
+
+    def settimeout(self, seconds: float) -> None:
+        """It never waits."""
+
+    def sendall(self, data: bytes) -> None:
+        """It does not listen."""
+
+    def recv(self, count: int) -> bytes:
+        return self._said.read(min(count, 100))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def hear(said: bytes) -> bytes:
+    """The body of an answer."""
+    canned: Any = Canned(said)
+    url = goproxy.parse_url("http://up.test/x")
+    with contextlib.closing(goproxy.Client(canned, {}).get(url, goproxy.METADATA)) as response:
+        return b"".join(iter(lambda: response.read(1 << 16), b""))
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def hear_chunks(said: bytes) -> None:
+    """What we take, others take as we do; the standard library, which is lax, stands for them."""
+    heard = hear(CHUNKED + said)
+    wire: Any = _Wire(CHUNKED + said)
+    response = http.client.HTTPResponse(wire)
+    response.begin()
+    assert heard == response.read()
+
+
+def take_request(data: bytes) -> None:
+    """A head that is taken cannot be two, in whatever way somebody else reads it."""
+    head, _ = goproxy.split_head(data)
+    if head is not None:
+        request = goproxy.parse_request(head)
+        goproxy.kind_of(goproxy.decode_path(request.target))
+        assert not re.search("[\r\n\0]", "".join([request.target, *request.fields.values()]))
+        framing = re.findall(rb"(?im)^(?:content-length|transfer-encoding)\s*:", head)
+        assert len(framing) <= 1 and not re.search(rb"(?m)^[ \t]|\r(?!\n)|(?<!\r)\n", head)
+
+
+def take_mod(data: bytes) -> None:
+    for reader in (
+        goproxy.check_go_mod,
+        goproxy.read_go_mod,
+        goproxy.read_notices,
+        goproxy.read_replacements,
+        goproxy.read_sums,
+    ):
+        with contextlib.suppress(goproxy.ProxyError):
+            reader(data)
+
+
+def take_globs(text: str) -> None:
+    glob, _, path = text.partition("\n")
+    goproxy.matches(goproxy.parse_globs(glob), path)
+
+
+def take_record(data: bytes) -> None:
+    record = goproxy.read_record(data)
+    verifier = goproxy.parse_verifier(SMALL_NOTARY.key)
+    goproxy.read_tree(goproxy.open_note(record.note, verifier))
+
+
+class Parser(NamedTuple):
+    """Something that reads what strangers write, what they may write, and what marks it. A
+    ValueError is a refusal of a setting's value, which settings and files of users alone have."""
+
+    read: Callable[[Any], object]
+    seeds: Sequence[bytes]
+    marks: bytes
+    refusals: tuple[type[Exception], ...] = (goproxy.ProxyError,)
+    as_text: bool = False
+
+
+BAD_SETTING = (ValueError,)
+SMALL_NOTARY = Notary("sum.test", ["example.com/quote v1.0.0 h1:x\n"])
+RESPONSES = [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 404 None\r\nContent-Type: text/plain\r\n\r\nno",
+    b"HTTP/1.1 302 Found\r\nLocation: http://[::1]:80/a?b#c\r\nContent-Length: 0\r\n\r\n",
+    CHUNKED + b"5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n",
+]
+PARSERS: dict[str, Parser] = {
+    "chunks": Parser(
+        hear_chunks, [b"5;a=b\r\nhello\r\nA \r\n0123456789\r\n0\r\nX: y\r\n\r\n"], b"\r\n;0xX+-_ \t"
+    ),
+    "dns in json": Parser(
+        goproxy.decode_json, [b'{"Status":0,"Answer":[{"name":"a.","type":1,"data":"1.2.3.4"}]}'],
+        b'{}[]",:\\0e',
+    ),
+    "dns message": Parser(
+        lambda data: goproxy.find_addresses("up.test", 1, goproxy.decode_reply(data, QUERY)),
+        [reply(QUERY, *chain(5))], b"\0\1\xc0\x0c\xff\x3f",
+    ),
+    "go.mod": Parser(
+        take_mod,
+        [b'module "a.test/b"\n\ngo 1.21\nrequire (\n\tx.test/y v1.0.0 // indirect\n)\n'
+         b"replace x.test/y v1.0.0 => ../y\nretract [v1.0.0, v1.1.0] // why\n"],
+        b'"`/()[]\n\r\t ,=>',
+    ),
+    "globs": Parser(
+        take_globs, [b"*.corp.test/[a-c]/**,x?y/\\*\nx.corp.test/b/c"], b"*?[]^-\\/,",
+        BAD_SETTING, True,
+    ),
+    "info": Parser(
+        goproxy.read_info,
+        [info_of("v1.0.0"), b'{"version":null,"Time":"2024-01-02T03:04:05.6+07:00"}'],
+        b'{}[]",:\\0eZ+',
+    ),
+    "logins": Parser(
+        lambda text: goproxy.read_logins(text, "-vcs-auth"), [LOGINS.encode()], b" \n#*/:",
+        (goproxy.UsageError, ValueError), True,
+    ),
+    "page": Parser(
+        goproxy.read_imports, [page.encode() for page in IMPORTS], b"<>/='\"& ;!-?\n", (), True
+    ),
+    "record": Parser(
+        take_record,
+        [b"0\n" + SMALL_NOTARY.texts[0] + b"\n" + SMALL_NOTARY.note(1)],
+        b"\n +\xe2\x80\x94=0",
+    ),
+    "request": Parser(
+        take_request,
+        [data for _, _, data in MALFORMED if len(data) < 500]
+        + [GOOD + b"Range: bytes=0-1\r\nConnection: close, x\r\n\r\n"],
+        b"\r\n: \t\0%/.?,;",
+    ),
+    "response": Parser(hear, RESPONSES, b"\r\n: \t;[]/0"),
+    "users": Parser(goproxy.read_users, [QUICK_USERS.encode()], b" \n#*:,$", BAD_SETTING, True),
+    "xml": Parser(
+        goproxy.parse_xml, [b'<?xml version="1.0"?><a xmlns="b"><c>d&amp;</c><e/></a>'],
+        b"<>/&;!'\"[]", BAD_SETTING,
+    ),
+    "zip": Parser(
+        lambda data: goproxy.check_zip(io.BytesIO(data), MODULE, VERSION),
+        [pack(Part(PREFIX + "go.mod", b"module m\n")), pack64(Part(PREFIX + "a", b"b" * 99)),
+         zip_of({"go.mod": b"module m\n", "a/b.go": b"package b\n"})],
+        b"\0\1PK\2\3\5\6\7\x08\xff",
+    ),
+}  # fmt: skip
+
+
+def mutated(dice: random.Random, parser: Parser) -> bytes:
+    """A seed with a few of its bytes changed, moved, doubled, cut or mixed with another's."""
+    data = dice.choice(parser.seeds)
+    for _ in range(dice.choice((1, 1, 2, 3, 8))):
+        start, end = sorted((dice.randint(0, len(data)), dice.randint(0, len(data))))
+        mark = bytes([dice.choice(parser.marks)])
+        other = dice.choice(parser.seeds)
+        middle = (
+            mark, mark + data[start:end], mark * dice.randint(2, 40), b"", other[start:end],
+            bytes([dice.randrange(256)]) + data[start + 1 : end], data[start:end] * 2,
+        )  # fmt: skip
+        end = dice.choice((end, min(end, start + 4)))
+        data = data[:start] + dice.choice(middle) + data[end:]
+    return data
+
+
+def survives(parser: Parser, data: bytes) -> None:
+    with contextlib.suppress(*parser.refusals):
+        parser.read(data.decode("utf-8", "replace") if parser.as_text else data)
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_a_parser_refuses_or_understands_whatever_is_sent(name: str) -> None:
+    dice = random.Random(name)
+    for _ in range(400):
+        survives(PARSERS[name], mutated(dice, PARSERS[name]))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", PARSERS)
+def test_a_parser_refuses_or_understands_what_is_sent_for_long(name: str) -> None:
+    """SOAK_SECONDS each; the seed is told, so that whatever it finds is found again."""
+    seed, count, slowest = time.time_ns(), 0, 0.0
+    dice, end = random.Random(seed), time.monotonic() + SOAK_SECONDS
+    while time.monotonic() < end:
+        data, start = mutated(dice, PARSERS[name]), time.thread_time()
+        try:
+            survives(PARSERS[name], data)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {data!r}") from error
+        count, slowest = count + 1, max(slowest, time.thread_time() - start)
+    print(f"{name}: {count} executions, the slowest {1000 * slowest:.1f} ms")
 
 
 # =============================================================================
