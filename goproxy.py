@@ -14026,12 +14026,15 @@ class Handshake(Courier):
             self.loop.handshake_lane.do(self._advance)
         elif first:
             self._pass_on().reject(BadRequest("this port speaks TLS: ask https:// for it"))
-        else:
+        elif first is not None:
             self.close()
 
-    def _first_byte(self) -> bytes:
+    def _first_byte(self) -> bytes | None:
+        """None: it is still to come."""
         try:
             return self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return None
         except OSError:
             return b""
 
@@ -14900,16 +14903,16 @@ class Server(ThreadingHTTPServer):
 
     def stop(self, seconds: float) -> None:
         """Ends serve_forever: no new connections; running replies have so many seconds. A second
-        call ends it at once. May be called from a signal handler."""
+        call that leaves them no less ends it at once. May be called from a signal handler."""
         self.post(lambda: self._begin_drain(seconds))
         self._wake()  # a signal handler runs in the loop's own thread
 
     def _begin_drain(self, seconds: float) -> None:
-        if self.draining:
-            self._stop_at = 0.0
+        stop_at, self._stop_at = self._stop_at, self.now + seconds
+        if stop_at is not None:
+            self._stop_at = self._stop_at if self._stop_at < stop_at else 0.0
             return
         self.draining = True
-        self._stop_at = self.now + seconds
         if not self._accept_at:
             self._deafen()
         for sock in self._socks:
@@ -14954,6 +14957,7 @@ def _descriptor_limit() -> int:
 # =============================================================================
 
 _DRAIN_SECONDS = 10.0
+_YIELD_SECONDS = 600.0  # for running requests while another process serves
 
 
 def open_socket(settings: Settings) -> socket.socket:
@@ -15040,10 +15044,12 @@ class ServiceManager:
                     sock.setblocking(False)
                     sock.sendto("\n".join(words).encode(), self._address)
 
-    def reassure(self) -> None:
-        """Tells that all loops go round, if that is so, wanted, and not told just before."""
+    def reassure(self, surely: bool = False) -> None:
+        """Tells that all loops go round, if that is so (`surely`: some may have ended), wanted, and
+        not told just before."""
         now = time.monotonic()
-        if self._patience and now >= self._next and now - METER.last_beat() < self._patience:
+        going = surely or now - METER.last_beat() < self._patience
+        if self._patience and now >= self._next and going:
             self._next = now + self._patience / 4
             self.tell("WATCHDOG=1")
 
@@ -15061,7 +15067,8 @@ class ServiceManager:
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _RELOAD: int | None = getattr(signal, "SIGHUP", None)
-_SEEN = {*_SIGNALS, *([_RELOAD] if _RELOAD else [])}
+_RENEW: int | None = getattr(signal, "SIGUSR2", None)
+_SEEN = {*_SIGNALS, *(number for number in (_RELOAD, _RENEW) if number)}
 
 
 def _block_signals() -> None:
@@ -15088,9 +15095,196 @@ def _slim() -> None:
 _M_ARENA_MAX = -8  # malloc.h
 
 
-def _farewell(number: int) -> str:
-    name = signal.Signals(number).name
-    return f"{name}: shutting down, at most {_DRAIN_SECONDS:.0f} s for running requests"
+def _farewell(why: str, seconds: float) -> str:
+    return f"{why}, at most {seconds:.0f} s for running requests"
+
+
+def _shut_down(number: int) -> str:
+    return f"{signal.Signals(number).name}: shutting down"
+
+
+_MAKE_WAY = "SIGUSR2: making way"
+
+
+def _own_command() -> list[str]:
+    """The words that this process was started by, without what _begin_lean put among them.
+    Raises OSError where the system does not tell them."""
+    with open("/proc/self/cmdline", "rb") as file:
+        words = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
+    script = len(words) - len(sys.argv)
+    if words[max(0, script - 2) : max(0, script - 1)] == ["-c"]:
+        del words[script - 2 : script]
+    return words
+
+
+_HANDED = "GOPROXY_HANDED"
+
+
+def _handing(process: int, line: socket.socket, socks: Sequence[socket.socket]) -> dict[str, str]:
+    """Variables for whom this process hands its sockets, and a line to another: see Handed."""
+    descriptors = [sock.fileno() for sock in (line, *socks)]
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, True)
+    without = {_HANDED, "LISTEN_FDS", "LISTEN_PID"}
+    if not process:
+        without |= {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
+    kept = {name: value for name, value in os.environ.items() if name not in without}
+    return {**kept, _HANDED: " ".join(map(str, [process, *descriptors]))}
+
+
+class Handed:
+    """What the process before has left to this one: the sockets, and a line. If we stand in, it
+    leads to whom we stand in for; else to our stand-in, which is to go once we serve."""
+
+    def __init__(self, text: str) -> None:
+        """`text`: the stand-in's process (0 if that is us), the descriptors of the line and of the
+        sockets; "" if nothing was left."""
+        self.stand_in, *descriptors = map(int, text.split() or ["0"])
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+        socks = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        self._line = socks[0] if socks else None
+        self.sockets = socks[1:]
+        self.stands_in = bool(socks) and not self.stand_in
+
+    def announce(self) -> None:
+        """Tells the other one that we serve."""
+        with contextlib.suppress(OSError):
+            if self._line:
+                self._line.send(_YIELD_WORD)
+
+    def verdict(self) -> float | None:
+        """How many seconds a stand-in's running requests have from now on; None: it goes on."""
+        said = _heard(self._line) if self._line and self.stands_in else None
+        if said == b"":
+            self._line = None
+        return None if said is None else _YIELD_SECONDS if said else _DRAIN_SECONDS
+
+    def bury(self) -> None:
+        """Does so with our stand-in once it has ended."""
+        with contextlib.suppress(ChildProcessError):
+            if self.stand_in and os.waitpid(self.stand_in, os.WNOHANG)[0]:
+                self.stand_in = 0
+
+    def close(self) -> None:
+        """A worker has no part in this, and must not keep the line open."""
+        if self._line:
+            self._line.close()
+
+
+def _heard(line: socket.socket) -> bytes | None:
+    """What the other end has said; b"" if it is gone, None if it says nothing."""
+    try:
+        return line.recv(1, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+class StandIn:
+    """A process of the file as it is on disk now, started to serve at our sockets while we end our
+    requests and begin anew."""
+
+    _START, _PROOF = 60.0, 2.0  # seconds until it must serve, and that it must have lived on then
+
+    def __init__(self, socks: Sequence[socket.socket]) -> None:
+        """Raises OSError."""
+        self._command = _own_command()
+        # A dup() of a Socket would make it block, here and in the workers that share it.
+        self._socks = [socket.socket(fileno=os.dup(sock.fileno())) for sock in socks]
+        self._line, theirs = socket.socketpair()
+        with theirs:
+            environ = _handing(0, theirs, self._socks)
+            self._process = os.posix_spawn(sys.executable, self._command, environ)
+        self._fails_at = time.monotonic() + self._START
+        self._due_at = math.inf
+        self.has_our_place, self._is_lost = False, False
+
+    def verdict(self) -> float | None:
+        """The same for us. Raises StartError once it has failed."""
+        if self._is_lost:
+            return None
+        said, now = _heard(self._line), time.monotonic()
+        self._is_lost = said == b"" or now >= self._fails_at
+        if self._is_lost and not self.has_our_place:
+            self._bury(said)
+            self.close()
+            raise StartError("the new file does not serve: the old one goes on")
+        if self.has_our_place:
+            return _DRAIN_SECONDS if self._is_lost else None
+        if said:
+            self._due_at, self._fails_at = now + self._PROOF, math.inf
+        self.has_our_place = now >= self._due_at
+        return _YIELD_SECONDS if self.has_our_place else None
+
+    def _bury(self, said: bytes | None) -> None:
+        """It has ended, or else it is too late for it."""
+        with contextlib.suppress(ChildProcessError):  # buried with the workers
+            if said is None:
+                os.kill(self._process, signal.SIGKILL)
+            os.waitpid(self._process, 0)
+
+    def close(self) -> None:
+        """Sends it away."""
+        for sock in (self._line, *self._socks):
+            sock.close()
+
+    def become_new(self) -> None:
+        """Begins this process anew with the new file; does not return. Raises OSError."""
+        environ = _handing(self._process, self._line, self._socks)
+        os.execve(sys.executable, self._command, environ)
+
+
+class Succession:
+    """Replaces this process, at SIGUSR2, by one of the file as it is on disk then, while its
+    sockets stay open. A stand-in is tried first. If it serves, we end our requests, begin anew
+    with the new file under the number that service managers and containers know, and send the
+    stand-in away. If it does not serve, nothing has changed."""
+
+    def __init__(self, handed: Handed, log: Log) -> None:
+        self.handed = handed
+        self._log = log
+        self._stand_in: StandIn | None = None
+        self._is_cancelled = False
+
+    def begin(self, socks: Sequence[socket.socket]) -> None:
+        """Starts a stand-in, unless there is one."""
+        if not self._stand_in and not self.handed.stands_in:
+            try:
+                self._stand_in = StandIn(socks)
+            except OSError as error:
+                self._log.error(f"SIGUSR2: {error.strerror}: the old file goes on")
+
+    def verdict(self) -> float | None:
+        """How many seconds our running requests have from now on; None: we go on. To be asked
+        every second or so."""
+        self.handed.bury()
+        if self._is_cancelled:
+            return None
+        try:
+            return (self._stand_in or self.handed).verdict()
+        except StartError as error:
+            self._log.error(f"SIGUSR2: {error}")
+            self._stand_in = None
+            return None
+
+    def cancel(self) -> None:
+        """We are to end for good."""
+        self._is_cancelled = True
+
+    def complete(self) -> None:
+        """Begins anew, if a stand-in has our place: then this does not return. Raises
+        StartError."""
+        self.handed.close()
+        if not self._stand_in:
+            return
+        try:
+            if self._stand_in.has_our_place and not self._is_cancelled:
+                self._stand_in.become_new()
+        except OSError as error:
+            raise StartError(f"SIGUSR2: cannot begin anew: {error.strerror}") from None
+        self._stand_in.close()
 
 
 def _watching(
@@ -15188,7 +15382,7 @@ def _check_recheck(settings: Settings) -> None:
         raise UsageError(f"{origin}={settings.recheck:g}s: with {why} nobody may be asked")
 
 
-_STOP_WORD, _RELOAD_WORD, _ALONE_WORD = b"s", b"r", b"a"
+_STOP_WORD, _YIELD_WORD, _RELOAD_WORD, _ALONE_WORD = b"s", b"y", b"r", b"a"
 
 
 def _obey(line: int, server: Server, reload: Callable[[], object]) -> None:
@@ -15202,7 +15396,7 @@ def _obey(line: int, server: Server, reload: Callable[[], object]) -> None:
             server.expect_no_more()
         if said == _ALONE_WORD:
             continue
-        server.stop(_DRAIN_SECONDS)
+        server.stop(_YIELD_SECONDS if said == _YIELD_WORD else _DRAIN_SECONDS)
         if not said:
             return
 
@@ -15214,7 +15408,7 @@ class Workers:
     that must wait for a fetch."""
 
     _PAUSE = 1.0  # seconds before a worker that died young is replaced
-    _PATIENCE = _DRAIN_SECONDS + 2.0
+    _PATIENCE = 2.0  # more seconds than its requests have for a worker to end
 
     def __init__(
         self,
@@ -15234,39 +15428,57 @@ class Workers:
         self._born: dict[int, float] = {}
         self._missing: list[int] = []
         self._stopping = False
+        self._deadline = math.inf
         self._fetcher, self._handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def run(
-        self, announce: Callable[[], None], reload: Callable[[], bool], manager: ServiceManager
+        self,
+        announce: Callable[[], None],
+        reload: Callable[[], bool],
+        manager: ServiceManager,
+        succession: Succession,
     ) -> None:
         """Announces that all workers are there, and returns when they have ended after a signal.
         `reload` tells whether the workers should reload, too. Signals are blocked and waited for,
         so that none comes at a bad moment, and all of them work for process 1 as well."""
-        watched = {*_SEEN, signal.SIGCHLD}
         for place in range(self._count):
             self._fork(place)
         announce()
         self._log.write_out()
-        deadline = float("inf")
         while self._places or (self._missing and not self._stopping):
-            waiting = min(self._PAUSE, max(0.0, deadline - time.monotonic()))
-            received = signal.sigtimedwait(watched, waiting)
-            if received and received.si_signo in _SIGNALS:
-                manager.tell("STOPPING=1")
-                self._stop(received.si_signo)
-                deadline = min(deadline, time.monotonic() + self._PATIENCE)
-            elif received and received.si_signo == _RELOAD and reload():
-                self._tell(_RELOAD_WORD)
-            if time.monotonic() >= deadline:
+            self._listen(reload, manager, succession)
+            if time.monotonic() >= self._deadline:
                 self._kill_all()
             self._reap()
+            if self._missing and succession.handed.stands_in:
+                succession.handed.close()  # it has failed, which leads to its end
             self._replace()
             if self._stopping and {*self._places.values()} == {0}:
                 self._tell(_ALONE_WORD)  # until now, others may have handed it connections
-            manager.reassure()
+            manager.reassure(self._stopping)
             self._log.write_out()
         self._fetcher.close()
         self._handed.close()
+
+    def _listen(
+        self, reload: Callable[[], bool], manager: ServiceManager, succession: Succession
+    ) -> None:
+        """Does what a signal, or a process of another file, says next."""
+        waiting = min(self._PAUSE, max(0.0, self._deadline - time.monotonic()))
+        received = signal.sigtimedwait({*_SEEN, signal.SIGCHLD}, waiting)
+        number = received.si_signo if received else 0
+        seconds = succession.verdict()
+        if number in _SIGNALS:
+            manager.tell("STOPPING=1")
+            succession.cancel()
+            self._stop(_STOP_WORD, _shut_down(number), _DRAIN_SECONDS)
+        elif seconds is not None:
+            word = _YIELD_WORD if seconds > _DRAIN_SECONDS else _STOP_WORD
+            self._stop(word, _MAKE_WAY, seconds)
+        elif number == _RELOAD and reload():
+            self._tell(_RELOAD_WORD)
+        elif number == _RENEW and not self._stopping:
+            succession.begin(self._listeners)
 
     def _fork(self, place: int) -> None:
         reader, writer = os.pipe()
@@ -15302,12 +15514,13 @@ class Workers:
         finally:
             os._exit(status)
 
-    def _stop(self, number: int) -> None:
-        self._log.line(_farewell(number))
+    def _stop(self, word: bytes, why: str, seconds: float) -> None:
+        self._log.line(_farewell(why, seconds))
         self._stopping = True
+        self._deadline = min(self._deadline, time.monotonic() + seconds + self._PATIENCE)
         for listener in self._listeners:
             listener.close()
-        self._tell(_STOP_WORD)
+        self._tell(word)
 
     def _tell(self, word: bytes) -> None:
         for line in self._lines.values():
@@ -15570,6 +15783,8 @@ def open_tls(settings: Settings) -> Tls | None:
 class Daemon:
     """The one place that knows all rooms."""
 
+    _TURN = 0.5  # seconds
+
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         """Opens what the settings name. Raises UsageError, StartError."""
         self._settings = settings
@@ -15584,30 +15799,35 @@ class Daemon:
         self._settings = _as_shared(settings, self._storage)
         prepare_git(settings, self._outside.search_path)
         self._manager = ServiceManager(environ)
-        self._passed = passed_sockets(environ)
+        handed = Handed(environ.get(_HANDED, ""))
+        self._succession = Succession(handed, self._log)
+        self._passed = handed.sockets or passed_sockets(environ)
         self._sockets = self._passed or [open_socket(settings)]
 
     def run(self) -> None:
-        """Serves until SIGINT or SIGTERM; a second signal ends it at once."""
+        """Serves until SIGINT or SIGTERM; a second signal ends it at once. SIGUSR2 replaces it."""
         _block_signals()  # until somebody listens to them
         _slim()
         if self._settings.workers > 1 and hasattr(os, "fork"):
             METER.share(self._settings.workers + 1)
             sockets, storage, log = self._sockets, self._storage, self._log
             workers = Workers(self._settings.workers, self._work, sockets, storage, log)
-            workers.run(self._announce, self._try_reload, self._manager)
+            workers.run(self._announce, self._try_reload, self._manager, self._succession)
         else:
             self._serve_alone()
         for sock in self._sockets:
             sock.close()
         self._storage.close()
-        self._log.line("Server stopped")
+        self._log.line(f"{'Stand-in' if self._succession.handed.stands_in else 'Server'} stopped")
         self._log.write_out()
+        _block_signals()  # the new file will listen to them
+        self._succession.complete()
 
     def _serve_alone(self) -> None:
         def on_signal(number: int, frame: Any) -> None:
-            server.post(lambda: self._log.line(_farewell(number)))
+            server.post(lambda: self._log.line(_farewell(_shut_down(number), _DRAIN_SECONDS)))
             server.post(lambda: self._manager.tell("STOPPING=1"))
+            server.post(self._succession.cancel)
             server.stop(_DRAIN_SECONDS)
 
         with self._serving(None, None) as server:
@@ -15615,13 +15835,27 @@ class Daemon:
                 signal.signal(number, on_signal)
             if _RELOAD:
                 signal.signal(_RELOAD, lambda *_: server.patient_lane.do(self._try_reload))
+            if _RENEW:
+                begin = functools.partial(self._succession.begin, self._sockets)
+                signal.signal(_RENEW, lambda *_: server.post(begin))
             self._announce()
             self._manager.keep_reassuring()
+            watcher = threading.Thread(target=self._watch_succession, args=[server], daemon=True)
+            watcher.start()
             _unblock_signals()
             server.serve_forever()
 
+    def _watch_succession(self, server: Server) -> None:
+        while True:
+            time.sleep(self._TURN)
+            seconds = self._succession.verdict()
+            if seconds is not None:
+                self._log.line(_farewell(_MAKE_WAY, seconds))
+                server.stop(seconds)
+
     def _work(self, line: int, fetcher: socket.socket | None, handed: socket.socket | None) -> None:
         """A worker process: it serves until its line to the parent says stop, or is cut."""
+        self._succession.handed.close()
         with self._serving(fetcher, handed) as server:
             work = functools.partial(_obey, line, server, lambda: self._try_reload(tells=False))
             watcher = threading.Thread(target=work, daemon=True)
@@ -15678,6 +15912,14 @@ class Daemon:
         log.flush(1.0)
 
     def _announce(self) -> None:
+        if self._succession.handed.stands_in:
+            self._log.line(f"SIGUSR2: process {os.getpid()} of the new file stands in")
+        else:
+            self._introduce()
+        self._manager.tell("READY=1")
+        self._succession.handed.announce()
+
+    def _introduce(self) -> None:
         """The block at the start, with a line that says where values other than the defaults
         came from."""
         settings = self._settings
@@ -15688,7 +15930,7 @@ class Daemon:
         self._log.line("Starting Go module proxy server")
         self._log.line(f"  Port: {', '.join(dict.fromkeys(places))}")
         if self._passed:
-            self._log.line("  Sockets: those of the service manager; -host and -port do not count")
+            self._log.line("  Sockets: handed over; -host and -port do not count")
         self._log.line(f"  Cache directory: {settings.cache}")
         if self._storage.remark:
             self._log.line(f"  {self._storage.remark}")
@@ -15709,7 +15951,6 @@ class Daemon:
         if ports:
             scheme = "https" if self._tls else "http"
             self._log.line(f"  Set GOPROXY={scheme}://{self._reachable()}:{ports[0]},direct")
-        self._manager.tell("READY=1")
 
     def _reachable(self) -> str:
         host = self._settings.host

@@ -13261,6 +13261,114 @@ def test_a_restart_under_load_loses_no_request(run: Run, upstream: Upstream, cou
     assert statuses == [200] * len(statuses)
 
 
+def renewable(run: Run) -> Path:
+    """The file that `run` starts from now on, as a script."""
+    copy = Path(shutil.copy(PROGRAM, run.folder / "renewed.py"))
+    run.command = lambda *words: [*STRICT, str(copy), *words]
+    return copy
+
+
+def renew(proxy: Proxy, generation: int) -> None:
+    """Has a proxy replaced by what its file is now, for the so many-th time."""
+    proxy.signal(signal.SIGUSR2)
+    proxy.logged("Starting Go module proxy server", generation + 1)
+    proxy.logged("Stand-in stopped", generation)
+
+
+@needs_proc
+@pytest.mark.parametrize("count", [1, pytest.param(100, marks=pytest.mark.soak)])
+def test_a_new_file_takes_over_under_load_without_a_failure(
+    run: Run, upstream: Upstream, trust: Trust, count: int
+) -> None:
+    copy, manager = renewable(run), Manager(f"{run.folder}/notify")
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        passed, tls = listener.fileno(), {"tls_cert": trust.cert, "tls_key": trust.key}
+        prefix = [sys.executable, "-c", PASS_ON, str(passed)]
+        environ = {"NOTIFY_SOCKET": manager.place}
+        proxy = run(environ, "Set GO", prefix, [passed], upstream=upstream.url(), workers=2, **tls)
+    with manager.sock, loaded(proxy, trust) as statuses:
+        for number in range(count):
+            copy.write_text(PROGRAM.read_text().replace(goproxy.__version__, f"new {number}", 1))
+            renew(proxy, number + 1)
+            manager.wait("READY=1")
+    assert set(statuses) == {200}
+    with contextlib.closing(trusting(proxy, trust)) as connection:
+        assert f"new {count - 1}" in ask(connection, "GET", "/version", {}).text
+
+
+def trusting(proxy: Proxy, trust: Trust) -> http.client.HTTPSConnection:
+    context = ssl.create_default_context(cafile=trust.cert)
+    return http.client.HTTPSConnection("localhost", proxy.port, timeout=PATIENCE, context=context)
+
+
+@contextlib.contextmanager
+def loaded(proxy: Proxy, trust: Trust) -> Iterator[list[int]]:
+    """Four clients that ask on and on, each time by a new connection; the statuses they get."""
+    over, statuses = threading.Event(), list[int]()
+
+    def ask_on(_: int) -> None:
+        while not over.is_set():
+            with contextlib.closing(trusting(proxy, trust)) as connection:
+                path = (INFO, BIG)[len(statuses) % 2]
+                statuses.append(ask(connection, "GET", "/" + path, {}).status)
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(together, 4, ask_on)
+        try:
+            yield statuses
+        finally:
+            over.set()
+            asked.result()
+
+
+@needs_proc
+def test_a_new_file_takes_over_as_pid_1_and_lets_a_download_end(
+    run: Run, upstream: Upstream
+) -> None:
+    prefix = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], check=False).returncode:
+        pytest.skip("unshare is not here or not permitted")
+    renewable(run)
+    place = f"{run.folder}/socket"
+    proxy = run(None, place, prefix, host=f"unix:{place}", upstream=upstream.url("hold"))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(place)
+        client.sendall(talk_get(f"/{BIG}"))
+        client.recv(100)
+        proxy.signal(signal.SIGUSR2)
+        proxy.logged("SIGUSR2: making way")
+        upstream.gate.set()
+        assert read_all(client).endswith(SITE[BIG][-100_000:])
+    proxy.logged("Stand-in stopped")
+    proxy.logged("Starting Go module proxy server", 2)
+
+
+NO_SUCCESSORS = {
+    "no Python": ("import argparse\n", "import\n"),
+    "a setting that it does not know": (
+        "words = list(sys.argv[1:]",
+        "words = list(['-x']",
+    ),
+    "a worker that ends": ("        self._succession.handed.close()\n", "        os._exit(3)\n"),
+}
+
+
+@needs_proc
+def test_a_new_file_that_does_not_serve_changes_nothing(run: Run) -> None:
+    copy, good = renewable(run), PROGRAM.read_text()
+    proxy = run(workers=2)
+    for number, (old, new) in enumerate(NO_SUCCESSORS.values(), start=1):
+        assert old in good
+        copy.write_text(good.replace(old, new))
+        proxy.signal(signal.SIGUSR2)
+        proxy.logged("SIGUSR2: the new file does not serve: the old one goes on", number)
+        assert proxy.get("health").status == 200
+    proxy.logged("ended with 3")
+    copy.unlink()
+    proxy.signal(signal.SIGUSR2)
+    proxy.logged("the old one goes on", 4)
+
+
 def test_what_a_worker_hands_over_at_the_end_is_answered(run: Run, upstream: Upstream) -> None:
     proxy = run(upstream=upstream.url(), workers=2)
     fetching, other = children_of(proxy.process.pid)
