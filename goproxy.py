@@ -8256,6 +8256,11 @@ class OwnModules(Source):
                 raise StoreDown(f"the folder {folder} of -modules is not there")
         return None
 
+    def walk(self) -> Iterator[Item]:
+        """All files in all folders, the first folder last."""
+        for shelf in reversed(self._shelves.values()):
+            yield from shelf.walk()
+
     def has(self, path: str, version: str) -> bool:
         return bool(self._shelf(_stem(path, version)))
 
@@ -10416,6 +10421,14 @@ class Policy:
             return self._private(path, asker)
         return self._public
 
+    def shows(self, path: str) -> bool:
+        """Whether everybody who may ask for a module may have it: then it may be named to them."""
+        try:
+            self.admit(path, Asker())
+        except ProxyError:
+            return False
+        return True
+
     def public(self, path: str) -> Modules:
         """Who answers for a module that others may be told of. Raises NotFound for all others."""
         if matches(self._settings.private, path):
@@ -10601,6 +10614,9 @@ class OwnFirst(Policy):
 
     def admit(self, path: str, asker: Asker) -> Modules:
         return WithOwn(self._own, lambda: self._policy.admit(path, asker))
+
+    def shows(self, path: str) -> bool:
+        return self._policy.shows(path)
 
     def public(self, path: str) -> Modules:
         return WithOwn(self._own, lambda: self._policy.public(path))
@@ -11842,6 +11858,362 @@ class Recheck:
             return None
 
 
+class Entry(NamedTuple):
+    """A stored version: when it came (microseconds since the epoch), its bytes, and whether it is
+    one of -modules."""
+
+    path: str
+    version: str
+    stored: int
+    size: int
+    is_own: int
+
+
+class Holding(NamedTuple):
+    """What is stored of a module, or of its versions in -modules: when the last version came
+    (microseconds since the epoch), how many there are, and their bytes."""
+
+    path: str
+    is_own: int
+    stored: int
+    versions: int
+    size: int
+
+
+Sees = Callable[[str, int], bool]  # given a path and is_own: whether somebody may know of it
+
+
+class Catalogue:
+    """All versions whose .info or .zip is stored, in a table in memory, for those who want to know
+    what there is; whoever wants a module never waits for it.
+
+    A walk over the store fills it when somebody asks for the first time. What this process stores
+    later is added as it comes; what others have stored and removed is seen by another walk, when
+    somebody asks and a minute, or 50 times as long as a walk takes, is over."""
+
+    _PATIENCE, _PAUSE, _SHARE = 2.0, 60.0, 50
+    _NEWS, _REMARK_SECONDS = 100_000, 10.0
+    _TABLES = """
+        CREATE TABLE modules (id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE);
+        CREATE TABLE versions (module INT, version TEXT, stored INT, size INT, own INT, walk INT,
+            PRIMARY KEY (module, version)) WITHOUT ROWID;
+        CREATE INDEX by_time ON versions (stored);
+    """
+    _ENTRIES = (
+        "SELECT path, version, stored, size, own FROM modules CROSS JOIN versions ON module = id"
+    )
+    _HOLDINGS = (
+        "SELECT path, own, max(stored), count(*), sum(size) "
+        "FROM modules CROSS JOIN versions ON module = id "
+    )
+    _INSERT = (
+        "INSERT INTO versions SELECT id, ?, ?, ?, ?, ? FROM modules WHERE path = ? "
+        "ON CONFLICT (module, version) DO UPDATE SET walk = excluded.walk, "
+    )
+
+    def __init__(self, storage: Storage, own: OwnModules, log: Log) -> None:
+        self._storage = storage
+        self._own = own
+        self._log = log
+        self._mutex = threading.Lock()
+        self._table: Any = None
+        self._news: collections.deque[tuple[str, int, float]] = collections.deque(maxlen=self._NEWS)
+        self._walks = 0
+        self._walk_at = self._until = self._floor = 0.0
+        self._complete, self._ended = threading.Event(), threading.Event()
+        self._remarks: tuple[float, dict[str, list[Remark]]] = (-self._REMARK_SECONDS, {})
+
+    def is_complete(self) -> bool:
+        """Whether all is in it, after two seconds of patience while it is made. Begins to make or
+        to renew it, if that is due. Raises UnknownMethod where there are no means."""
+        with self._mutex:
+            now = time.monotonic()
+            if now >= self._walk_at:
+                self._open()
+                self._walk_at, self._until = math.inf, now + self._PATIENCE
+                threading.Thread(target=self._renew, name="catalogue", daemon=True).start()
+        return self._complete.wait(max(0.0, self._until - time.monotonic()))
+
+    def _open(self) -> None:
+        if self._table is None:
+            try:
+                driver: Any = importlib.import_module("sqlite3")
+            except ImportError:
+                raise UnknownMethod("the catalogue needs a Python with sqlite3") from None
+            table = driver.connect(":memory:", isolation_level=None, check_same_thread=False)
+            table.executescript(self._TABLES)
+            self._table = table
+
+    def _renew(self) -> None:
+        began = time.monotonic()
+        try:
+            self._walk()
+        except Exception as error:
+            self._log.error(f"catalogue: {error}")
+        pause = self._SHARE * (time.monotonic() - began)
+        self._walk_at = time.monotonic() + max(self._PAUSE, pause)
+
+    def _walk(self) -> None:
+        began = time.time()
+        self._walks += 1
+        for is_own, items in enumerate((self._storage.walk(), self._own.walk())):
+            for path, versions in stored_modules(unhurried(items)):
+                if self._ended.is_set():
+                    return
+                self._see(path, versions, is_own)
+        with self._mutex:
+            self._table.execute("DELETE FROM versions WHERE walk < ?", (self._walks,))
+            left = "SELECT module FROM versions"
+            self._table.execute(f"DELETE FROM modules WHERE id NOT IN ({left})")
+        self._floor = began
+        self._complete.set()
+
+    def _see(self, path: str, versions: Mapping[str, list[Item]], is_own: int) -> None:
+        """Takes what is new as no older than the last walk: who follows by time has been there."""
+        kinds = ("zip",) if is_own else ("info", "zip")
+        with self._mutex:
+            for version, items in versions.items():
+                told = [item.modified for item in items if item.name.endswith(kinds)]
+                if told:
+                    size = sum(item.size for item in items)
+                    moment = int(max(self._floor, min(told)) * 1e6)
+                    entry = Entry(path, version, moment, size, is_own)
+                    self._put(entry, "size = excluded.size, own = ?")
+
+    def _put(self, entry: Entry, change: str) -> None:
+        self._table.execute("INSERT OR IGNORE INTO modules (path) VALUES (?)", entry[:1])
+        row = (*entry[1:], self._walks, entry.path, entry.is_own)
+        self._table.execute(self._INSERT + change, row)
+
+    def stored(self, name: str, size: int) -> None:
+        """Takes note of what has just been stored for good; returns at once."""
+        if self._table is not None:
+            self._news.append((name, size, time.time()))
+
+    def settle(self) -> None:
+        """Adds what was noted."""
+        with self._mutex:
+            self._settle()
+
+    def _settle(self) -> None:
+        while self._news:
+            name, size, moment = self._news.popleft()
+            artifact = stored_artifact(name)
+            if artifact and artifact.kind in ("info", "zip"):
+                entry = Entry(*artifact[:2], int(moment * 1e6), size, 0)
+                self._put(entry, "size = size + excluded.size, own = max(own, ?)")
+
+    def _rows(self, query: str, *given: object) -> Iterator[tuple[Any, ...]]:
+        """Called with the mutex."""
+        self._settle()
+        return iter(self._table.execute(query, given))
+
+    def _entries(self, sees: Sees, count: int, query: str, *given: object) -> list[Entry]:
+        with self._mutex:
+            rows = map(Entry._make, self._rows(f"{self._ENTRIES} {query}", *given))
+            return list(
+                itertools.islice((row for row in rows if sees(row.path, row.is_own)), count)
+            )
+
+    def after(self, path: str, version: str, count: int, sees: Sees) -> list[Entry]:
+        """The next ones after a version, ordered by path and version as text."""
+        order = "WHERE path >= ? AND (path > ? OR version > ?) ORDER BY path, version"
+        return self._entries(sees, count, order, path, path, version)
+
+    def versions(self, path: str, sees: Sees) -> list[Entry]:
+        """Those of one module."""
+        return self._entries(sees, self._NEWS, "WHERE path = ?", path)
+
+    def since(self, moment: int, count: int, sees: Sees) -> list[Entry]:
+        """The first ones that came at a moment (microseconds) or later, by time; so many more that
+        whoever goes on from the last one's moment gets ahead."""
+        query = (
+            "SELECT path, version, stored, size, own FROM versions CROSS JOIN modules "
+            "ON id = module WHERE stored >= ? ORDER BY stored, module, version"
+        )
+        found: list[Entry] = []
+        with self._mutex:
+            for row in map(Entry._make, self._rows(query, moment)):
+                if len(found) >= count and found[-1].stored > found[0].stored:
+                    break
+                if sees(row.path, row.is_own):
+                    found.append(row)
+        return found
+
+    def search(self, words: Sequence[str], count: int, sees: Sees) -> list[Holding]:
+        """Modules with all words in their paths, in upper or lower case."""
+        tests = " AND ".join(["instr(lower(path), lower(?))"] * len(words)) or "1"
+        return self._holdings(sees, count, f"WHERE {tests} GROUP BY id, own ORDER BY path", *words)
+
+    def of(self, paths: Sequence[str], count: int, sees: Sees) -> list[Holding]:
+        """The first of these modules that there are."""
+        found = (self._holdings(sees, 1, "WHERE path = ? GROUP BY id, own", path) for path in paths)
+        return list(itertools.islice(itertools.chain.from_iterable(found), count))
+
+    def _holdings(self, sees: Sees, count: int, query: str, *given: object) -> list[Holding]:
+        with self._mutex:
+            rows = map(Holding._make, self._rows(self._HOLDINGS + query, *given))
+            return list(
+                itertools.islice((row for row in rows if sees(row.path, row.is_own)), count)
+            )
+
+    def latest(self, count: int, sees: Sees) -> list[Entry]:
+        """The modules that have got a version last, with that version."""
+        query = (
+            "SELECT path, version, stored, size, own FROM versions CROSS JOIN modules "
+            "ON id = module ORDER BY stored DESC"
+        )
+        found: dict[str, Entry] = {}
+        with self._mutex:
+            for row in map(Entry._make, self._rows(query)):
+                if len(found) == count:
+                    break
+                if row.path not in found and sees(row.path, row.is_own):
+                    found[row.path] = row
+        return list(found.values())
+
+    def totals(self) -> tuple[int, int, int]:
+        """Modules, versions and bytes that are known so far."""
+        with self._mutex:
+            (modules,) = next(self._rows("SELECT count(*) FROM modules"))
+            count, size = next(self._rows("SELECT count(*), total(size) FROM versions"))
+        return modules, count, int(size)
+
+    def remarks(self) -> Mapping[str, list[Remark]]:
+        """Those of re-checks, by module, at most ten seconds old. Raises StoreDown."""
+        read, found = self._remarks
+        if time.monotonic() - read >= self._REMARK_SECONDS:
+            found = {}
+            for remark in Remarks(self._storage).read():
+                if remark.what in FINDINGS:
+                    found.setdefault(remark.path, []).append(remark)
+            self._remarks = (time.monotonic(), found)
+        return found
+
+    def close(self) -> None:
+        """Ends a walk."""
+        self._ended.set()
+
+
+FINDINGS = ("deleted", "retracted", "deprecated", "changed")  # what clients are told of
+
+
+class Minute(NamedTuple):
+    """Figures of one minute, or those at its end: requests answered from the store and by fetching,
+    bytes to clients and bytes from upstreams."""
+
+    hits: float
+    misses: float
+    sent: float
+    received: float
+
+    @classmethod
+    def now(cls) -> Minute:
+        figures = METER.figures().items()
+
+        def total(family: str, *verdicts: str) -> float:
+            return sum(
+                value
+                for name, value in figures
+                if name.partition("{")[0] == family and name.endswith(verdicts or "}")
+            )
+
+        requests, ends = "goproxy_requests_total", ('="hit"}', '="stale"}')
+        received = total("goproxy_upstream_received_bytes_total")
+        sent = total("goproxy_sent_bytes_total")
+        return cls(total(requests, *ends), total(requests, '="miss"}'), sent, received)
+
+
+class Trouble(NamedTuple):
+    """A request that failed: when, and the words the client was told. A repeated one has the first
+    four fields in common with that before it."""
+
+    status: int
+    path: str
+    version: str
+    words: str
+    moment: float = 0.0
+    times: int = 1
+
+
+class Chronicle:
+    """What a page tells of the last hour: figures by the minute, and requests that failed; and in
+    how many minutes modules were asked for."""
+
+    _MINUTES, _SECONDS, _TROUBLES, _MODULES = 60, 60.0, 100, 50_000
+
+    def __init__(self, settle: Callable[[], None]) -> None:
+        """Calls `settle` every minute, too. Starts a thread."""
+        self.uses = Uses()
+        self.began = time.time()
+        self._settle = settle
+        self._mutex = threading.Lock()
+        self._ends = collections.deque([Minute.now()], self._MINUTES + 1)
+        self._asked: dict[str, tuple[int, int]] = {}  # minutes with it, the last such minute
+        # The absences stand apart, since the go command makes many of them.
+        self._troubles: tuple[dict[Any, Trouble], dict[Any, Trouble]] = ({}, {})
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="chronicle", daemon=True).start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._SECONDS):
+            self._ends.append(Minute.now())
+            self._settle()
+            self._count_uses()
+
+    def _count_uses(self) -> None:
+        minute = int(time.time() / self._SECONDS)
+        with self._mutex:
+            for name in self.uses.take():
+                artifact = stored_artifact(name)
+                count, last = self._asked.get(artifact.path, (0, 0)) if artifact else (0, minute)
+                if artifact and last != minute:
+                    self._asked[artifact.path] = (count + 1, minute)
+            if len(self._asked) > self._MODULES:
+                best = heapq.nlargest(self._MODULES // 2, self._asked.items(), key=lambda i: i[1])
+                self._asked = dict(best)
+
+    def most_asked(self) -> list[tuple[str, int]]:
+        """Modules and in how many minutes they were asked for, the most often asked first."""
+        self._count_uses()
+        with self._mutex:
+            ranked = sorted(self._asked.items(), key=lambda item: (-item[1][0], item[0]))
+        return [(path, count) for path, (count, _) in ranked]
+
+    def minutes(self) -> list[Minute]:
+        """The last 60 minutes, as far as there are figures; the last one is not over yet."""
+        ends = [*self._ends, Minute.now()][-self._MINUTES - 1 :]
+        return [Minute(*map(operator.sub, later, sooner)) for sooner, later in zip(ends, ends[1:])]
+
+    def note(self, trouble: Trouble) -> None:
+        """Remembers a failure, and forgets the oldest."""
+        with self._mutex:
+            kept = self._troubles[trouble.status in (404, 410)]
+            before = kept.pop(trouble[:4], None)
+            kept[trouble[:4]] = trouble._replace(times=before.times + 1 if before else 1)
+            if len(kept) > self._TROUBLES:
+                del kept[next(iter(kept))]
+
+    def troubles(self) -> tuple[list[Trouble], list[Trouble]]:
+        """Failures, and what was not found, of the last hour; the last ones first."""
+        since = time.time() - self._MINUTES * self._SECONDS
+        with self._mutex:
+            failed, absent = (list(reversed(kept.values())) for kept in self._troubles)
+        return [one for one in failed if one.moment > since], [
+            one for one in absent if one.moment > since
+        ]
+
+    def close(self) -> None:
+        self._ended.set()
+
+
+class Overview(NamedTuple):
+    """What the process that fetches knows of all."""
+
+    catalogue: Catalogue
+    chronicle: Chronicle
+
+
 class Node(NamedTuple):
     """A module version whose go.mod is read; if `deep`, so is that of all that it requires."""
 
@@ -12786,6 +13158,7 @@ class Request(NamedTuple):
     client: str = ""
     user: str = ""  # of -auth
     go_get: bool = False  # whether it asks for the page with go-import
+    query: str = ""  # as sent
     upload: Upload | None = None  # the body, if it is wanted
 
     @property
@@ -12832,6 +13205,7 @@ def parse_request(head: bytes) -> Request:
     fields = parse_fields(lines)
     is_new = match[4] == b"1"
     options = fields.tokens("connection")
+    query = match[2].decode().partition("?")[2]
     return Request(
         method=_method(match[1].decode()),
         target=_target(match[2].decode(), fields, is_new),
@@ -12839,7 +13213,8 @@ def parse_request(head: bytes) -> Request:
         keep="close" not in options and (is_new or "keep-alive" in options),
         chunks=is_new,
         body=_body_length(fields, is_new, match[1] == b"PUT"),
-        go_get=b"go-get=1" in match[2].partition(b"?")[2].split(b"&"),
+        go_get="go-get=1" in query.split("&"),
+        query=query,
     )
 
 
@@ -13138,6 +13513,8 @@ class App(NamedTuple):
     gate: Gate | None = None
     tls: Tls | None = None
     own: OwnModules = OwnModules(())
+    failed: Callable[[Trouble], None] = lambda trouble: None
+    overview: Overview | None = None  # if this is the process that fetches
 
     def watch(self, request: Request, artifact: Sequence[str], here: bool) -> None:
         """Lets read-ahead see what a client asks; `artifact` is path, version and kind."""
@@ -13428,6 +13805,105 @@ class Route(NamedTuple):
     endpoint: Callable[..., Reply]
     changes: Mapping[str, Change] = {}  # by method; with -auth and -modules
     is_open: bool = False  # to those as well who are none of the users
+    waits: bool = False  # for the process that fetches, which alone can tell
+
+
+def _sees(app: App, request: Request) -> Sees:
+    """Which modules may be named to a client: those that it would get, if it asked for them."""
+    user = app.gate.user(request) if app.gate else None
+
+    @functools.lru_cache(maxsize=1024)
+    def sees(path: str, is_own: int) -> bool:
+        is_theirs = user is None or matches(user.globs, path)
+        return is_theirs and (bool(is_own) or app.policy.shows(path))
+
+    return sees
+
+
+def _overview(app: App) -> Overview:
+    if not app.overview:
+        raise Overloaded("the process that knows is too busy")
+    return app.overview
+
+
+def _whole_catalogue(app: App) -> Catalogue:
+    catalogue = _overview(app).catalogue
+    if not catalogue.is_complete():
+        raise Overloaded("the catalogue is being made: a store is walked through", 5)
+    return catalogue
+
+
+def _number(asked: Mapping[str, str], name: str, default: int, most: int) -> int:
+    text = asked.get(name) or str(default)
+    if not re.fullmatch(r"0*[1-9][0-9]{0,17}", text, re.ASCII):
+        raise BadRequest(f"{name}: want a number above 0")
+    return min(int(text), most)
+
+
+_TOKEN_BAR = "|"
+
+
+def serve_catalog(app: App, request: Request) -> Reply:
+    """GET /catalog?token=&pagesize=, as Athens has it (cmd/proxy/actions/catalog.go); `findings`
+    are those of re-checks, which Athens has not."""
+    asked = dict(urllib.parse.parse_qsl(request.query))
+    count = _number(asked, "pagesize", 1000, 10_000)
+    token = asked.get("token", "")
+    path, bar, version = token.partition(_TOKEN_BAR)
+    if token and not bar:
+        raise BadRequest("token: want the one of the page before")
+    catalogue = _whole_catalogue(app)
+    found = catalogue.after(path, version, count, _sees(app, request))
+    remarks = catalogue.remarks()
+    told: dict[str, Any] = {"modules": [_catalogued(entry, remarks) for entry in found]}
+    if len(found) == count:
+        told["next"] = f"{found[-1].path}{_TOKEN_BAR}{found[-1].version}"
+    return Reply(200, f"{_compact(told)}\n".encode(), _CATALOG_TYPE, (_NO_STORE,))
+
+
+_CATALOG_TYPE = "application/json; charset=utf-8"
+_compact = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _catalogued(entry: Entry, remarks: Mapping[str, list[Remark]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"module": entry.path, "version": entry.version}
+    found = [] if entry.is_own else findings_of(remarks.get(entry.path, []), entry.version)
+    if found:
+        row["findings"] = [
+            {"finding": each.what, "since": _rfc3339(int(each.since * 1e6)), "words": each.words}
+            for each in found
+        ]
+    return row
+
+
+def findings_of(remarks: Iterable[Remark], version: str) -> list[Remark]:
+    """Those that are about a version, or about its whole module."""
+    return [each for each in remarks if each.version in ("", version)]
+
+
+def _rfc3339(moment: int) -> str:
+    second, rest = divmod(moment, 1_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{rest:06}Z"
+
+
+def serve_index(app: App, request: Request) -> Reply:
+    """GET /index?since=&limit=, in the lines of index.golang.org: what has been stored since, the
+    oldest first."""
+    asked = dict(urllib.parse.parse_qsl(request.query))
+    count = _number(asked, "limit", 2000, 2000)
+    since = asked.get("since") or "1970-01-01T00:00:00Z"
+    second = seconds_of(since)
+    if second is None:
+        raise BadRequest("since: want a time as in RFC 3339")
+    fraction = re.search(r"\.([0-9]{1,6})", since)
+    moment = int(second) * 1_000_000 + (int(fraction[1].ljust(6, "0")) if fraction else 0)
+    found = _whole_catalogue(app).since(moment, count, _sees(app, request))
+    lines = (
+        {"Path": each.path, "Version": each.version, "Timestamp": _rfc3339(each.stored)}
+        for each in found
+    )
+    body = "".join(f"{_compact(line)}\n" for line in lines)
+    return Reply(200, body.encode(), _CATALOG_TYPE, (_NO_STORE,))
 
 
 # Most asked first.
@@ -13449,6 +13925,8 @@ ROUTES = [
     Route(r"metrics", serve_metrics),
     Route(r"version", serve_version, is_open=True),
     Route(r"readyz", serve_ready, is_open=True),
+    Route(r"catalog", serve_catalog, waits=True),
+    Route(r"index", serve_index, waits=True),
 ]
 _GO_GET = Route(r"", serve_go_get)
 _CACHED_ONLY = "cached-only/"
@@ -13475,6 +13953,7 @@ def dispatch(app: App, request: Request) -> Reply:
     if request.fields.get(HOP_FIELD.lower()) == HOP:
         raise LoopFound("the upstream leads back to this proxy")
     path = decode_path(request.target)
+    asked = request.reach
     if app.settings.offline or request.fields.get("disable-module-fetch", "").lower() == "true":
         request = request._replace(reach=Reach.STORED)
     if path.startswith(_CACHED_ONLY):
@@ -13492,8 +13971,25 @@ def dispatch(app: App, request: Request) -> Reply:
         raise BadName("no such page")
     if request.method not in ("GET", "HEAD") and not (change and app.gate):
         raise MethodNotAllowed("only GET and HEAD are allowed here")
+    if route.waits and asked is Reach.READY:
+        raise MustWait
     endpoint = change.endpoint if change else route.endpoint
-    return _explained(lambda: endpoint(app, request, **groups), path)
+    try:
+        return _explained(lambda: endpoint(app, request, **groups), path)
+    except ProxyError as error:
+        _note(app, groups, error)
+        raise
+
+
+def _note(app: App, groups: Mapping[str, str], error: ProxyError) -> None:
+    """Remembers what was wrong with a module, unless that is with who asked for it."""
+    if "module" in groups and not isinstance(error, (BadName, NotHere, Unauthorized)):
+        path, version = unescape_path(groups["module"]), groups.get("version", "")
+        words = str(error)[:_MAX_WORDS]
+        app.failed(Trouble(error.status, path, version, words, time.time()))
+
+
+_MAX_WORDS = 500
 
 
 def _route(path: str) -> tuple[Route | None, dict[str, str]]:
@@ -14685,8 +15181,8 @@ class Inbox:
             return False
         client, _, rest = read.partition(b"\n")
         if not client:
-            for name in rest.decode().split("\n"):
-                self._server.app.used(name)
+            for line in rest.decode().split("\n"):
+                self._take_word(line)
         elif not descriptors and not flags & socket.MSG_CTRUNC:  # else there was no room for it
             self._server.app.saw(Sight(*read.decode().split("\n")))
         for descriptor in descriptors:
@@ -14694,6 +15190,13 @@ class Inbox:
             sock.setblocking(False)
             self._server.admit(sock, client.decode()).take_over(rest)
         return True
+
+    def _take_word(self, line: str) -> None:
+        """The name of a file that was given out, or a failure, which is a list in JSON."""
+        if line.startswith("["):
+            self._server.app.failed(Trouble(*json.loads(line)))
+        else:
+            self._server.app.used(line)
 
     def end(self) -> None:
         """Nobody is left to send; what is on its way is taken."""
@@ -15339,27 +15842,49 @@ class Reporter:
         self.report()
 
 
-def _ignore(name: str) -> None:
-    """Nobody wants to know."""
+class Noting(NamedTuple):
+    """Whom to tell what is given out of the store, and what failed, and how to end that."""
+
+    used: Callable[[str], None]
+    failed: Callable[[Trouble], None]
+    overview: Overview | None
+    endings: Sequence[Callable[[], None]]
 
 
-def _evicting(
-    settings: Settings, policy: Policy, cache: Cache, log: Log, fetcher: socket.socket | None
-) -> tuple[Callable[[str], None], Callable[[], None]]:
-    """Whom to tell what is given out of the store, and how to end that: the evictor here, or in
-    the process that fetches, or nobody."""
-    if not settings.max_size:
-        return _ignore, (lambda: None)
+def _noting(
+    settings: Settings, found: Answering, log: Log, fetcher: socket.socket | None
+) -> Noting:
+    """All that watches what happens: here, or in the process that fetches."""
     if fetcher:
         reporter = Reporter(fetcher)
-        return reporter.uses.note, reporter.close
 
-    def spares(path: str, version: str) -> bool:
-        return not settings.evict_private and not policy.is_public(path, version)
+        def tell(trouble: Trouble) -> None:
+            reporter.uses.note(json.dumps(trouble))
 
-    evictor = Evictor(cache.storage, settings.max_size, spares, log)
-    cache.on_stored = evictor.stored
-    return evictor.uses.note, evictor.close
+        return Noting(reporter.uses.note, tell, None, [reporter.close])
+    catalogue = Catalogue(found.cache.storage, OwnModules(settings.modules), log)
+    chronicle = Chronicle(catalogue.settle)
+    overview = Overview(catalogue, chronicle)
+    used, stored = chronicle.uses.note, catalogue.stored
+    endings = [catalogue.close, chronicle.close]
+    if settings.max_size:
+
+        def spares(path: str, version: str) -> bool:
+            return not settings.evict_private and not found.policy.is_public(path, version)
+
+        evictor = Evictor(found.cache.storage, settings.max_size, spares, log)
+        used, stored = _both(evictor.uses.note, used), _both(evictor.stored, stored)
+        endings.append(evictor.close)
+    found.cache.on_stored = stored
+    return Noting(used, chronicle.note, overview, endings)
+
+
+def _both(one: Callable[..., None], other: Callable[..., None]) -> Callable[..., None]:
+    def call(*told: object) -> None:
+        one(*told)
+        other(*told)
+
+    return call
 
 
 def _rechecking(
@@ -15898,10 +16423,11 @@ class Daemon:
         storage = WatchedStorage(self._storage, log)
         with answering(settings, self._outside, client, storage, log) as found:
             saw, end = _watching(settings, found.policy, storage, fetcher)
-            used, end_evicting = _evicting(settings, found.policy, found.cache, log, fetcher)
-            endings = [end, end_evicting]
+            noting = _noting(settings, found, log, fetcher)
+            endings = [end, *noting.endings]
             doors = (self._gate, self._tls, OwnModules(settings.modules))
-            app = App(settings, found.policy, found.sumdb, storage, log, saw, used, *doors)
+            told = (saw, noting.used, *doors, noting.failed, noting.overview)
+            app = App(settings, found.policy, found.sumdb, storage, log, *told)
             if not fetcher:
                 endings.append(_rechecking(settings, found.policy, found.source, storage, log))
             yield Server(self._sockets, app, fetcher, handed)

@@ -11187,6 +11187,144 @@ def test_a_time_in_seconds(moment: str, seconds: float | None) -> None:
     assert goproxy.seconds_of(moment) == seconds
 
 
+# --- the catalogue -----------------------------------------------------------
+
+
+def everybody(path: str, is_own: int) -> bool:
+    return True
+
+
+def catalogue_of(
+    storage: goproxy.Storage, folders: Sequence[str] = (), kind: Any = goproxy.Catalogue
+) -> goproxy.Catalogue:
+    """One whose first walk is over."""
+    made: goproxy.Catalogue = kind(storage, goproxy.OwnModules(folders), QUIET_LOG)
+    assert made.is_complete()
+    return made
+
+
+IN_ORDER = sorted(MODULES, key=lambda name: name.partition("@"))
+
+
+def put_all(storage: goproxy.Storage, held: Mapping[str, bytes]) -> None:
+    for name, data in held.items():
+        storage.put(name, data)
+
+
+def names_of(entries: Iterable[goproxy.Entry]) -> list[str]:
+    return [f"{entry.path}@{entry.version}" for entry in entries]
+
+
+def test_a_catalogue_has_what_any_store_has(storage: goproxy.Storage) -> None:
+    put_all(storage, SITE)
+    catalogue = catalogue_of(storage)
+    found = catalogue.after("", "", 100, everybody)
+    assert names_of(found) == IN_ORDER
+    sizes = {entry.path: entry.size for entry in found}
+    held = released(
+        "github.com/BurntSushi/toml@v1.0.0", MODULES["github.com/BurntSushi/toml@v1.0.0"]
+    )
+    assert sizes["github.com/BurntSushi/toml"] == sum(map(len, held.values()))
+    assert all(abs(entry.stored / 1e6 - time.time()) < 300 for entry in found)
+
+
+def test_what_is_stored_later_is_in_the_catalogue_at_once() -> None:
+    catalogue = catalogue_of(goproxy.MemoryStorage(1 << 20))
+    assert catalogue.totals() == (0, 0, 0)
+    for kind in ("mod", "zip", "info"):
+        catalogue.stored(f"example.com/!new/@v/v1.0.0.{kind}", 7)
+    catalogue.stored("example.com/new/@v/list", 7)
+    assert names_of(catalogue.latest(9, everybody)) == ["example.com/New@v1.0.0"]
+    assert catalogue.totals() == (1, 1, 14)
+
+
+class Restless(goproxy.Catalogue):
+    """Walks again whenever it is asked."""
+
+    _PAUSE, _SHARE = 0.0, 0
+
+
+def test_another_walk_sees_what_others_have_done() -> None:
+    storage = goproxy.MemoryStorage(1 << 20)
+    put_all(storage, released("a.test@v1.0.0", {}))
+    catalogue = catalogue_of(storage, kind=Restless)
+    first = catalogue.after("", "", 9, everybody)
+    storage.remove("a.test/@v/v1.0.0.info")
+    storage.remove("a.test/@v/v1.0.0.zip")
+    put_all(storage, released("b.test@v1.0.0", {}))
+    deadline = soon()
+    while names_of(catalogue.after("", "", 9, everybody)) != ["b.test@v1.0.0"]:
+        assert time.monotonic() < deadline
+        assert catalogue.is_complete()
+    assert catalogue.after("", "", 9, everybody)[0].stored > first[0].stored
+    catalogue.close()
+
+
+def test_a_version_of_ours_wins_over_a_stored_one(tmp_path: Path) -> None:
+    storage = goproxy.DiskStorage(str(tmp_path / "store"))
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    for place in (storage, *map(goproxy.DiskStorage, folders)):
+        put_all(place, released("a.test@v1.0.0", {}))
+    goproxy.DiskStorage(folders[1]).put("c.test/@v/v1.0.0.info", b"{}")  # no zip: not ours
+    put_all(storage, released("b.test@v1.0.0", {}))
+    catalogue = catalogue_of(storage, folders)
+    ours = [(entry.path, entry.is_own) for entry in catalogue.after("", "", 9, everybody)]
+    assert ours == [("a.test", 1), ("b.test", 0)]
+
+
+def test_who_follows_by_time_gets_ahead_though_many_came_at_once(tmp_path: Path) -> None:
+    storage = goproxy.DiskStorage(str(tmp_path))
+    for number in range(7):
+        put_all(storage, released(f"m{number}.test@v1.0.0", {}))
+        moment = 1_600_000_000 + (number > 4)
+        os.utime(tmp_path / f"m{number}.test/@v/v1.0.0.info", (moment, moment))
+        os.utime(tmp_path / f"m{number}.test/@v/v1.0.0.zip", (moment, moment))
+    catalogue, seen, since = catalogue_of(storage), set[str](), 0
+    for _ in range(3):
+        page = catalogue.since(since, 2, everybody)
+        seen |= {entry.path for entry in page}
+        since = page[-1].stored
+    assert len(seen) == 7
+    assert catalogue.since(since + 1, 2, everybody) == []
+
+
+def test_what_is_searched_stands_in_the_path_in_any_case() -> None:
+    storage = goproxy.MemoryStorage(1 << 20)
+    put_all(storage, SITE)
+    catalogue = catalogue_of(storage)
+
+    def search(*words: str) -> list[str]:
+        return [holding.path for holding in catalogue.search(words, 9, everybody)]
+
+    assert search("burnt", "GITHUB") == ["github.com/BurntSushi/toml"]
+    assert search("%") == search("_") == search("'") == search('"') == search("\0") == []
+    (quote,) = catalogue.of(["none.test", "example.com/quote"], 9, everybody)
+    versions = [name for name in MODULES if name.startswith("example.com/quote@")]
+    assert quote.versions == len(versions)
+
+
+def test_failures_are_remembered_by_their_reason(tmp_path: Path) -> None:
+    chronicle = goproxy.Chronicle(lambda: None)
+    now = time.time()
+    for number in range(150):
+        chronicle.note(goproxy.Trouble(502, "a.test", f"v1.{number}.0", "broke off", now))
+    chronicle.note(goproxy.Trouble(502, "a.test", "v1.100.0", "broke off", now + 1))
+    chronicle.note(goproxy.Trouble(404, "b.test", "", "no", now))
+    chronicle.note(goproxy.Trouble(404, "old.test", "", "no", now - 3601))
+    failed, absent = chronicle.troubles()
+    assert (len(failed), failed[0].version, failed[0].times) == (100, "v1.100.0", 2)
+    assert [one.path for one in absent] == ["b.test"]
+    chronicle.close()
+
+
+def test_modules_are_ranked_by_the_minutes_in_which_they_were_used() -> None:
+    chronicle = goproxy.Chronicle(lambda: None)
+    for name in ("b.test/@v/v1.0.0.zip", "a.test/@v/v1.0.0.zip", "b.test/@v/v1.0.0.mod", "x"):
+        chronicle.uses.note(name)
+    assert chronicle.most_asked() == [("a.test", 1), ("b.test", 1)]
+    chronicle.close()
+
+
 # =============================================================================
 # 11. HTTP
 # =============================================================================
@@ -12919,6 +13057,115 @@ def test_a_parser_refuses_or_understands_what_is_sent_for_long(name: str) -> Non
     print(f"{name}: {count} executions, the slowest {1000 * slowest:.1f} ms")
 
 
+# --- what is stored ----------------------------------------------------------
+
+
+def catalogued(proxy: Proxy, query: str = "", **fields: str) -> list[str]:
+    """All of /catalog as MODULE@VERSION, page by page."""
+    found, token = [], ""
+    while True:
+        told = urllib.parse.urlencode({"token": token})
+        answer = proxy.get(f"catalog?{query}&{told}", **fields)
+        assert answer.status == 200, answer
+        page = json.loads(answer.body)
+        found += [f"{row['module']}@{row['version']}" for row in page["modules"]]
+        token = page.get("next", "")
+        if not token:
+            return found
+
+
+@pytest.fixture
+def stocked(run: Run) -> Run:
+    """Its cache has what upstream has."""
+    put_all(goproxy.DiskStorage(str(run.cache)), SITE)
+    return run
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("offline", ["false", "true"])
+def test_any_worker_tells_what_is_stored(stocked: Run, workers: int, offline: str) -> None:
+    proxy = stocked(upstream="off", workers=workers, offline=offline)
+    for size in (1, 2, 1000):
+        assert catalogued(proxy, f"pagesize={size}") == IN_ORDER
+    lines = [json.loads(line) for line in proxy.get("index").body.splitlines()]
+    assert {f"{line['Path']}@{line['Version']}" for line in lines} == set(MODULES)
+    assert [sorted(line) for line in lines] == [["Path", "Timestamp", "Version"]] * len(lines)
+    times = [line["Timestamp"] for line in lines]
+    assert times == sorted(times)
+    last = proxy.get(f"index?since={times[-1]}&limit=1").body
+    assert json.loads(last.splitlines()[0])["Timestamp"] == times[-1]
+    assert proxy.get("index?since=2999-01-01T00:00:00%2B01:00").body == b""
+
+
+def test_a_token_holds_while_the_store_changes(proxy: Proxy) -> None:
+    for path in (MOD, f"{SHOUT}.zip", "example.com/quote/v2/@v/v2.0.0.zip"):
+        assert proxy.get(path).status == 200
+    page = json.loads(proxy.get("catalog?pagesize=1").body)
+    assert page["modules"] == [{"module": "example.com/quote/v2", "version": "v2.0.0"}]
+    assert proxy.get(ZIP).status == 200
+    told = urllib.parse.quote(page["next"])
+    rest = json.loads(proxy.get(f"catalog?token={told}").body)
+    names = [f"{row['module']}@{row['version']}" for row in rest["modules"]]
+    assert (names, "next" in rest) == (
+        ["github.com/BurntSushi/toml@v1.0.0"],
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["catalog?pagesize=0", "catalog?pagesize=x", "catalog?pagesize=-1", "catalog?token=x",
+     "index?limit=0", "index?limit=1e3", "index?since=yesterday"],
+)  # fmt: skip
+def test_what_makes_no_page_is_400(shared: Shared, query: str) -> None:
+    assert shared.proxy.get(query).status == 400
+
+
+def test_findings_of_rechecks_stand_beside_versions(stocked: Run) -> None:
+    rows = [
+        ("example.com/quote", "v1.0.0", "retracted", 1e9, 1e9, "a bug"),
+        ("github.com/BurntSushi/toml", "", "deprecated", 1e9, 1e9, "use quote"),
+        ("github.com/BurntSushi/toml", "v1.0.0", "absent", 1e9, 1e9, "once"),
+    ]
+    (stocked.cache / ".goproxy-recheck").write_text(json.dumps(rows))
+    page = json.loads(stocked(upstream="off").get("catalog").body)["modules"]
+    found = {(row["module"], row["version"]): row.get("findings") for row in page}
+    when = "2001-09-09T01:46:40.000000Z"
+    retracted = {"finding": "retracted", "since": when, "words": "a bug"}
+    assert found.pop(("example.com/quote", "v1.0.0")) == [retracted]
+    deprecated = {"finding": "deprecated", "since": when, "words": "use quote"}
+    assert found.pop(("github.com/BurntSushi/toml", "v1.0.0")) == [deprecated]
+    assert {*map(str, found.values())} == {"None"}
+
+
+def test_only_what_may_be_had_is_told_of(stocked: Run, users: Path) -> None:
+    hidden = "github.com/BurntSushi/toml"
+    rest = [name for name in IN_ORDER if not name.startswith(hidden)]
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({"private": hidden, "private_auth": "client"}, rest),
+        ({"private": hidden}, IN_ORDER),
+        ({"exclude": hidden}, rest),
+    ]
+    for told, expected in cases:
+        assert catalogued(stocked(upstream="off", **told)) == expected
+    guarded = stocked(upstream="off", auth=users, private=hidden)
+    assert guarded.get("catalog").status == guarded.get("index").status == 401
+    assert catalogued(guarded, Authorization=ALICE) == IN_ORDER
+    theirs = [name for name in IN_ORDER if name.startswith(("example.com/quote/v2", "github"))]
+    assert catalogued(guarded, "pagesize=1", Authorization=basic("bob", "bob")) == theirs
+    lines = guarded.get("index", Authorization=basic("bob", "bob")).body
+    assert {json.loads(line)["Path"] for line in lines.splitlines()} == {
+        "example.com/quote/v2",
+        hidden,
+    }
+
+
+def test_what_is_ours_is_told_of_though_the_rest_is_excluded(run: Run, tmp_path: Path) -> None:
+    put_all(goproxy.DiskStorage(str(tmp_path / "own")), SITE)
+    proxy = run(upstream="off", modules=tmp_path / "own", exclude="example.com")
+    assert catalogued(proxy) == IN_ORDER
+
+
 # =============================================================================
 # 12. Daemon
 # =============================================================================
@@ -14496,7 +14743,7 @@ DOORS = {
     "signal": {8, 12},
     "socket": {6, 7, 11, 12},
     "socketserver": {11},
-    "sqlite3": {7},
+    "sqlite3": {7, 9},
     "ssl": {6, 11, 12},
     "subprocess": {8},
     "tarfile": {8, 9},
