@@ -2872,6 +2872,7 @@ class OpenFile:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self.cached_until = 0.0  # monotonic; a whole file that was in memory is not asked again yet
         self._mutex = threading.Lock()
 
     def read_at(self, count: int, offset: int) -> bytes:
@@ -2916,13 +2917,11 @@ class OpenBytes(OpenFile):
 
     def __init__(self, data: bytes | bytearray) -> None:
         self.descriptor = self.NO_DESCRIPTOR
+        self.cached_until = math.inf
         self._data = memoryview(data)
 
     def read_at(self, count: int, offset: int) -> bytes:
         return bytes(self._data[offset : offset + count])
-
-    def is_cached(self, offset: int) -> bool:
-        return True
 
     def __del__(self) -> None:
         pass
@@ -3006,8 +3005,14 @@ class FileBlob(Blob):
     def is_at_hand(self, count: int) -> bool:
         """Whether the next bytes are in memory, so that sending them cannot wait for a disk."""
         assert self._file is not None
+        now = time.monotonic()
+        if now < self._file.cached_until:
+            return True
         last = self.offset + max(0, count - 1)
-        return self._file.is_cached(self.offset) and self._file.is_cached(last)
+        cached = self._file.is_cached(self.offset) and self._file.is_cached(last)
+        if cached and self.offset == 0 and count == self.size:
+            self._file.cached_until = now + 1
+        return cached
 
     def wait(self) -> int | None:
         """As ready, but blocks instead of answering 0."""

@@ -3102,6 +3102,29 @@ def test_readers_are_woken_by_every_part_of_a_draft(tmp_path: Path) -> None:
         assert whole.result() == bytes(1_000_000)
 
 
+class Probed(goproxy.OpenFile):
+    """Counts how often it was asked whether its pages are in memory."""
+
+    probes = 0
+
+    def is_cached(self, offset: int) -> bool:
+        self.probes += 1
+        return True
+
+
+def test_a_whole_file_in_memory_is_not_asked_again_at_once(tmp_path: Path) -> None:
+    (tmp_path / "zip").write_bytes(bytes(1000))
+    file = Probed(os.open(tmp_path / "zip", os.O_RDONLY))
+    blob = goproxy.FileBlob(file, 1000, 0)
+    assert blob.is_at_hand(10) and blob.is_at_hand(10)
+    assert file.probes == 4  # of a part, each time: another part may not be there
+    assert blob.is_at_hand(1000) and blob.is_at_hand(1000) and blob.is_at_hand(10)
+    assert file.probes == 6
+    file.cached_until = 0.0
+    assert blob.is_at_hand(1000)
+    assert file.probes == 8
+
+
 def test_more_bytes_than_allowed_are_refused() -> None:
     assert goproxy.BytesBlob(bytes(10)).read_all(10) == bytes(10)
     with pytest.raises(goproxy.BadUpstream):
