@@ -14329,8 +14329,7 @@ class Transfer:
         return b"%x\r\n%b\r\n" % (len(data), data)
 
     def _send_file(self, blob: FileBlob, count: int) -> int:
-        in_memory = blob.descriptor == OpenBytes.NO_DESCRIPTOR
-        if hasattr(os, "sendfile") and not in_memory and not isinstance(self._sock, TlsSocket):
+        if can_send_file(self._sock, blob):
             return os.sendfile(self._sock.fileno(), blob.descriptor, blob.offset, count)
         return self._sock.send(blob.peek(min(count, CHUNK)))
 
@@ -14353,6 +14352,12 @@ class Transfer:
 _MORE: int = getattr(socket, "MSG_MORE", 0)
 
 
+def can_send_file(sock: socket.socket, blob: FileBlob) -> bool:
+    """Whether the system can send a blob without bringing it to us."""
+    in_memory = blob.descriptor == OpenBytes.NO_DESCRIPTOR
+    return hasattr(os, "sendfile") and not in_memory and not isinstance(sock, TlsSocket)
+
+
 class _Remembered:
     """A reply that was right, and is as long as its file's stamp holds."""
 
@@ -14360,7 +14365,7 @@ class _Remembered:
         self.kind = kind_of(target)
         self.stored = stored
         self.blob = message.blob
-        self.left = message.left
+        self.left = (message.left or 0) if message.blob else 0  # bytes after the opening
         self._head = message.head
         self._body = message.body
         self._second = 0
@@ -14372,6 +14377,37 @@ class _Remembered:
             self._second = second
             self._bytes = b"".join((self._head, head_end(second), self._body))
         return self._bytes
+
+    def send(self, sock: socket.socket, opening: bytes) -> int:
+        """Sends what the socket takes at once and no disk is waited for; the number of bytes.
+        Raises OSError when the client is gone."""
+        sent = 0
+        try:
+            if self.blob is None:
+                sent = sock.send(opening)
+            elif self._is_one_turn(sock, self.blob):
+                sent = sock.send(opening, _MORE)
+                if sent == len(opening):
+                    sent += os.sendfile(sock.fileno(), self.blob.descriptor, 0, self.left)
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            pass
+        return sent
+
+    def _is_one_turn(self, sock: socket.socket, blob: FileBlob) -> bool:
+        whole = self.left <= Transfer.TURN and can_send_file(sock, blob)
+        return whole and blob.is_at_hand(self.left)
+
+    def rest(
+        self, sock: socket.socket, opening: bytes, sent: int, ended: Callable[[int], None]
+    ) -> Transfer:
+        """What is left of it after so many bytes."""
+        blob = self.blob.again() if self.blob else None
+        into = max(0, sent - len(opening))
+        if blob:
+            blob.offset = into
+        transfer = Transfer(sock, opening[sent:], blob, self.left - into, ended)
+        transfer.sent = sent
+        return transfer
 
     @property
     def cost(self) -> int:
@@ -14735,17 +14771,14 @@ class Handler(Courier, BaseHTTPRequestHandler):
         reply = loop.hot.get(target)
         if reply is None:
             return False
-        opening = reply.opening(loop.second)
-        blob = reply.blob.again() if reply.blob else None
         loop.app.used(reply.stored.name)
+        opening = reply.opening(loop.second)
         try:
-            sent = 0 if blob else self.sock.send(opening)
-        except BlockingIOError:
-            sent = 0
+            sent = reply.send(self.sock, opening)
         except OSError:
             self.close()
             return True
-        if sent == len(opening):
+        if sent == len(opening) + reply.left:
             self.served += 1
             self.deadline = loop.now + _IDLE_SECONDS
             loop.access.hit(self.client, target, reply.kind, sent, loop.now)
@@ -14753,8 +14786,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
             self._keep = True
             visit = loop.access.begins_hit(self.client, target, reply.kind, loop.now)
             ended = functools.partial(loop.access.ends, visit)
-            self._transfer = Transfer(self.sock, opening[sent:], blob, reply.left, ended)
-            self._transfer.sent = sent
+            self._transfer = reply.rest(self.sock, opening, sent, ended)
             self.resume()
         return True
 

@@ -11863,6 +11863,25 @@ def test_pipelined_requests_for_remembered_files_are_in_order(proxy: Proxy) -> N
     assert [answer.body for answer in answers] == [SITE[path] for path in [*paths, MOD]]
 
 
+def test_a_remembered_zip_reaches_a_slow_reader_whole(run: Run, refused: str) -> None:
+    """One that goes out by one call where the client takes it, and in many here."""
+    name, files = "example.com/hot/@v/v1.0.0.zip", {"big.bin": random.Random(3).randbytes(400_000)}
+    module = make_zip("example.com/hot@v1.0.0", files)
+    (run.cache / name).parent.mkdir(parents=True)
+    (run.cache / name).write_bytes(module)
+    proxy = run(upstream=refused)
+    request = f"GET /{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    for _ in range(4):
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", proxy.port))
+            for _ in range(3):
+                client.sendall(request)
+                answer = http.client.HTTPResponse(client)
+                answer.begin()
+                assert answer.read() == module
+
+
 def test_slow_readers_keep_nobody_waiting(proxy: Proxy) -> None:
     proxy.get(BIG)
     with contextlib.ExitStack() as stack:
