@@ -1519,6 +1519,13 @@ class Settings:
     tls_key: str = _option(
         "GOPROXY_TLS_KEY", "", _file, "FILE", "its private key, without a password (default: there)"
     )
+    trace: Url | None = _option(  # noqa: RUF009 (it is a dataclasses.field)
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "",
+        _base_url,
+        "URL",
+        "an OpenTelemetry collector for traces: OTLP/HTTP, sent to URL/v1/traces as JSON",
+    )
     ttl: float = _option(
         "GOPROXY_TTL",
         "60s",
@@ -3226,7 +3233,7 @@ class Lane:
             if self._threads < min(self._unfinished, self._most):
                 with contextlib.suppress(RuntimeError):  # no more of them: those there are do it
                     self._begin_thread()
-        self._queue.put(work)
+        self._queue.put(TRACER.carried(work))
 
     @property
     def waiting(self) -> int:
@@ -3280,6 +3287,7 @@ class Flights(Generic[T]):
     def __init__(self) -> None:
         self._mutex = threading.Lock()
         self._flights: dict[str, T] = {}
+        self._begun_in: dict[str, Span] = {}
 
     def join(self, key: str, start: Callable[[], T]) -> tuple[T, bool]:
         """The flight of key, and whether this call started it. `start` must not block."""
@@ -3287,11 +3295,21 @@ class Flights(Generic[T]):
             if key in self._flights:
                 return self._flights[key], False
             flight = self._flights[key] = start()
+            span = TRACER.current
+            if span:
+                self._begun_in[key] = span
             return flight, True
+
+    def waiting(self, key: str, first: bool) -> NoSpan:
+        """The span of who waits for the flight of another, linked to the work that began it."""
+        if first:
+            return NO_SPAN
+        return TRACER.span("flight wait", {"goproxy.flight": key}, link=self._begun_in.get(key))
 
     def land(self, key: str) -> None:
         with self._mutex:
             del self._flights[key]
+            self._begun_in.pop(key, None)
 
 
 class TtlCache(Generic[T]):
@@ -3367,6 +3385,12 @@ METRICS = {
     "goproxy_store_bytes": Metric("gauge", "Size of what -max-size counts, where that is set."),
     "goproxy_store_errors_total": Metric(
         "counter", "Failures of the store, to read or to write.", "operation"
+    ),
+    "goproxy_trace_failing": Metric("gauge", "Processes whose spans no collector takes."),
+    "goproxy_trace_spans_total": Metric(
+        "counter",
+        "Spans that were to be told: sent, or dropped because nobody took them.",
+        "result",
     ),
     "goproxy_upstream_failures_total": Metric(
         "counter", "Upstream requests without a usable answer, by class of failure.", "host,failure"
@@ -3516,6 +3540,258 @@ _NO_METRIC = Metric("untyped", "")
 METER = Meter()
 
 
+class NoSpan:
+    """In the place of a span that nobody wants to know of."""
+
+    def __enter__(self) -> NoSpan:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        pass
+
+    def note(self, name: str, value: object) -> None:
+        """Adds an attribute: text, a number or a truth value."""
+
+    def fail(self, kind: str, words: str) -> None:
+        """Marks it as failed."""
+
+
+NO_SPAN = NoSpan()
+
+
+class Span(NoSpan):
+    """One piece of work in a trace (OpenTelemetry specification, "Span"), and what others are told
+    of it (W3C Trace Context): ids in lower-case hex, `begun` and `ended` monotonic. As a context
+    manager it is the current one of its thread, and ends with the block."""
+
+    INTERNAL, SERVER, CLIENT = 1, 2, 3  # opentelemetry/proto/trace/v1/trace.proto
+    _WORDS = 300
+
+    def __init__(
+        self, name: str, kind: int, trace_id: str, parent_id: str = "", state: str = ""
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.trace_id = trace_id
+        self.parent_id = parent_id
+        self.state = state  # tracestate
+        self.span_id = f"{random.getrandbits(64) or 1:016x}"
+        self.is_told = True  # to the collector
+        self.is_sampled = True  # as others hear
+        self.begun = time.monotonic()
+        self.ended = 0.0
+        self.attributes: dict[str, object] = {}
+        self.link: Span | None = None
+        self._error = ""
+        self._around: Span | None = None
+
+    def __enter__(self) -> Span:
+        self._around = _CURRENT.get()
+        _CURRENT.set(self)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """Absence is an answer, not an error."""
+        if _CURRENT.get() is self:  # else a generator ends when another work has begun
+            _CURRENT.set(self._around)
+        error = raised[1]
+        if isinstance(error, ProxyError) and not isinstance(error, NotFound):
+            self.fail(type(error).__name__, str(error))
+        self.ended = time.monotonic()
+        if self.is_told:
+            TRACER.keep(self.encoded)
+
+    def note(self, name: str, value: object) -> None:
+        self.attributes[name] = value
+
+    def fail(self, kind: str, words: str) -> None:
+        self._error = printable(mask(words))[: self._WORDS]
+        self.attributes["error.type"] = kind
+
+    def headers(self) -> list[tuple[str, str]]:
+        """What a server is told that is asked in the course of it."""
+        parent = f"00-{self.trace_id}-{self.span_id}-{'01' if self.is_sampled else '00'}"
+        return [("traceparent", parent), *([("tracestate", self.state)] if self.state else [])]
+
+    def encoded(self) -> dict[str, Any]:
+        """As OTLP has it in JSON: ids in hex, 64-bit numbers as text."""
+        epoch = time.time() - time.monotonic()
+        begun, ended = (str(int((epoch + each) * 1e9)) for each in (self.begun, self.ended))
+        links = [self.link] if self.link else []
+        return {
+            "traceId": self.trace_id,
+            "spanId": self.span_id,
+            "parentSpanId": self.parent_id,
+            "traceState": self.state,
+            "name": self.name,
+            "kind": self.kind,
+            "startTimeUnixNano": begun,
+            "endTimeUnixNano": ended,
+            "attributes": otlp_attributes(self.attributes),
+            "links": [{"traceId": each.trace_id, "spanId": each.span_id} for each in links],
+            "status": {"code": 2, "message": self._error}
+            if "error.type" in self.attributes
+            else {},
+        }
+
+
+def otlp_attributes(attributes: Mapping[str, object]) -> list[dict[str, Any]]:
+    """Names and values as OTLP has them in JSON."""
+    return [{"key": name, "value": _otlp_value(value)} for name, value in attributes.items()]
+
+
+def _otlp_value(value: object) -> dict[str, object]:
+    if isinstance(value, bool):
+        return {"boolValue": value}
+    if isinstance(value, int):
+        return {"intValue": str(value)}
+    return {"stringValue": printable(str(value))}
+
+
+class Sampler(NamedTuple):
+    """Which traces are told: a share of them by their id; `follows`: of those that a client has
+    begun, those that it wants told. (OpenTelemetry specification, "Built-in samplers")"""
+
+    share: float = 1.0
+    follows: bool = True
+
+    def wants(self, trace_id: str, told: bool | None) -> bool:
+        """`told`: what the client says, None without a client's trace."""
+        if told is not None and self.follows:
+            return told
+        return int(trace_id[16:], 16) < self.share * (1 << 64)
+
+
+_CURRENT: contextvars.ContextVar[Span | None] = contextvars.ContextVar("_CURRENT", default=None)
+_TRACEPARENT = re.compile(
+    "(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
+)
+_TRACESTATE = re.compile("[ -~]{1,512}")
+
+
+class Tracer:
+    """Ended spans of this process, kept until somebody takes them; those that find no room are
+    lost, and counted. Without a sampler nothing is kept, and a client's trace is only passed on.
+    """
+
+    _LIMIT = 2048  # as OTEL_BSP_MAX_QUEUE_SIZE has it by default
+
+    def __init__(self) -> None:
+        self.sampler: Sampler | None = None
+        self._mutex = threading.Lock()
+        self._kept: collections.deque[Callable[[], dict[str, Any]]] = collections.deque()
+        self._lost = 0
+
+    @property
+    def current(self) -> Span | None:
+        """The span of what this thread does."""
+        return _CURRENT.get()
+
+    def span(
+        self,
+        name: str,
+        attributes: Mapping[str, object],
+        kind: int = Span.INTERNAL,
+        link: Span | None = None,
+    ) -> NoSpan:
+        """A part of what this thread does; nothing if nobody wants to know of the whole."""
+        around = _CURRENT.get()
+        if around is None or not around.is_told:
+            return NO_SPAN
+        span = Span(name, kind, around.trace_id, around.span_id, around.state)
+        span.attributes.update(attributes)
+        span.link = link
+        return span
+
+    def begin(self, name: str, kind: int, trace_id: str = "") -> Span | None:
+        """The first span of a trace; None if there are none."""
+        if self.sampler is None:
+            return None
+        span = Span(name, kind, trace_id or f"{random.getrandbits(128) or 1:032x}")
+        span.is_told = span.is_sampled = self.sampler.wants(span.trace_id, None)
+        return span
+
+    def apart(self, name: str, attributes: Mapping[str, object]) -> NoSpan:
+        """Work that this thread does for nobody in particular: a trace of its own."""
+        span = self.begin(name, Span.INTERNAL)
+        if span is None:
+            return NO_SPAN
+        span.attributes.update(attributes)
+        span.link = _CURRENT.get()
+        return span
+
+    def serve(self, fields: Mapping[str, str], left: str = "") -> Span | None:
+        """The span of a request, to be named later. `left` is what `leave` of another process has
+        said of it."""
+        told = fields.get("traceparent")
+        if told is None and self.sampler is None:
+            return None
+        match = _TRACEPARENT.fullmatch(told or "")
+        if match and (match[1] != "00" or not match[5]):
+            span: Span | None = self._follow(match, fields.get("tracestate", ""))
+        else:
+            span = self.begin("", Span.SERVER, left[:32])
+        if left and span:
+            _, span.span_id, begun = left.split("-")
+            span.begun = float(begun)
+        return span
+
+    def _follow(self, match: re.Match[str], state: str) -> Span:
+        state = state if _TRACESTATE.fullmatch(state) else ""
+        span = Span("", Span.SERVER, match[2], match[3], state)
+        asked = bool(int(match[4], 16) & 1)
+        if self.sampler:
+            span.is_told = span.is_sampled = self.sampler.wants(span.trace_id, asked)
+        else:  # to whom we ask we are not there
+            span.is_told, span.is_sampled, span.span_id = False, asked, match[3]
+        return span
+
+    @staticmethod
+    def leave(span: Span) -> str:
+        """What another process needs to go on with a request."""
+        return f"{span.trace_id}-{span.span_id}-{span.begun}"
+
+    @staticmethod
+    def inside(span: Span | None, work: Callable[[], T]) -> T:
+        """Does work as part of a span."""
+        if span is None:
+            return work()
+        _CURRENT.set(span)
+        try:
+            return work()
+        finally:
+            _CURRENT.set(None)
+
+    def carried(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Work for another thread that is part of what this one does."""
+        span = _CURRENT.get()
+        return work if span is None else functools.partial(self.inside, span, work)
+
+    def keep(self, encoded: Callable[[], dict[str, Any]]) -> None:
+        """Keeps an ended span, which is called for later; this never waits."""
+        if len(self._kept) < self._LIMIT:
+            self._kept.append(encoded)
+        else:
+            with self._mutex:
+                self._lost += 1
+
+    def take(self, count: int) -> list[Callable[[], dict[str, Any]]]:
+        """At most so many of those that were kept first."""
+        return [self._kept.popleft() for _ in range(min(count, len(self._kept)))]
+
+    def put_back(self, spans: Sequence[Callable[[], dict[str, Any]]]) -> None:
+        self._kept.extendleft(reversed(spans))
+
+    def lost(self) -> int:
+        """How many have been lost since it was asked last."""
+        with self._mutex:
+            lost, self._lost = self._lost, 0
+        return lost
+
+
+TRACER = Tracer()
+
+
 class Log:
     """Lines on a descriptor, written by a thread of its own: a full pipe or a dead reader costs
     lines (counted), never a request. Text lines have the form of Go's log package."""
@@ -3550,7 +3826,9 @@ class Log:
         if not self.as_json:
             return f"{self._now()} {printable(text)}\n"
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return json.dumps({"time": moment, "level": level, "message": text, **fields}) + "\n"
+        trace = {"trace_id": TRACER.current.trace_id} if TRACER.current else {}
+        line = {"time": moment, "level": level, "message": text, **trace, **fields}
+        return json.dumps(line) + "\n"
 
     def error(self, text: str, **fields: Any) -> None:
         self.line(text, "error", **fields)
@@ -4795,8 +5073,13 @@ class Client:
         followed and no credentials are added. Raises as get does."""
         proxy = self._dialer.forward_proxy(request.url)
         host = METER.host(request.url.authority)
-        with _metered(host):
+        with _traced(request) as span, _metered(host):
+            headers = TRACER.current.headers() if TRACER.current else []
+            request = request._replace(headers=[*request.headers, *headers])
             response = self._send(request, proxy, patience, until)
+            span.note("http.response.status_code", response.status)
+            if response.status >= 400 and response.status not in _ANSWERS:
+                span.fail(str(response.status), f"answered {response.status}")
         METER.add("goproxy_upstream_requests_total", host=host, code=response.status)
         _check_forwarded(response, proxy)
         return response
@@ -4897,6 +5180,21 @@ class Client:
             self._idle.clear()
         for wire in wires:
             wire.close()
+
+
+_ANSWERS = (404, 410, 412)  # absence, and that another was first, are no failures
+
+
+def _traced(request: Outgoing) -> NoSpan:
+    """The span of a request, without what may be secret: credentials and the query."""
+    url = request.url
+    attributes = {
+        "http.request.method": request.method,
+        "server.address": url.host,
+        "server.port": url.port,
+        "url.full": str(url).partition("?")[0],
+    }
+    return TRACER.span(request.method, attributes, Span.CLIENT)
 
 
 @contextlib.contextmanager
@@ -6120,6 +6418,11 @@ class BucketLine:
 
     def ask(self, ask: _Ask) -> Response:
         """An answer with a wanted status. Raises NotFound, BucketError, StoreAway."""
+        attributes = {"aws.s3.bucket": self._place.bucket, "aws.s3.key": ask.key}
+        with TRACER.span(f"s3 {ask.method}", attributes):
+            return self._ask_often(ask)
+
+    def _ask_often(self, ask: _Ask) -> Response:
         start = time.monotonic()
         for attempt in range(1, self._ATTEMPTS + 1):
             try:
@@ -6441,6 +6744,227 @@ def settled_place(place: BucketPlace, environ: Mapping[str, str]) -> BucketPlace
     if place.path_style is not None:
         path_style = place.path_style
     return dataclasses.replace(place, endpoint=endpoint, region=region, path_style=path_style)
+
+
+class TracePlan(NamedTuple):
+    """Where spans go and which: `seconds` for one batch, `sender` tells who sends them."""
+
+    url: Url
+    headers: Sequence[tuple[str, str]]
+    seconds: float
+    sender: Mapping[str, str]
+    sampler: Sampler
+
+
+_SAMPLERS = {
+    "always_off": Sampler(0.0, False),
+    "always_on": Sampler(1.0, False),
+    "parentbased_always_off": Sampler(0.0),
+    "parentbased_always_on": Sampler(1.0),
+    "parentbased_traceidratio": Sampler(),
+    "traceidratio": Sampler(follows=False),
+}
+
+
+class TraceVariables:
+    """What variables say of traces (OpenTelemetry specification, "Environment Variable
+    Specification" and "OTLP Exporter Configuration"). They are often there for all programs of a
+    machine, so what is wrong in one is a remark, and it counts as unset."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        self.remarks: list[str] = []
+
+    def plan(self, endpoint: Url | None) -> TracePlan | None:
+        """None if nobody wants traces. Raises UsageError for a bad endpoint."""
+        environ = self._environ
+        url = endpoint and dataclasses.replace(endpoint, path=f"{endpoint.path}/v1/traces")
+        own = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
+        try:
+            url = parse_url(own) if own else url
+        except ValueError as error:
+            name = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+            raise UsageError(f"{name}={mask(own)}: {error}") from None
+        is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+        if url is None or is_off or environ.get("OTEL_TRACES_EXPORTER") == "none":
+            return None
+        headers = self._pairs(self._exporter("HEADERS"))
+        sender = {"service.name": "goproxy", **self._pairs("OTEL_RESOURCE_ATTRIBUTES")}
+        if environ.get("OTEL_SERVICE_NAME"):
+            sender["service.name"] = environ["OTEL_SERVICE_NAME"]
+        seconds = self._number(self._exporter("TIMEOUT"), 10_000, math.inf) / 1000
+        return TracePlan(url, list(headers.items()), max(0.001, seconds), sender, self._sampler())
+
+    def _exporter(self, what: str) -> str:
+        """The variable for traces alone, if it is set, or else the one for all signals."""
+        own = f"OTEL_EXPORTER_OTLP_TRACES_{what}"
+        return own if self._environ.get(own) else f"OTEL_EXPORTER_OTLP_{what}"
+
+    def _pairs(self, variable: str) -> dict[str, str]:
+        """name=value by commas, values percent-encoded. A value may be secret: no remark has it."""
+        found = {}
+        for item in filter(None, map(str.strip, self._environ.get(variable, "").split(","))):
+            name, equals, value = (part.strip() for part in item.partition("="))
+            value = urllib.parse.unquote(value)
+            if not equals or not TOKEN.fullmatch(name.encode()) or not value.isprintable():
+                self.remarks.append(f"{variable} does not count: want name=value by commas")
+                return {}
+            found[name] = value
+        return found
+
+    def _number(self, variable: str, default: float, most: float) -> float:
+        text = self._environ.get(variable) or str(default)
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,20})?", text) and float(text) <= most:
+            return float(text)
+        self.remarks.append(f"{variable}={quoted(text)} does not count: want a number")
+        return default
+
+    def _sampler(self) -> Sampler:
+        name = self._environ.get("OTEL_TRACES_SAMPLER") or "parentbased_always_on"
+        sampler = _SAMPLERS.get(name)
+        if sampler is None:
+            allowed = ", ".join(_SAMPLERS)
+            remark = f"OTEL_TRACES_SAMPLER={quoted(name)} does not count: want one of {allowed}"
+            self.remarks.append(remark)
+            return Sampler()
+        if name.endswith("ratio"):
+            return sampler._replace(share=self._number("OTEL_TRACES_SAMPLER_ARG", 1, 1))
+        return sampler
+
+
+class _ComeLater(ProxyError):
+    """A collector has no time now: then again after so many seconds, if it says so."""
+
+    def __init__(self, words: str, seconds: float) -> None:
+        super().__init__(words)
+        self.seconds = seconds
+
+
+class TraceExporter:
+    """Takes spans from TRACER to a collector: OTLP over HTTP, as JSON. What a collector puts off
+    is sent again; what it refuses, or cannot be asked to take, is lost. The log tells when that
+    begins and when it ends, once for all processes."""
+
+    _EVERY, _LONGEST, _FAREWELL = 1.0, 60.0, 1.0  # seconds
+    _BATCH, _AT_ONCE, _GIVE_WAY = 512, 16, 0.001
+    _ANSWER = 64 * 1024
+    _LATER = (429, 502, 503, 504)
+
+    def __init__(self, client: Client, plan: TracePlan, log: Log) -> None:
+        """Starts a thread, and begins to collect."""
+        self._client = client
+        self._plan = plan
+        self._log = log
+        self._pause = self._EVERY
+        self._failing = False
+        self._ended = threading.Event()
+        sender = json.dumps({"attributes": otlp_attributes(plan.sender)})
+        scope = json.dumps({"name": "goproxy.py", "version": __version__})
+        self._frame = (
+            f'{{"resourceSpans":[{{"resource":{sender},"scopeSpans":[{{"scope":{scope},"spans":[',
+            "]}]}]}",
+        )
+        authorization = client.authorization(plan.url)
+        self._headers = [
+            ("Content-Type", "application/json"),
+            *([("Authorization", authorization)] if authorization else []),
+            *plan.headers,
+        ]
+        TRACER.sampler = plan.sampler
+        self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._pause):
+            self._send_all(math.inf)
+        self._send_all(time.monotonic() + self._FAREWELL)
+
+    def _send_all(self, until: float) -> None:
+        lost = TRACER.lost()
+        spans = TRACER.take(self._BATCH)
+        while spans:
+            try:
+                self._send(self._encoded(spans), until)
+            except _ComeLater as error:
+                TRACER.put_back(spans)
+                self._pause = max(error.seconds, min(2 * self._pause, self._LONGEST))
+                self._fail(lost, error)
+                return
+            except ProxyError as error:
+                self._pause = min(2 * self._pause, self._LONGEST)
+                self._fail(lost + len(spans), error)
+                return
+            self._count("sent", len(spans))
+            self._recover()
+            spans = TRACER.take(self._BATCH)
+        self._count("dropped", lost)
+
+    def _encoded(self, spans: Sequence[Callable[[], dict[str, Any]]]) -> bytes:
+        """In pieces: who answers requests must not wait long for the interpreter."""
+        texts = []
+        for number, encoded in enumerate(spans, 1):
+            texts.append(json.dumps(encoded()))
+            if number % self._AT_ONCE == 0:
+                time.sleep(self._GIVE_WAY)
+        return ",".join(texts).join(self._frame).encode()
+
+    def _send(self, body: bytes, until: float) -> None:
+        """Raises ProxyError."""
+        seconds = self._plan.seconds
+        request = Outgoing("POST", self._plan.url, self._headers, bytes_body(body))
+        until = min(until, time.monotonic() + seconds)
+        patience = Patience(seconds, seconds, seconds)
+        with contextlib.closing(self._client.send(request, patience, until)) as response:
+            said = response.read_all(self._ANSWER)
+        words = f"{self._plan.url.authority} answered {response.status}"
+        if response.status in self._LATER:
+            raise _ComeLater(words, _seconds_to_wait(response.fields.get("retry-after", "")))
+        if not 200 <= response.status < 300:
+            raise BadUpstream(words)
+        self._hear(said)
+
+    def _hear(self, said: bytes) -> None:
+        """What a collector says that takes spans. It may not speak JSON, even if it reads it."""
+        try:
+            partial = json.loads(said)["partialSuccess"]
+            rejected, why = int(partial.get("rejectedSpans", 0)), partial.get("errorMessage", "")
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return
+        if rejected > 0:
+            raise BadUpstream(f"{self._plan.url.authority} rejects spans: {str(why)[:200]}")
+
+    def _count(self, result: str, count: int) -> None:
+        if count:
+            METER.add("goproxy_trace_spans_total", count, result=result)
+
+    def _fail(self, lost: int, error: ProxyError) -> None:
+        self._count("dropped", lost)
+        if not self._failing and not METER.figures().get("goproxy_trace_failing"):
+            self._log.error(f"traces are lost until the collector takes them: {error}")
+        self._failing = True
+        METER.set("goproxy_trace_failing", 1)
+
+    def _recover(self) -> None:
+        self._pause = self._EVERY
+        if self._failing:
+            self._failing = False
+            METER.set("goproxy_trace_failing", 0)
+            if not METER.figures().get("goproxy_trace_failing"):
+                self._log.line("the collector takes traces again")
+
+    def close(self) -> None:
+        """Sends what there is, in a second at most."""
+        self._ended.set()
+        self._thread.join(self._FAREWELL)
+
+
+def _seconds_to_wait(text: str) -> float:
+    """What Retry-After says (RFC 9110, section 10.2.3), an hour at most; 0 without it."""
+    if re.fullmatch("[0-9]{1,9}", text):
+        return min(3600.0, float(text))
+    with contextlib.suppress(ValueError):
+        return min(3600.0, max(0.0, http_seconds(text) - time.time()))
+    return 0.0
 
 
 # =============================================================================
@@ -7532,12 +8056,14 @@ class WatchedStorage(Storage):
         self.remark, self.is_shared = storage.remark, storage.is_shared
 
     @contextlib.contextmanager
-    def _watch(self, half: str) -> Iterator[None]:
+    def _watch(self, half: str, name: str = "") -> Iterator[None]:
+        """Without a name the work is no span: it may be spread over what its caller does."""
         away = self._away()
         if away:
             raise StoreAway(str(away))
         try:
-            yield
+            with TRACER.span(f"store {half}", {"goproxy.name": name}) if name else NO_SPAN:
+                yield
         except StoreDown as error:
             self._note(half, error)
             raise
@@ -7608,11 +8134,11 @@ class WatchedStorage(Storage):
         return ""
 
     def open(self, name: str) -> FileBlob:
-        with self._watch("read"):
+        with self._watch("read", name):
             return self._storage.open(name)
 
     def names(self, prefix: str) -> list[str]:
-        with self._watch("read"):
+        with self._watch("read", prefix):
             return self._storage.names(prefix)
 
     def stamp(self, name: str) -> object:
@@ -7623,7 +8149,7 @@ class WatchedStorage(Storage):
             yield from self._storage.walk(prefix)
 
     def link(self, name: str, method: str) -> str:
-        with self._watch("read"):
+        with self._watch("read", name):
             return self._storage.link(name, method)
 
     def sweep(self) -> None:
@@ -7633,11 +8159,11 @@ class WatchedStorage(Storage):
         return self._storage.draft()
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
-        with self._watch("write"):
+        with self._watch("write", name):
             return self._storage.put(name, data, replace)
 
     def adopt(self, name: str, draft: Draft) -> bool:
-        with self._watch("write"):
+        with self._watch("write", name):
             return self._storage.adopt(name, draft)
 
     def remove(self, name: str) -> None:
@@ -8482,11 +9008,13 @@ class _Git:
             raise UpstreamTimeout("git took too long")
         return status
 
-    def close(self) -> None:
+    def close(self) -> int:
+        """Ends it, if it has not ended; gives its status."""
         self.kill()
-        self._process.wait()
+        status = self._process.wait()
         self._timer.cancel()
         self.out.close()
+        return status
 
 
 _GIT_VARIABLES = {
@@ -8557,16 +9085,18 @@ class GitRunner:
         """A git in a process group of its own, which ends with the block."""
         if not self._slots.acquire(timeout=self._QUEUE_SECONDS):
             raise Overloaded("too many gits at once")
+        words = mask(" ".join(order.arguments))
         try:
-            git = _Git(self._spawn(order), order.seconds)
-            self._running.add(git)
-            if self._is_closed:  # while this one began
-                git.kill()
-            try:
-                yield git
-            finally:
-                self._running.discard(git)
-                git.close()
+            with TRACER.span(f"git {order.arguments[0]}", {"process.command_args": words}) as span:
+                git = _Git(self._spawn(order), order.seconds)
+                self._running.add(git)
+                if self._is_closed:  # while this one began
+                    git.kill()
+                try:
+                    yield git
+                finally:
+                    self._running.discard(git)
+                    span.note("process.exit.code", git.close())
         finally:
             self._slots.release()
 
@@ -10000,7 +10530,8 @@ class Cache:
         flight, first = self._fetches.join(name, Future)
         if first:
             self._fetch(name, flight, fetch, lambda: self._read(name), replace=False)
-        return Answer(flight.result(), Verdict.MISS)
+        with self._fetches.waiting(name, first):
+            return Answer(flight.result(), Verdict.MISS)
 
     def large(self, name: str, reach: Reach, fetch: Callable[[], Blob], check: Check) -> Answer:
         """A body that never changes. It is given out while it arrives; `check` sees it whole
@@ -10013,7 +10544,8 @@ class Cache:
         if first:
             self._download_lane.do(lambda: self._download(name, draft, fetch, check))
         growing = draft.reader()
-        growing.settle()
+        with self._drafts.waiting(name, first):
+            growing.settle()
         return Answer(growing, Verdict.MISS)
 
     def changing(self, name: str, reach: Reach, fetch: Callable[[], bytes]) -> Answer:
@@ -10032,7 +10564,8 @@ class Cache:
         try:
             # Whoever starts the renewal gives a quick upstream time to answer; nobody else waits.
             patience = None if not stored else _REFRESH_WAIT if first else 0
-            return Answer(flight.result(patience), Verdict.MISS)
+            with self._fetches.waiting(name, first):
+                return Answer(flight.result(patience), Verdict.MISS)
         except (FutureTimeout, ProxyError) as error:
             if stored and stored.age < _STALE_SECONDS and not isinstance(error, NotFound):
                 return _answer(stored, Verdict.STALE)
@@ -10060,7 +10593,8 @@ class Cache:
         try:
             data = look_again()
             if data is None:
-                data = fetch()
+                with TRACER.span("fetch", {"goproxy.name": name}):
+                    data = fetch()
                 if not self.keep(name, data, replace):
                     data = look_again() or data
         except BaseException as caught:
@@ -10114,7 +10648,8 @@ class Cache:
 
     def _download(self, name: str, draft: Draft, fetch: Callable[[], Blob], check: Check) -> None:
         try:
-            self._fill(name, draft, fetch, check)
+            with TRACER.span("fetch", {"goproxy.name": name}):
+                self._fill(name, draft, fetch, check)
         except BaseException as caught:
             error = self._ours(name, caught)
             self._remember(name, error)
@@ -10420,11 +10955,12 @@ class Policy:
     def admit(self, path: str, asker: Asker) -> Modules:
         """Who answers for a module. Raises NotFound for excluded ones, and what the private ones
         raise for who must not see them."""
-        if matches(self._settings.exclude, path):
-            raise NotFound("excluded by this proxy")
-        if matches(self._settings.private, path):
-            return self._private(path, asker)
-        return self._public
+        with TRACER.span("policy", {"goproxy.module": path}) as span:
+            if matches(self._settings.exclude, path):
+                raise NotFound("excluded by this proxy")
+            is_private = matches(self._settings.private, path)
+            span.note("goproxy.private", is_private)
+            return self._private(path, asker) if is_private else self._public
 
     def shows(self, path: str) -> bool:
         """Whether everybody who may ask for a module may have it: then it may be named to them."""
@@ -10897,7 +11433,8 @@ class ReadAhead:
 
     def _fetch(self, session: _Session, sight: Sight) -> None:
         """What a client would do. What goes wrong here will go wrong for a client, and be told."""
-        with contextlib.suppress(ProxyError):
+        told = {"goproxy.module": sight.path, "goproxy.version": sight.version}
+        with contextlib.suppress(ProxyError), TRACER.apart(f"read ahead {sight.kind}", told):
             _FETCHES[sight.kind](self._policy.public(sight.path), sight)
             if sight.kind in ("list", "mod"):
                 self._mind.do(lambda: self._go_on(session, sight))
@@ -13179,7 +13716,7 @@ class Request(NamedTuple):
         return _CONDITIONS.isdisjoint(self.fields)
 
 
-_CONDITIONS = frozenset(["disable-module-fetch", "expect", "if-none-match", "range"])
+_CONDITIONS = frozenset(["disable-module-fetch", "expect", "if-none-match", "range", "traceparent"])
 _LINE_LIMIT, _HEAD_LIMIT, _FIELD_LIMIT, _BODY_LIMIT = 8192, 32768, 64, 65536
 _REQUEST_LINE = re.compile(rb"(" + TOKEN.pattern + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _KNOWN_METHODS = frozenset(
@@ -14728,6 +15265,8 @@ class Handler(Courier, BaseHTTPRequestHandler):
         self._asked: Request | None = None
         self._begun = server.now
         self._announced = False
+        self._left = ""  # what the process that has handed it over says of its span
+        self._span: Span | None = None
 
     def is_idle(self) -> bool:
         return self.interest == READABLE and not self._buffer and not self._skip
@@ -14824,6 +15363,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
     def _begin(self, request: Request) -> None:
         self.loop.poll(self, 0)
         self._begun = self.loop.now
+        self._span, self._left = TRACER.serve(request.fields, self._left), ""
         if not self._announced:
             self.loop.access.begins(self.client, request)
         self._announced = False
@@ -14839,7 +15379,8 @@ class Handler(Courier, BaseHTTPRequestHandler):
         """Answers with what is at hand; what must be waited for goes where misses are fetched."""
         assert self._asked is not None
         try:
-            self._start(respond(self.loop.app, self._asked))
+            answered = functools.partial(respond, self.loop.app, self._asked)
+            self._start(TRACER.inside(self._span, answered))
         except MustWait:
             if not self._hand_over():
                 self._asked = self._asked._replace(reach=Reach.FETCH)
@@ -14854,7 +15395,8 @@ class Handler(Courier, BaseHTTPRequestHandler):
         if self.loop.fetcher is None or self.loop.draining or self._asked is None:
             return False
         unread = bytes(self._asked.body) + self._buffer  # a body is passed over there once more
-        read = b"\n".join((self.client.encode(), self._head + b"\r\n\r\n" + unread))
+        who = f"{self.client} {TRACER.leave(self._span)}" if self._span else self.client
+        read = b"\n".join((who.encode(), self._head + b"\r\n\r\n" + unread))
         try:
             if not _is_ready(self.loop.fetcher, WRITABLE, _HAND_OVER_SECONDS):
                 return False  # it has enough to do: then this process fetches, too
@@ -14867,9 +15409,10 @@ class Handler(Courier, BaseHTTPRequestHandler):
         self.loop.post(self.close)
         return True
 
-    def take_over(self, read: bytes) -> None:
+    def take_over(self, read: bytes, left: str) -> None:
         """Goes on with a connection that another process has handed over."""
         self._announced = True
+        self._left = left
         self._buffer = read
         self.advance()
 
@@ -14899,6 +15442,8 @@ class Handler(Courier, BaseHTTPRequestHandler):
         opening = message.head + head_end(int(time.time())) + message.body
         access = self.loop.access
         visit = access.answers(self.client, request, message, reply.verdict, self._begun)
+        if request:
+            visit = visit._replace(span=self._span)
         ended = functools.partial(access.ends, visit)
         self._transfer = Transfer(self.sock, opening, message.blob, message.left, ended)
         self.push()
@@ -15026,6 +15571,7 @@ class Visit(NamedTuple):
     status: int
     verdict: str
     begun: float
+    span: Span | None = None
 
 
 def kind_of(target: str) -> str:
@@ -15053,9 +15599,46 @@ def _subject(visit: Visit) -> tuple[str, str]:
     return next(both), next(both)
 
 
+def _told_span(visit: Visit, sent: int, ended: float) -> dict[str, Any]:
+    """The span of a request that has been answered, as OTLP has it."""
+    span = visit.span
+    assert span is not None
+    span.name = f"{visit.method} {visit.kind}"
+    span.ended = ended
+    module, version = _subject(visit)
+    span.attributes.update(
+        {
+            "client.address": visit.client,
+            "goproxy.verdict": visit.verdict,
+            "http.request.method": visit.method,
+            "http.response.size": sent,
+            "http.response.status_code": visit.status,
+            "url.path": f"/{visit.path}",
+            **({"goproxy.module": module} if module else {}),
+            **({"goproxy.version": version} if version else {}),
+        }
+    )
+    if visit.status >= 500:
+        span.fail(str(visit.status), "")
+    return span.encoded()
+
+
+def _told_hit(hit: tuple[str, str, str, float], sent: int, seconds: float) -> dict[str, Any]:
+    """The same of one that the loop has answered, with ids only now: it has no time for more."""
+    visit = _visit_of_hit(*hit)
+    return _told_span(visit, sent, visit.begun + seconds)
+
+
+def _visit_of_hit(client: str, target: str, kind: str, begun: float) -> Visit:
+    span = TRACER.begin("", Span.SERVER)
+    if span:
+        span.begun = begun
+    return Visit(client, "GET", target[1:], kind, 200, "hit", begun, span)
+
+
 class AccessLog:
-    """What is told about requests: figures, and lines. As text one line when it begins and one as
-    soon as it is known how it is answered; as JSON one when the answer is out."""
+    """What is told about requests: figures, spans and lines. As text one line when it begins and
+    one as soon as it is known how it is answered; as JSON one when the answer is out."""
 
     def __init__(self, log: Log, quiet: bool) -> None:
         self._log = log
@@ -15081,10 +15664,14 @@ class AccessLog:
         tally[bisect.bisect_left(BUCKETS, seconds)] += 1
         tally[-1] += seconds
         tally[-2] += sent
+        if self._as_json:
+            self._tell(_visit_of_hit(client, target, kind, begun), sent, seconds)
+            return
         if self._as_text:
             self._log.hit(client, target[1:])
-        elif self._as_json:
-            self._line(Visit(client, "GET", target[1:], kind, 200, "hit", begun), sent, seconds)
+        if TRACER.sampler and random.random() < TRACER.sampler.share:
+            hit = (client, target, kind, begun)
+            TRACER.keep(functools.partial(_told_hit, hit, sent, seconds))
 
     def tell(self, now: float, couriers: Iterable[Courier]) -> None:
         """Twice a second hands on what the loop alone knows: that is cheaper than at each event."""
@@ -15107,7 +15694,7 @@ class AccessLog:
         """A GET that the loop has begun to answer."""
         if self._as_text:
             self._log.hit(client, target[1:])
-        return Visit(client, "GET", target[1:], kind, 200, "hit", begun)
+        return _visit_of_hit(client, target, kind, begun)
 
     def answers(
         self,
@@ -15134,6 +15721,11 @@ class AccessLog:
         requests, bytes_out, durations = self._cells_of(*key)
         bucket = durations[bisect.bisect_left(BUCKETS, seconds)]
         METER.change(((requests, 1), (bytes_out, sent), (bucket, 1), (durations[-1], seconds)))
+        self._tell(visit, sent, seconds)
+
+    def _tell(self, visit: Visit, sent: int, seconds: float) -> None:
+        if visit.span and visit.span.is_told:
+            TRACER.keep(functools.partial(_told_span, visit, sent, time.monotonic()))
         if self._as_json:
             self._line(visit, sent, seconds)
 
@@ -15149,6 +15741,7 @@ class AccessLog:
 
     def _line(self, visit: Visit, sent: int, seconds: float) -> None:
         module, version = _subject(visit)
+        trace = {"trace_id": visit.span.trace_id} if visit.span else {}
         self._log.line(
             "request",
             "error" if visit.status >= 500 else "info",
@@ -15161,6 +15754,7 @@ class AccessLog:
             bytes=sent,
             duration=round(seconds, 6),
             verdict=visit.verdict,
+            **trace,
         )
 
 
@@ -15225,7 +15819,8 @@ class Inbox:
         for descriptor in descriptors:
             sock = socket.socket(fileno=descriptor)
             sock.setblocking(False)
-            self._server.admit(sock, client.decode()).take_over(rest)
+            host, _, left = client.decode().partition(" ")
+            self._server.admit(sock, host).take_over(rest, left)
         return True
 
     def _take_word(self, line: str) -> None:
@@ -16356,6 +16951,9 @@ class Daemon:
         self._gate = _open_gate(settings, self._log)
         self._outside = open_outside(settings, environ)
         self._tls = open_tls(settings)
+        variables = TraceVariables(environ)
+        self._traces = variables.plan(settings.trace)
+        self._remarks = [*self._outside.remarks, *variables.remarks]
         means = Means(settings.max_size, self._outside.dialer, environ, self._log.line)
         self._storage = open_store(settings, means)
         self._settings = _as_shared(settings, self._storage)
@@ -16458,6 +17056,7 @@ class Daemon:
         log.start()
         client = Client(self._outside.dialer, self._outside.netrc_file)
         storage = WatchedStorage(self._storage, log)
+        exporter = TraceExporter(client, self._traces, log) if self._traces else None
         with answering(settings, self._outside, client, storage, log) as found:
             saw, end = _watching(settings, found.policy, storage, fetcher)
             noting = _noting(settings, found, log, fetcher)
@@ -16470,6 +17069,8 @@ class Daemon:
             yield Server(self._sockets, app, fetcher, handed)
             for each in endings:
                 each()
+        if exporter:
+            exporter.close()
         client.close()
         self._outside.dialer.resolver.close()
         log.flush(1.0)
@@ -16498,10 +17099,11 @@ class Daemon:
         if self._storage.remark:
             self._log.line(f"  {self._storage.remark}")
         self._log.line(f"  Upstream proxy: {settings.upstream_text}")
-        if settings.proxy:
-            self._log.line(f"  Outgoing proxy: {settings.proxy}")
-        if settings.dns:
-            self._log.line(f"  DNS: {settings.dns_text}")
+        collector = self._traces.url if self._traces else None
+        ways = {"Outgoing proxy": settings.proxy, "DNS": settings.dns_text, "Traces": collector}
+        for name, way in ways.items():
+            if way:
+                self._log.line(f"  {name}: {way}")
         if settings.offline:
             self._log.line("  Offline: answers come from the cache alone")
         if settings.origins:
@@ -16509,7 +17111,7 @@ class Daemon:
             self._log.line(f"  Settings: {', '.join(origins)}")
         if settings.private:
             self._log.line(f"  Private: {','.join(settings.private)}")
-        for remark in self._outside.remarks:
+        for remark in self._remarks:
             self._log.error(f"  {remark}")
         if ports:
             scheme = "https" if self._tls else "http"

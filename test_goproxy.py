@@ -31,6 +31,7 @@ import queue
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -2181,6 +2182,8 @@ BAD_SETTINGS = [
     ("sumdb", "GOPROXY_SUMDB", "sum.test+zz"),
     ("tls-cert", "GOPROXY_TLS_CERT", "/no/such/file"),
     ("tls-key", "GOPROXY_TLS_KEY", "/"),
+    ("trace", "OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318"),
+    ("trace", "OTEL_EXPORTER_OTLP_ENDPOINT", "grpc://collector:4317"),
     ("ttl", "GOPROXY_TTL", "-1s"),
     ("ttl", "GOPROXY_TTL", "soon"),
     ("upstream", "UPSTREAM_PROXY", "ftp://example.com"),
@@ -3192,6 +3195,144 @@ def test_a_lane_has_as_many_threads_as_it_had_work_at_once() -> None:
     gate.set()
     assert (counts, last.result(PATIENCE)) == ([1, 1, 2, 3, 3, 3], True)
     lane.close()
+
+
+# --- traces ------------------------------------------------------------------
+
+CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # W3C Trace Context, 3.2
+CALLER_TRACE, CALLER_SPAN = CALLER.split("-")[1:3]
+
+
+@pytest.fixture
+def tracer() -> Iterator[goproxy.Tracer]:
+    """The tracer of this process, told to keep all."""
+    goproxy.TRACER.sampler = goproxy.Sampler()
+    yield goproxy.TRACER
+    goproxy.TRACER.sampler = None
+    goproxy.TRACER.take(10_000)
+
+
+def ended_spans(tracer: goproxy.Tracer) -> list[dict[str, Any]]:
+    """The spans that are kept."""
+    return [encoded() for encoded in tracer.take(10_000)]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        CALLER[:-1],
+        CALLER.upper(),
+        f"{CALLER}-more",
+        f"ff{CALLER[2:]}",
+        CALLER.replace(CALLER_SPAN, "0" * 16),
+        CALLER.replace(CALLER_TRACE, "0" * 32),
+        f"{CALLER}, {CALLER}",
+    ],
+)
+def test_a_trace_that_is_malformed_is_not_followed(tracer: goproxy.Tracer, value: str) -> None:
+    span = tracer.serve({"traceparent": value})
+    assert span and (span.parent_id, span.is_sampled) == ("", True)
+    assert span.trace_id != CALLER_TRACE
+
+
+def test_a_trace_of_a_later_form_is_followed(tracer: goproxy.Tracer) -> None:
+    span = tracer.serve({"traceparent": f"01{CALLER[2:]}-more", "tracestate": "a=\u00ff"})
+    assert span and (span.trace_id, span.parent_id, span.state) == (CALLER_TRACE, CALLER_SPAN, "")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "followed"),
+    [
+        ("always_off", [False, False, False]),
+        ("always_on", [True, True, True]),
+        ("parentbased_always_off", [False, False, True]),
+        ("parentbased_always_on", [True, False, True]),
+        ("traceidratio", [True, True, True]),
+    ],
+)
+def test_a_sampler_decides_with_or_without_the_client(
+    tracer: goproxy.Tracer, sampler: str, followed: list[bool]
+) -> None:
+    plan = plan_of(OTEL_TRACES_SAMPLER=sampler)
+    tracer.sampler = plan and plan.sampler
+    asked: list[dict[str, str]] = [{}, {"traceparent": f"{CALLER[:-2]}00"}, {"traceparent": CALLER}]
+    spans = [tracer.serve(fields) for fields in asked]
+    assert [bool(span and span.is_told) for span in spans] == followed
+    flags = [span.headers()[0][1][-2:] for span in spans if span]
+    assert flags == ["01" if one else "00" for one in followed]
+
+
+def test_a_share_of_traces_is_the_same_everywhere() -> None:
+    sampler = goproxy.Sampler(0.25, False)
+    ids = [f"{'ab' * 8}{number:02x}{'0' * 14}" for number in range(256)]
+    assert [sampler.wants(one, True) for one in ids] == [True] * 64 + [False] * 192
+
+
+def test_spans_are_nested_and_bear_their_errors(tracer: goproxy.Tracer) -> None:
+    outer = tracer.begin("outer", goproxy.Span.SERVER)
+    assert outer
+    with pytest.raises(goproxy.BadUpstream), outer, tracer.span("inner", {"n": 1, "yes": True}):
+        raise goproxy.BadUpstream("http://x:secret@y.test says \x1b")
+    with outer, contextlib.suppress(goproxy.NotFound), tracer.span("absent", {}):
+        raise goproxy.NotFound("no")
+    assert tracer.current is None
+    inner, failed, absent, _ = ended_spans(tracer)
+    assert inner["parentSpanId"] == absent["parentSpanId"] == outer.span_id
+    assert inner["status"] == {"code": 2, "message": "http://x:***@y.test says \\x1b"}
+    assert (failed["status"]["code"], absent["status"]) == (2, {})
+    values = {pair["key"]: pair["value"] for pair in inner["attributes"]}
+    assert values["n"] == {"intValue": "1"} and values["yes"] == {"boolValue": True}
+    assert int(inner["startTimeUnixNano"]) <= int(inner["endTimeUnixNano"])
+
+
+def test_work_in_a_lane_belongs_to_who_began_it(tracer: goproxy.Tracer) -> None:
+    lane = goproxy.Lane("test", 1)
+    with contextlib.closing(lane):
+        with tracer.apart("one", {}) as span:
+            assert lane.submit(lambda: tracer.current).result(PATIENCE) is span
+        assert lane.submit(lambda: tracer.current).result(PATIENCE) is None
+
+
+def test_who_waits_for_a_flight_is_linked_to_who_began_it(tracer: goproxy.Tracer) -> None:
+    flights: goproxy.Flights[str] = goproxy.Flights()
+    with tracer.apart("first", {}) as first:
+        flights.join("x", str)
+        with flights.waiting("x", True) as own:
+            assert own is goproxy.NO_SPAN
+    with tracer.apart("second", {}), flights.waiting("x", flights.join("x", str)[1]):
+        pass
+    _, waiting, _ = ended_spans(tracer)
+    assert isinstance(first, goproxy.Span) and waiting["name"] == "flight wait"
+    assert waiting["links"] == [{"traceId": first.trace_id, "spanId": first.span_id}]
+
+
+def test_a_generator_that_ends_late_leaves_no_span_behind(tracer: goproxy.Tracer) -> None:
+    def work() -> Iterator[None]:
+        with tracer.span("slow", {}):
+            yield
+
+    left = work()
+    with tracer.apart("one", {}):
+        next(left)
+    with tracer.apart("two", {}) as two:
+        left.close()  # type: ignore[attr-defined]
+        assert tracer.current is two
+
+
+def test_spans_without_room_are_dropped_and_counted(tracer: goproxy.Tracer) -> None:
+    for _ in range(5000):
+        tracer.keep(dict)
+    kept = tracer.take(10_000)
+    assert (len(kept) + tracer.lost(), tracer.lost()) == (5000, 0)
+    assert len(kept) < 5000
+
+
+def test_a_request_goes_on_in_another_process(tracer: goproxy.Tracer) -> None:
+    span = tracer.serve({})
+    assert span
+    again = tracer.serve({}, tracer.leave(span))
+    assert again and again.headers() == span.headers() and again.begun == span.begun
 
 
 # =============================================================================
@@ -6276,6 +6417,255 @@ def test_who_refuses_a_body_is_heard_before_it_is_whole() -> None:
 def test_a_bucket_has_its_address(place: str, url: str) -> None:
     with open_bucket(place) as (made, _):
         assert made.link("a+b", "GET", 60).partition("?")[0] == url
+
+
+# --- traces ------------------------------------------------------------------
+
+
+def plan_of(endpoint: str = "http://collector.test:4318", **environ: str) -> Any:
+    return goproxy.TraceVariables(environ).plan(goproxy.parse_url(endpoint) if endpoint else None)
+
+
+def test_variables_of_opentelemetry_are_read() -> None:
+    plan = plan_of(
+        OTEL_EXPORTER_OTLP_HEADERS="api-key=a%20secret, x=1",
+        OTEL_EXPORTER_OTLP_TIMEOUT="2500",
+        OTEL_RESOURCE_ATTRIBUTES="service.name=other,deployment.environment.name=prod",
+        OTEL_SERVICE_NAME="goproxy-eu",
+        OTEL_TRACES_SAMPLER="parentbased_traceidratio",
+        OTEL_TRACES_SAMPLER_ARG="0.125",
+    )
+    assert str(plan.url) == "http://collector.test:4318/v1/traces"
+    assert plan.headers == [("api-key", "a secret"), ("x", "1")]
+    assert (plan.seconds, plan.sampler) == (2.5, goproxy.Sampler(0.125))
+    names = {"service.name": "goproxy-eu", "deployment.environment.name": "prod"}
+    assert plan.sender == names
+
+
+def test_what_is_for_traces_alone_wins() -> None:
+    own = "http://other.test/api/traces"
+    told = {"OTEL_EXPORTER_OTLP_TIMEOUT": "1", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "2000"}
+    for endpoint in ("", "http://collector.test:4318"):
+        plan = plan_of(endpoint, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=own, **told)
+        assert (str(plan.url), plan.seconds) == (own, 2.0)
+
+
+@pytest.mark.parametrize("name", ["OTEL_SDK_DISABLED=TRUE", "OTEL_TRACES_EXPORTER=none"])
+def test_traces_may_be_off(name: str) -> None:
+    assert plan_of(**dict([name.split("=")])) is None
+    assert plan_of("") is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_HEADERS", "secret"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a=b%0d%0asecret"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a=secr\u00e9t%0a"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "secret"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "a b=secret"),
+        ("OTEL_TRACES_SAMPLER", "xray"),
+    ],
+)
+def test_a_variable_that_is_wrong_is_a_remark(variable: str, value: str) -> None:
+    read = goproxy.TraceVariables({variable: value})
+    assert read.plan(goproxy.parse_url("http://x")) == plan_of("http://x")
+    (remark,) = read.remarks
+    assert variable in remark and ("HEADERS" not in variable or "secr" not in remark)
+
+
+@pytest.mark.parametrize("argument", ["1.5", "-1", "much"])
+def test_a_share_is_from_none_to_all(argument: str) -> None:
+    told = {"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": argument}
+    read = goproxy.TraceVariables(told)
+    plan = read.plan(goproxy.parse_url("http://x"))
+    assert plan and plan.sampler == goproxy.Sampler(1.0, False)
+    assert "OTEL_TRACES_SAMPLER_ARG" in read.remarks[0]
+
+
+def spans_in(body: bytes) -> list[dict[str, Any]]:
+    """The spans of a request that the schema of OTLP admits."""
+    if not importlib.util.find_spec("opentelemetry.proto"):
+        missing("opentelemetry-proto")
+    service = importlib.import_module(
+        "opentelemetry.proto.collector.trace.v1.trace_service_pb2"
+    ).ExportTraceServiceRequest
+    found = [
+        span
+        for resource in json.loads(body)["resourceSpans"]
+        for scope in resource["scopeSpans"]
+        for span in scope["spans"]
+    ]
+    for span in found:
+        assert re.fullmatch("[0-9a-f]{32} [0-9a-f]{16}", f"{span['traceId']} {span['spanId']}")
+        assert re.fullmatch("([0-9a-f]{16})?", span["parentSpanId"])
+    # Where the mapping of protobuf has base64, OTLP has hex, which is base64 of something else.
+    read = importlib.import_module("google.protobuf.json_format").Parse(body, service())
+    assert sum(len(s.spans) for r in read.resource_spans for s in r.scope_spans) == len(found)
+    return found
+
+
+class Collector:
+    """An OTLP collector: it keeps what it takes, by a status of 200, and says what it is told."""
+
+    def __init__(self) -> None:
+        self.said = [Said(200, {"Content-Type": "application/json"}, b'{"partialSuccess":{}}')]
+        self.heard: list[tuple[float, Heard]] = []
+        self.spans: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        self._server = Scripted(self._answer)
+        self.base, self.close = self._server.base, self._server.close
+
+    def _answer(self, heard: Heard) -> Said:
+        with self._changed:
+            said = self.said.pop(0) if len(self.said) > 1 else self.said[0]
+            self.heard.append((time.monotonic(), heard))
+            self.spans += spans_in(heard.body) if said.status == 200 else []
+            self._changed.notify_all()
+        return said
+
+    def wait(self, done: Callable[[Collector], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: done(self), PATIENCE), self.spans
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        return [span for span in self.spans if span["name"] == name]
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with contextlib.closing(Collector()) as server:
+        yield server
+
+
+class HastyExporter(goproxy.TraceExporter):
+    _EVERY, _LONGEST, _FAREWELL = 0.01, 0.02, PATIENCE
+
+
+class Lines(goproxy.Log):
+    """A log that only remembers its lines."""
+
+    def __init__(self) -> None:
+        super().__init__(2, False)
+        self.told: list[str] = []
+
+    def line(self, text: str, level: str = "info", **fields: Any) -> None:
+        self.told.append(text)
+
+
+@contextlib.contextmanager
+def exporting(url: str, **environ: str) -> Iterator[Lines]:
+    """An exporter of this process to a collector, and what it says."""
+    lines, plan = Lines(), plan_of(url, **environ)
+    with contextlib.closing(goproxy.Client(dialer(), {})) as client:
+        exporter = HastyExporter(client, plan, lines)
+        try:
+            yield lines
+        finally:
+            exporter.close()
+            goproxy.TRACER.sampler = None
+            goproxy.TRACER.take(10_000)
+
+
+def tell(*names: str) -> None:
+    for name in names:
+        with goproxy.TRACER.apart(name, {"goproxy.module": "example.com/quote"}):
+            pass
+
+
+def spans_told(result: str) -> float:
+    return goproxy.METER.figures().get(f'goproxy_trace_spans_total{{result="{result}"}}', 0)
+
+
+def await_told(result: str, count: float) -> None:
+    end = soon()
+    while spans_told(result) < count:
+        assert time.monotonic() < end, goproxy.METER.figures()
+
+
+def test_a_collector_is_sent_what_its_schema_wants(collector: Collector) -> None:
+    before = spans_told("sent")
+    url = collector.base.replace("//", "//joe:pass@")
+    with exporting(url, OTEL_EXPORTER_OTLP_HEADERS="x-key=7"):
+        tell(*map(str, range(1200)))
+        await_told("sent", before + 1200)
+    assert [span["name"] for span in collector.spans] == list(map(str, range(1200)))
+    _, heard = collector.heard[0]
+    assert (heard.method, heard.path, heard.headers["x-key"]) == ("POST", "/v1/traces", "7")
+    assert heard.headers["content-type"] == "application/json"
+    assert heard.headers["authorization"] == "Basic am9lOnBhc3M="
+    assert "traceparent" not in heard.headers
+
+
+def garbled(sock: socket.socket) -> None:
+    sock.recv(1 << 16)
+    sock.sendall(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
+
+
+BAD_COLLECTORS = {
+    "closing": hello,
+    "garbled": garbled,
+    "mute": mute,
+}
+REJECTED = b'{"partialSuccess":{"rejectedSpans":"3","errorMessage":"too old"}}'
+BAD_ANSWERS = {
+    "redirecting": Said(302, {"Location": "http://127.0.0.1:1/"}),
+    "refusing": Said(400, {}, b'{"code":3}'),
+    "rejecting": Said(200, {}, REJECTED),
+    "unknown": Said(404),
+}
+
+
+@pytest.mark.parametrize("how", [*BAD_COLLECTORS, *BAD_ANSWERS, "down"])
+def test_a_bad_collector_costs_spans_and_one_line(
+    collector: Collector, closed: int, how: str
+) -> None:
+    collector.said = [BAD_ANSWERS.get(how, Said(400))]
+    with Peer(BAD_COLLECTORS.get(how, mute)) as peer:
+        port = closed if how == "down" else peer.port
+        url = collector.base if how in BAD_ANSWERS else f"http://127.0.0.1:{port}"
+        with exporting(url, OTEL_EXPORTER_OTLP_TIMEOUT="50") as lines:
+            for _ in range(3):
+                before = spans_told("dropped")
+                tell("one", "two", "three")
+                await_told("dropped", before + 3)
+            assert goproxy.METER.figures()["goproxy_trace_failing"] == 1
+    (line,) = lines.told
+    assert line.startswith("traces are lost until the collector takes them: ")
+    goproxy.METER.set("goproxy_trace_failing", 0)
+
+
+def test_what_is_put_off_is_sent_again_at_the_time_told(collector: Collector) -> None:
+    good, wait = collector.said[0], {"Retry-After": "1"}
+    collector.said = [Said(429, wait), Said(503), good]
+    before = spans_told("dropped")
+    with exporting(collector.base) as lines:
+        tell("one", "two")
+        collector.wait(lambda server: len(server.spans) == 2)
+        await_told("sent", 2)
+    (first, _), (second, _), *_ = collector.heard
+    assert second - first >= 1
+    assert spans_told("dropped") == before
+    assert [line.partition(":")[0] for line in lines.told] == [
+        "traces are lost until the collector takes them",
+        "the collector takes traces again",
+    ]
+
+
+@pytest.mark.parametrize("said", [b"", b"{}", b"<html>", b"[]", b'{"partialSuccess":null}'])
+def test_a_collector_may_take_spans_without_words(collector: Collector, said: bytes) -> None:
+    collector.said = [Said(200, {"Connection": "close"}, said)]
+    with exporting(collector.base) as lines:
+        for count in (1, 2):
+            tell(f"span {count}")
+            collector.wait(lambda server: len(server.spans) == count)  # noqa: B023
+    assert lines.told == []
+
+
+def test_spans_that_are_left_are_sent_at_the_end(collector: Collector) -> None:
+    with exporting(collector.base):
+        tell("last")
+    assert len(collector.named("last")) == 1
 
 
 # =============================================================================
@@ -12340,6 +12730,184 @@ def test_figures_take_no_more_than_their_room() -> None:
     for number in range(3000):
         meter.add("goproxy_requests_total", kind=number)
     assert len(meter.figures()) == 999
+
+
+# --- traces ------------------------------------------------------------------
+
+
+def attributes_of(span: Mapping[str, Any]) -> dict[str, Any]:
+    return {pair["key"]: next(iter(pair["value"].values())) for pair in span["attributes"]}
+
+
+def test_a_trace_leads_from_the_client_to_the_upstream(
+    run: Run, upstream: Upstream, collector: Collector
+) -> None:
+    proxy = run(upstream=upstream.url(), trace=collector.base)
+    assert collector.base in proxy.logged("  Traces: ")
+    assert proxy.get(INFO, traceparent=CALLER, tracestate="a=1,b=2").body == SITE[INFO]
+    proxy.stop()
+    (server,), (fetch,), (asked,) = map(collector.named, ("GET info", "fetch", "GET"))
+    assert {span["traceId"] for span in collector.spans} == {CALLER_TRACE}
+    ids = {span["spanId"]: span["parentSpanId"] for span in collector.spans}
+    assert (server["parentSpanId"], server["kind"], asked["kind"]) == (CALLER_SPAN, 2, 3)
+    assert ids[asked["spanId"]] == fetch["spanId"] and fetch["parentSpanId"] == server["spanId"]
+    assert {*ids.values()} <= {*ids, CALLER_SPAN}
+    assert {"policy", "store read", "store write"} <= {span["name"] for span in collector.spans}
+    heard = upstream.seen[0].headers
+    assert heard["traceparent"] == f"00-{CALLER_TRACE}-{asked['spanId']}-01"
+    assert heard["tracestate"] == "a=1,b=2"
+
+
+def test_each_request_is_told_once_however_many_processes_see_it(
+    run: Run, upstream: Upstream, collector: Collector
+) -> None:
+    paths = [INFO, MOD, ZIP, BIG, LIST, "example.com/none/@latest"]
+    proxy = run(upstream=upstream.url(), trace=collector.base, workers=3)
+    for path in [*paths, *[INFO, BIG] * 3]:
+        proxy.get(path)
+    proxy.stop()
+    servers = [span for span in collector.spans if span["kind"] == 2]
+    assert len(servers) == len({span["traceId"] for span in servers}) == len(paths) + 6
+    known = {"", *(span["spanId"] for span in collector.spans)}
+    assert {span["parentSpanId"] for span in collector.spans} <= known
+    verdicts = [attributes_of(span)["goproxy.verdict"] for span in servers]
+    assert [verdicts.count(one) for one in ("miss", "hit", "error")] == [5, 6, 1]
+    (absent,) = collector.named("GET latest")
+    assert (attributes_of(absent)["goproxy.module"], absent["status"]) == ("example.com/none", {})
+
+
+def test_a_failure_marks_the_spans_that_bear_it(
+    run: Run, upstream: Upstream, collector: Collector
+) -> None:
+    url = upstream.url("truncate").replace("//", "//joe:secret@")
+    proxy = run(upstream=url, trace=collector.base)
+    assert proxy.get(MOD).status == 502
+    proxy.stop()
+    failed = {span["name"] for span in collector.spans if span["status"].get("code") == 2}
+    assert failed == {"GET mod", "fetch"}
+    assert "secret" not in json.dumps(collector.spans)
+
+
+def test_a_client_that_joins_a_download_is_linked_to_who_began_it(
+    run: Run, upstream: Upstream, collector: Collector
+) -> None:
+    proxy = run(upstream=upstream.url("hold"), trace=collector.base)
+    with proxy.begin(BIG) as first, proxy.begin(BIG) as second:
+        upstream.gate.set()
+        assert len(read_all(first)) > 0 and len(read_all(second)) > 0
+    proxy.stop()
+    (wait,), (fetch,) = collector.named("flight wait"), collector.named("fetch")
+    assert wait["links"] == [{"traceId": fetch["traceId"], "spanId": fetch["parentSpanId"]}]
+    assert wait["traceId"] != fetch["traceId"]
+
+
+def test_what_is_read_ahead_is_a_trace_of_its_own(
+    run: Run, upstream: Upstream, collector: Collector
+) -> None:
+    proxy = run(upstream=upstream.url(), trace=collector.base, read_ahead=True)
+    proxy.get(INFO)
+    upstream.wait_asked(MOD)
+    proxy.stop()
+    (ahead,), (asked,) = collector.named("read ahead mod"), collector.named("GET info")
+    assert ahead["links"][0]["traceId"] == asked["traceId"] != ahead["traceId"]
+
+
+@pytest.mark.parametrize("sampled", ["00", "01"])
+def test_a_trace_that_nobody_wants_told_is_passed_on_and_logged(
+    run: Run, upstream: Upstream, collector: Collector, sampled: str
+) -> None:
+    environ = {"OTEL_TRACES_SAMPLER": "always_off"} if sampled == "00" else {}
+    given: dict[str, Any] = {"trace": collector.base} if sampled == "00" else {}
+    ready = "Set GOPROXY="
+    proxy = run(environ, ready, upstream=upstream.url(), log_format="json", **given)
+    proxy.get(INFO, traceparent=CALLER)
+    log = proxy.stop().log
+    _, trace_id, _, flag = upstream.seen[0].headers["traceparent"].split("-")
+    assert (trace_id, flag, collector.spans) == (CALLER_TRACE, sampled, [])
+    assert f'"trace_id": "{CALLER_TRACE}"' in log
+
+
+def test_lines_in_json_bear_the_trace(run: Run, upstream: Upstream, collector: Collector) -> None:
+    url = upstream.url("500")
+    proxy = run(ready="Set GOPROXY=", upstream=url, trace=collector.base, log_format="json")
+    assert proxy.get(INFO).status == 502
+    lines = [json.loads(line) for line in proxy.stop().log.splitlines()]
+    ids = {line.get("trace_id") for line in lines if INFO in json.dumps(line)}
+    assert ids == {collector.named("GET info")[0]["traceId"]}
+
+
+def test_git_is_told_without_its_credentials(world: World, collector: Collector) -> None:
+    world.forge.accepted.add("Basic am9lOnNlY3JldA==")
+    proxy = world.start("git.test basic joe secret", trace=collector.base)
+    assert proxy.get(f"{TOOL}/v1.0.0.info").status == 200
+    proxy.stop()
+    names = {span["name"]: attributes_of(span) for span in collector.spans}
+    assert names["git ls-remote"]["process.exit.code"] == "0"
+    assert "https://git.test/team/tool.git" in names["git ls-remote"]["process.command_args"]
+    assert names["policy"]["goproxy.private"] is True
+    assert "secret" not in json.dumps(collector.spans)
+
+
+def test_object_storage_is_told_without_its_signatures(
+    run: Run, upstream: Upstream, s3_place: str, collector: Collector
+) -> None:
+    proxy = run(cache=s3_place, upstream=upstream.url(), trace=collector.base)
+    assert [proxy.get(INFO).status for _ in range(2)] == [200, 200]
+    proxy.stop()
+    (put,) = [span for span in collector.named("s3 PUT") if INFO in json.dumps(span)]
+    (sent,) = [one for one in collector.spans if one["parentSpanId"] == put["spanId"]]
+    assert attributes_of(put) == {"aws.s3.bucket": "modules", "aws.s3.key": INFO}
+    assert (sent["name"], sent["kind"]) == ("PUT", 3)
+    text = json.dumps(collector.spans)
+    assert AWS["AWS_ACCESS_KEY_ID"] not in text and "Signature" not in text
+
+
+def test_a_dead_collector_delays_neither_requests_nor_the_end(run: Run, upstream: Upstream) -> None:
+    with Peer(mute) as peer:
+        proxy = run(upstream=upstream.url(), trace=f"http://127.0.0.1:{peer.port}", workers=2)
+        assert {proxy.get(path).status for path in [INFO, BIG, LIST] * 3} == {200}
+        assert peer.met.wait(PATIENCE)
+        proxy.stop()
+        assert proxy.log.count("traces are lost") <= 1
+
+
+def test_a_real_collector_takes_traces(run: Run, upstream: Upstream) -> None:
+    ports, place = [free_port(), free_port()], str(run.folder / "rotel.pid")
+    flags = ["--debug-log", "traces", "--debug-log-verbosity", "detailed", "--pid-file", place]
+    ends = [
+        f"--otlp-{kind}-endpoint=127.0.0.1:{port}" for kind, port in zip(("http", "grpc"), ports)
+    ]
+    told = run.folder / "told"
+    words = [installed("rotel-agent"), "start", *ends, "--exporter", "blackhole", *flags]
+    with program(ports[0], "sh", "-c", f"exec {shlex.join(words)} >{told}"):
+        proxy = run(upstream=upstream.url(), trace=f"http://127.0.0.1:{ports[0]}")
+        proxy.get(INFO, traceparent=CALLER)
+        proxy.stop()
+    text = re.sub(r" +", " ", told.read_text())
+    assert f"Trace ID : {CALLER_TRACE}\n Parent ID : {CALLER_SPAN}" in text
+    assert "Kind : SPAN_KIND_SERVER" in text and "goproxy.module: Str(example.com/quote)" in text
+
+
+@pytest.mark.parametrize("name", ["open_socks", "squid"])
+def test_traces_go_through_the_proxy_as_everything_does(
+    journey: Journey, collector: Collector, name: str
+) -> None:
+    way = journey.way(name)
+    proxy = journey.start(proxy=way, upstream=journey.upstream.url(), trace=collector.base)
+    assert proxy.get(INFO).body == SITE[INFO]
+    assert journey.ports(proxy) == {port_of(way)}
+    assert collector.named("GET info")
+
+
+def test_traces_do_not_go_around_a_dead_proxy(
+    journey: Journey, collector: Collector, closed: int
+) -> None:
+    dead = f"socks5://127.0.0.1:{closed}"
+    proxy = journey.start(proxy=dead, upstream=journey.upstream.url(), trace=collector.base)
+    assert proxy.get(INFO).status == 502
+    proxy.logged("traces are lost")
+    assert journey.ports(proxy) == {closed}
+    assert collector.heard == []
 
 
 def test_athens_pages_are_there(shared: Shared) -> None:
