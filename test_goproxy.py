@@ -2343,6 +2343,19 @@ def test_the_readme_has_a_row_for_every_setting() -> None:
     assert [row for row in rows if row.replace(",", "`, `") not in readme] == []
 
 
+def test_what_the_readme_names_is_there() -> None:
+    readme = (HERE / "README.md").read_text()
+    others = {each.name for one in goproxy.COMMANDS.values() for each in one.arguments}
+    flags_named = set(re.findall(r"`(-[a-z][a-z-]*)[ =`]", readme))
+    no_flags = {"-e", "-escaped", "-flag", "-help", "-shm", "-v", "-wal"}
+    assert flags_named - set(SETTINGS) - others == no_flags
+    headings = [re.sub("[^a-z -]", "", one.lower()) for one in re.findall("^#+ (.+)", readme, re.M)]
+    targets = re.findall(r"\]\(#([^)]+)\)", readme)
+    assert targets and set(targets) <= {one.replace(" ", "-") for one in headings}
+    files = re.findall("`((?:bench|deploy)/[^` ]+)`", readme)
+    assert [name for name in files if not (HERE / name).exists()] == []
+
+
 # =============================================================================
 # 4. Artifacts
 # =============================================================================
@@ -5920,7 +5933,7 @@ def test_what_a_container_file_names_exists(name: str) -> None:
     }
     named = set(re.findall(r"^ +(?:# )?([A-Z_]{4,}): ", text, re.MULTILINE))
     assert named <= known and (named or name == "Dockerfile")
-    assert set(re.findall(r'goproxy.py", "([a-z]+)"', text)) == {"health"}
+    assert set(re.findall(r'"-m", "goproxy", "([a-z]+)"', text)) == {"health"}
 
 
 def test_check_looks_for_git_where_it_is_needed(tmp_path: Path) -> None:
