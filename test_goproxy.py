@@ -24,6 +24,7 @@ import hashlib
 import http.client
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -9372,7 +9373,8 @@ INNER = [
     "0.0.0.0", "10.0.0.1", "100.64.0.1", "127.0.0.1", "127.9.9.9", "168.63.129.16",
     "169.254.169.254", "172.16.0.1", "192.168.1.1", "224.0.0.1", "255.255.255.255", "2002:7f00:1::",
     "64:ff9b::7f00:1", "::", "::1", "::7f00:1", "::ffff:127.0.0.1", "fd00:ec2::254", "fe80::1",
-    "ff02::1",
+    "ff02::1", "100.100.100.200", "192.0.0.1", "198.18.0.1", "240.0.0.1", "64:ff9b:1::7f00:1",
+    "64:ff9b::a9fe:a9fe", "::ffff:0:7f00:1", "::ffff:a9fe:a9fe", "fec0::1",
 ]  # fmt: skip
 
 
@@ -9555,7 +9557,8 @@ class ForgeExchange(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         if query == "go-get=1":
             status, page = self.server.pages.get(f"{host}{path}", (404, "no page"))
-            self.answer(status, page.encode(), "text/html")
+            fields = [("Location", page)] if status == 302 else []
+            self.answer(status, page.encode(), "text/html", *fields)
         elif path.partition("/info/")[0] in self.server.moved:
             place = self.server.moved[path.partition("/info/")[0]]
             self.answer(301, b"", "text/plain", ("Location", f"{place}/info/refs?{query}"))
@@ -9868,19 +9871,54 @@ def test_others_modules_are_reached_directly_without_credentials(world: World) -
     assert world.upstream.asked == ["go.test/x/@v/list"]
 
 
+DISGUISED = [
+    "0", "0.0.0.0", "00.0.0.0", "0127.0.0.1", "0177.0.0.1", "0177.1", "017700000001", "0x7f.0.0.1",
+    "0x7f.1", "0x7f000001", "0X7F.0.0.1", "10.0.0.1", "127.0.0.1", "127.0.0.1.", "127.000.000.001",
+    "127.0.1", "127.1", "127.255.255.254", "169.254.169.254", "0xa9fea9fe", "2852039166",
+    "0251.0376.0251.0376", "192.168.0.1", "2130706433", "100.100.100.200", "168.63.129.16",
+    "[0:0:0:0:0:0:0:1]", "[0:0:0:0:0:ffff:7f00:1]", "[2002:7f00:1::]", "[64:ff9b::127.0.0.1]",
+    "[64:ff9b::a9fe:a9fe]", "[::1]", "[::127.0.0.1]", "[::]", "[::ffff:0:127.0.0.1]",
+    "[::ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]", "[fd00:ec2::254]", "[fe80::1%25lo]", "[fe80::1]",
+    "localhost", "localhost.", "LOCALHOST", "x.localhost", "\uff11\uff12\uff17.0.0.1",
+]  # fmt: skip
+
+
 def test_a_strangers_page_leads_nowhere_inside(world: World) -> None:
-    hosts = ["127.0.0.1", "localhost", "169.254.169.254", "[::1]"]
-    places = {
-        f"go.test/{kind}{at}": (kind, host)
-        for kind in ("git", "mod")
-        for at, host in enumerate(hosts)
-    }
-    for path, (kind, host) in places.items():
-        world.forge.pages[path] = (200, tag(f"{path} {kind} https://{host}/vanity"))
+    """Neither by its tag nor by where it has moved; git is refused by the filter."""
+    pages = world.forge.pages
+    for at, host in enumerate(DISGUISED):
+        for kind in ("git", "mod") if at % 10 == 2 else ("mod",):
+            path = f"go.test/{kind}{at}"
+            pages[path] = (200, tag(f"{path} {kind} https://{host}/vanity"))
+        pages[f"go.test/moved{at}"] = (302, f"https://{host}/moved?go-get=1")
     proxy = world.start(private="", upstream="direct")
-    told = {proxy.get(f"{path}/@v/list").status for path in places}
-    assert told == {403, 502}  # what git is refused by the filter is a failure to it
+    told = {path: proxy.get(f"{path}/@v/list").status for path in pages}
+    assert {*told.values()} == {403, 502}
     assert set(world.way.asked) == {"go.test:443"}
+
+
+def inner(query: bytes) -> list[bytes]:
+    """For n0.evil.test the first address of INNER, and so on."""
+    found = re.search(rb"n([0-9]+)", query)
+    address = ipaddress.ip_address(INNER[int(found[1])] if found else "127.0.0.1")
+    fits = kind_of(query) == {4: 1, 6: 28}[address.version]
+    return [reply(query, *([record(LOOP, kind_of(query), 0, address.packed)] if fits else []))]
+
+
+def test_no_name_and_no_spelling_connects_inside(run: Run, tmp_path: Path) -> None:
+    """Witnessed by the kernel: nobody but the resolver is spoken to."""
+    trace = Traced(tmp_path)
+    hosts = [f"n{number}.evil.test" for number in range(len(INNER))]
+    hosts += [host for host in DISGUISED if "." in host.strip(".") and host[0] != "["]
+    with UdpDns(inner) as resolver:
+        dns = f"127.0.0.1:{resolver.port}"
+        proxy = run(upstream="direct", dns=dns, prefix=trace.prefix)
+        told = {host: proxy.get(f"{urllib.parse.quote(host)}/x/@v/list").status for host in hosts}
+        proxy.stop()
+        assert len(resolver.asked) >= len(INNER)
+    assert {told[host] for host in hosts[: len(INNER)]} == {403}
+    assert {*told.values()} <= {403, 404, 502}
+    assert trace.ports == {resolver.port}
 
 
 def test_a_strangers_name_leads_nowhere_inside(world: World) -> None:
@@ -12434,6 +12472,50 @@ def test_a_head_may_arrive_byte_by_byte(shared: Shared) -> None:
     assert answer.body == SITE[MOD]
 
 
+BROWSER = (
+    b"""user-agent: Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0
+accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8
+accept-language: de,en-US;q=0.7,en;q=0.3
+accept-encoding: gzip, deflate, br, zstd
+dnt: 1
+sec-gpc: 1
+upgrade-insecure-requests: 1
+sec-fetch-dest: document
+sec-fetch-mode: navigate
+sec-fetch-user: ?1
+priority: u=0, i
+pragma: no-cache
+cookie: %s
+""".replace(b"\n", b"\r\n")
+    % (b"session=%s; " % (b"x" * 400) * 19)
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "target", "version"),
+    [
+        (BROWSER + b"connection: keep-alive\r\n", b"/", b"1.1"),
+        (BROWSER + b"proxy-connection: keep-alive\r\n", b"http://x/", b"1.1"),
+        (BROWSER + b"Via: 1.1 a, 1.0 b\r\nX-Forwarded-For: 192.0.2.1\r\n", b"/", b"1.1"),
+        (b"Connection: Keep-Alive\r\n", b"http://x/", b"1.0"),
+        (b"Expect: 100-continue\r\n", b"/", b"1.1"),
+        (b"Content-Length: 0\r\nContent-Type: application/json\r\n", b"/", b"1.1"),
+        (b"Accept: application/openmetrics-text;version=1.0.0,*/*;q=0.1\r\n"
+         b"X-Prometheus-Scrape-Timeout-Seconds: 10\r\n", b"/", b"1.1"),
+        (b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+         b"HTTP2-Settings: AAM\r\n", b"/", b"1.1"),
+    ],
+    ids=["browser", "browser by proxy", "front", "old", "curl", "script", "scraper", "upgrade"],
+)  # fmt: skip
+def test_real_clients_are_served_on_one_connection(
+    shared: Shared, fields: bytes, target: bytes, version: bytes
+) -> None:
+    head = b"GET %s%s HTTP/%s\r\nhost: x\r\n%s" % (target, MOD.encode(), version, fields)
+    answers = responses(talk(shared.proxy.port, 2 * (head + b"\r\n") + talk_get("/health")))
+    assert [answer.body for answer in answers[:2]] == [SITE[MOD]] * 2
+    assert [answer.status for answer in answers] == [200] * 3
+
+
 def test_an_absolute_target_of_this_host_is_understood(shared: Shared) -> None:
     request = GOOD.replace(b"GET /", b"GET http://x/") + b"Connection: close\r\n\r\n"
     (answer,) = responses(talk(shared.proxy.port, request))
@@ -13699,6 +13781,82 @@ def test_the_public_url_is_told(run: Run, upstream: Upstream) -> None:
     assert [go_import(proxy, MOD) for _ in range(3)] == ["404"] * 3
 
 
+# --- abuse --------------------------------------------------------------------
+
+DOTS = [
+    "../", "..%2f", "%2e%2e/", "%2e%2e%2f", ".%2e/", "..%5c", "..\\", "%252e%252e%252f", "..%c0%af",
+    "%c0%ae%c0%ae/", "%e0%80%ae%e0%80%ae/", "....//", "..;/", "%00../", "..%00/", "!../", "/../",
+    "..%ef%bc%8f", "%u002e%u002e%u2215", "./../", "~/../", "@v/../../",
+]  # fmt: skip
+AIMS = [
+    "/{0}etc/passwd", "/example.com/{0}etc/passwd/@v/list",
+    "/example.com/quote/@v/{0}etc/passwd.info",
+    "/example.com/quote/@v/v1.0.0{0}secret.zip", "/cached-only/{0}etc/passwd/@v/v1.0.0.mod",
+    "/sumdb/sum.test/tile/8/0/{0}etc/passwd", "/sumdb/sum.test/lookup/{0}etc/passwd@v1.0.0",
+    "/sumdb/{0}etc/latest", "/{0}etc/passwd/@latest", "/{0}etc?go-get=1", "//{0}etc/passwd/@v/list",
+    "/.goproxy-git/{0}config/@v/list", "/file:{0}etc/passwd/@v/list",
+]  # fmt: skip
+
+
+def named_files(trace: str) -> set[str]:
+    """The files whose names a program gave to the kernel, as strace tells."""
+    names = re.findall(r'^\d+ +\w+\((?:\w+, )?"((?:[^"\\]|\\.)*)"', trace, re.MULTILINE)
+    return {name.encode().decode("unicode_escape") for name in names}
+
+
+def test_no_path_leads_out_of_the_store(run: Run, upstream: Upstream, tmp_path: Path) -> None:
+    """Witnessed by the kernel: no file elsewhere is as much as looked for."""
+    words = f"-f -qq -s 4096 -o {tmp_path}/trace -e trace=%file".split()
+    proxy = run(upstream=upstream.url(), prefix=[installed("strace"), *words])
+    proxy.get("example.com/begin/@v/list")
+    aims = [aim.format(dots * count) for aim in AIMS for dots in DOTS for count in (1, 9)]
+    requests = b"".join(f"GET {aim} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for aim in aims)
+    answers = responses(talk(proxy.port, requests + talk_get("/health")))
+    proxy.stop()
+    assert {answer.status for answer in answers[:-1]} <= {400, 404, 405}
+    assert (len(answers), answers[-1].status) == (len(aims) + 1, 200)
+    names = named_files((tmp_path / "trace").read_text(errors="replace").rpartition("com/begin")[2])
+    assert [name for name in names if ".." in name or "passwd" in name or "secret" in name] == []
+    assert [name for name in names if name and not name.startswith((str(run.cache), *LOADED))] == []
+    assert [path for path in upstream.asked if ".." in path or "passwd" in path] == []
+
+
+# What Python and the C library load when they want it.
+LOADED = (sys.prefix, sys.base_prefix, str(HERE), "/usr/", "/lib", "/proc/self", "/etc/l")
+CANARIES = [
+    "%0d%0aX-Canary:%20canary", "%0aX-Canary:canary", "%00canary", "%1b]0;canary%07",
+    "%1b[2Jcanary", "%c2%85canary", "%c2%9b31mcanary", "%e2%80%a8canary", "%e2%80%aecanary",
+    "%ef%bb%bfcanary", "%3Cscript%3Ecanary", "%22onload=%22canary", "%27%3E%3Cimg%20src=canary%3E",
+    "&lt;canary", "{{canary}}", "canary%%s%%n", "$(canary)", "%5C%5Ccanary", "//canary.test/%2f..",
+]  # fmt: skip
+SPOTS = [
+    "/{0}", "/example.com/{0}/@v/list", "/example.com/quote/@v/{0}.info",
+    "/example.com/{0}/@latest", "/example.com/quote/@v/v1.0.0-{0}.zip", "/{0}?go-get=1",
+    "/sumdb/{0}/supported", "/sumdb/sum.test/lookup/{0}@v1.0.0", "/health?{0}",
+    "/metrics?{0}=1", "/version/{0}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_no_canary_sings_in_a_head_a_page_or_the_log(
+    run: Run, upstream: Upstream, form: str
+) -> None:
+    proxy = run(upstream=upstream.url(), log_format=form, ready="GOPROXY=")
+    port = int(re.findall(r"Port: ([0-9]+)", proxy.log)[0])
+    aims = [place.format(canary) for place in SPOTS for canary in CANARIES]
+    spoken = b"X: %s\r\n\r\n" % b"<script>canary\x9b31m\xe2\x80\xae"
+    heads = [f"GET {aim} HTTP/1.1\r\nHost: canary.test\r\n".encode() + spoken for aim in aims]
+    answers = responses(talk(port, b"".join(heads) + talk_get("/last")))
+    log = proxy.stop().log
+    assert len(answers) == len(aims) + 1
+    assert [one for one in answers if "canary" in str(one.headers).lower()] == []
+    pages = [one.text for one in answers if "html" in one.headers["content-type"]]
+    assert [text for text in pages if re.search("<(script|img)|onload=.canary", text)] == []
+    assert [letter for letter in log.replace("\n", "") if not letter.isprintable()] == []
+    begins = r"\{.*\}$" if form == "json" else STAMP
+    assert [line for line in log.splitlines() if not re.match(begins, line)] == []
+
+
 # --- fronts -------------------------------------------------------------------
 
 NGINX_FRONT = """
@@ -14359,9 +14517,10 @@ def spent(process: int) -> float:
 def test_mutated_requests_get_one_of_our_answers(crowded: Callable[..., Proxy]) -> None:
     """SOAK_REQUESTS of them, each with a good one behind it; in minutes, not in hours."""
     proxy, dice, told = crowded(upstream="off"), random.Random(8), collections.Counter[bytes]()
+    good = PARSERS["request"]._replace(seeds=[GOOD + BROWSER + b"\r\n", *TYPICAL])
     memory, slowest = [held_by(proxy)[0]], 0.0
     for _ in range(SOAK_REQUESTS // 5000):
-        rows = [mutated(dice, PARSERS["request"]) for _ in range(5000)]
+        rows = [mutated(dice, dice.choice((good, PARSERS["request"]))) for _ in range(5000)]
         with ThreadPoolExecutor(200) as pool:
             for taken, statuses in pool.map(functools.partial(statuses_for, proxy.port), rows):
                 slowest = max(slowest, taken)
@@ -14371,6 +14530,9 @@ def test_mutated_requests_get_one_of_our_answers(crowded: Callable[..., Proxy]) 
     assert {*told} <= {b"%d" % n for n in (200, 400, 404, 405, 408, 413, 414, 417, 431, 501, 505)}
     assert slowest < 12 and max(memory) - memory[1] <= 20 << 10
     assert "rror\n" not in proxy.stop().log
+
+
+TYPICAL = [talk_get(f"/{path}").replace(b"close", b"x") for path in (MOD, LIST, "health", "a?b")]
 
 
 def statuses_for(port: int, request: bytes) -> tuple[float, list[bytes]]:
