@@ -15,6 +15,7 @@ downward from vocabulary to plot, and a request is followed from the last page u
     7. Storage: where bytes live
     8. Sources: where modules come from
     9. Mirror: sources remembered in a store; policy; the checksum database
+    10. Registry: what is behind /v2/, and its layers in a bucket
     11. HTTP: requests, replies, routes, the front loop
     12. Daemon: wiring, signals, commands, main
 
@@ -27,6 +28,8 @@ The life of a request:
             else is asked
     query   list, @latest, branch: fresh for -ttl, then stale while one refresh runs; stale for a
             day when upstream fails; always united with what is stored
+    /v2/    ... -> 10 Registry: as it is to the registry and back; a layer: may this client have
+            it? -> a link into the bucket; if it is not there: fetched once, checked, kept
     error   a ProxyError becomes its status in one place (respond); anything else is a 500 and a
             traceback in the log
 
@@ -162,6 +165,10 @@ class ProxyError(Exception):
 
 class BadRequest(ProxyError):
     status = 400
+
+
+class BadBody(BadRequest):
+    """The body of a client's request is malformed or cut short."""
 
 
 class Unauthorized(ProxyError):
@@ -1253,6 +1260,15 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 _KEY_PREFIX = re.compile(r"[0-9A-Za-z!._~/@+=-]*")
 
 
+@dataclasses.dataclass(frozen=True)
+class LayersPlace(BucketPlace):
+    """A bucket for the layers of a registry."""
+
+    max_age: float = 30 * 86400.0  # seconds since a client was permitted to have it; 0: no limit
+    max_size: int | None = None  # bytes
+    permit: float = 0.0  # seconds for which a client's permission need not be asked for again
+
+
 def _region(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
         raise ValueError("want letters, digits and dashes")
@@ -1277,6 +1293,10 @@ _BUCKET_PARAMETERS: dict[str, Callable[[str], Any]] = {
 
 def parse_bucket(text: str) -> BucketPlace:
     """s3://bucket[/prefix][?parameter=value&...]. Raises ValueError saying what is wrong."""
+    return BucketPlace(**_bucket(text, _BUCKET_PARAMETERS))
+
+
+def _bucket(text: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
     where, _, query = text.partition("?")
     scheme, _, bucket = where.partition("://")
     bucket, _, prefix = bucket.partition("/")
@@ -1285,8 +1305,8 @@ def parse_bucket(text: str) -> BucketPlace:
     prefix = prefix.strip("/")
     if not _KEY_PREFIX.fullmatch(prefix) or "//" in prefix:
         raise ValueError("want a plain prefix: letters, digits and . _ ~ / @ + = ! -")
-    given = _parameters(query, _BUCKET_PARAMETERS)
-    return BucketPlace(bucket, f"{prefix}/" if prefix else "", **given)
+    given = _parameters(query, known)
+    return {"bucket": bucket, "prefix": f"{prefix}/" if prefix else "", **given}
 
 
 def _parameters(query: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
@@ -1332,16 +1352,42 @@ def _size(text: str) -> int | None:
     return size
 
 
+def _permit(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds > 60.0:
+        raise ValueError("want 60s at most")
+    return seconds
+
+
+def _period(text: str) -> float:
+    return 0.0 if text == "off" else _seconds(text)
+
+
+_LAYERS_PARAMETERS: dict[str, Callable[[str], Any]] = {
+    **{name: _BUCKET_PARAMETERS[name] for name in ("endpoint", "path_style", "public", "region")},
+    "max_age": _period,
+    "max_size": _size,
+    "permit": _permit,
+}
+
+
+def _layers_place(text: str) -> LayersPlace | None:
+    return LayersPlace(**_bucket(text, _LAYERS_PARAMETERS)) if text else None
+
+
+def _registry_url(text: str) -> Url | None:
+    url = parse_url(text) if text else None
+    if url and (url.path or url.user or url.password):
+        raise ValueError("want http(s)://host[:port]: clients bring path and credentials")
+    return url
+
+
 def _folders(text: str) -> tuple[str, ...]:
     folders = tuple(filter(None, map(str.strip, text.split(","))))
     for folder in folders:
         if not os.path.isdir(folder):
             raise ValueError(f"there is no folder {quoted(folder)}")
     return folders
-
-
-def _period(text: str) -> float:
-    return 0.0 if text == "off" else _seconds(text)
 
 
 _REMOVABLE = ("deleted", "deprecated", "retracted")
@@ -1506,6 +1552,27 @@ class Settings:
         "WORDS",
         "which of them to move aside: any of deleted, retracted, deprecated; or none",
     )
+    registry: Url | None = _option(  # noqa: RUF009 (it is a dataclasses.field)
+        "GOPROXY_REGISTRY",
+        "",
+        _registry_url,
+        "URL",
+        "container registry behind /v2/: http(s)://host",
+    )
+    registry_blobs: LayersPlace | None = _option(  # noqa: RUF009 (it is a dataclasses.field)
+        "GOPROXY_REGISTRY_BLOBS",
+        "",
+        _layers_place,
+        "BUCKET",
+        "where its layers are kept, and clients sent for them: s3://bucket",
+    )
+    registry_preserve_host: bool = _option(
+        "GOPROXY_REGISTRY_PRESERVE_HOST",
+        "false",
+        _switch,
+        "",
+        "show the registry the Host that the client has asked for, not its own",
+    )
     sumdb: tuple[SumDbName, ...] = _option(
         "GOPROXY_SUMDB",
         "sum.golang.org",
@@ -1597,8 +1664,11 @@ class Settings:
         flags = vars(parser.parse_intermixed_args(argv))
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
+        before = {name: told for name, told in _of_bloblo(environ).items() if name not in environ}
+        environ = {**{name: value for name, (_, value) in before.items()}, **environ}
         for row in _rows():
             origin, value = _told(row, flags[row.name], environ)
+            origin = before[origin][0] if origin in before else origin
             if origin:
                 values[row.name] = _parsed(row, value, origin)
                 origins[row.name] = origin
@@ -1666,6 +1736,26 @@ def _parsed(row: dataclasses.Field[Any], text: str, origin: str) -> Any:
     except ValueError as error:
         shown = mask(text).encode("unicode_escape").decode()
         raise UsageError(f"{origin}={shown}: {error}") from None
+
+
+def _of_bloblo(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """What the variables of bloblo, in whose place -registry may be put, say as ours: by our name
+    theirs and the value."""
+    host, _, port = environ.get("BLOBLO_LISTEN_ADDR", "").rpartition(":")
+    bucket = environ.get("BLOBLO_S3_BUCKET_NAME", "")
+    local = environ.get("BLOBLO_USE_LOCALSTACK", "").lower() in ("1", "t", "true")
+    query = "?endpoint=http://localhost:4566&region=us-east-1" if local else ""
+    rows = {
+        "GOPROXY_HOST": ("LISTEN_ADDR", host),
+        "GOPROXY_REGISTRY": ("UPSTREAM_URL", environ.get("BLOBLO_UPSTREAM_URL", "").rstrip("/")),
+        "GOPROXY_REGISTRY_BLOBS": ("S3_BUCKET_NAME", f"s3://{bucket}{query}" if bucket else ""),
+        "GOPROXY_REGISTRY_PRESERVE_HOST": (
+            "PRESERVE_HOST",
+            environ.get("BLOBLO_PRESERVE_HOST", ""),
+        ),
+        "PORT": ("LISTEN_ADDR", port),
+    }
+    return {ours: (f"BLOBLO_{name}", value) for ours, (name, value) in rows.items() if value}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -3073,10 +3163,13 @@ class Draft:
     def __init__(self, folder: str, named: bool = True) -> None:
         """A file in a folder; without a name (`path` is empty) nothing can be left of it."""
         while True:
-            descriptor, self.path = _new_draft(folder) if named else (_nameless(folder), "")
+            descriptor, self.path = _new_draft(folder)
             self.file = OpenFile(descriptor)
-            if not named or (lock_draft(descriptor) and os.path.exists(self.path)):
+            if lock_draft(descriptor) and os.path.exists(self.path):
                 break  # else a sweep of another process has taken it for a dead one's
+        if not named:
+            os.unlink(self.path)
+            self.path = ""
         self.size: int | None = None
         self.modified = time.time()
         self.written = 0
@@ -3102,11 +3195,13 @@ class Draft:
     def _move(self) -> None:
         """Goes on in the folder for temporary files, where the disk may not be full; readers do
         not notice. Without a name, the draft will not become an artifact of a folder."""
-        other = OpenFile(_nameless(tempfile.gettempdir()))
+        descriptor, path = tempfile.mkstemp(prefix="draft-")
+        other = OpenFile(descriptor)
+        os.unlink(path)
         with self.file.reading() as file:
             for start in range(0, self.written, CHUNK):
                 other.append(file.read(min(CHUNK, self.written - start)))
-        os.dup2(other.descriptor, self.file.descriptor, inheritable=False)
+        os.dup2(descriptor, self.file.descriptor, inheritable=False)
         with contextlib.suppress(OSError):
             os.unlink(self.path)
         self.path = ""
@@ -3161,12 +3256,6 @@ def _new_draft(folder: str) -> tuple[int, str]:
     except FileNotFoundError:  # somebody has emptied the store, which is fine
         os.makedirs(folder, exist_ok=True)
         return tempfile.mkstemp(prefix="draft-", dir=folder)
-
-
-def _nameless(folder: str) -> int:
-    """A file of which nothing is left, however this process ends: on Linux it never has a name."""
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        return os.dup(file.fileno())
 
 
 def lock_draft(descriptor: int) -> bool:
@@ -3372,6 +3461,19 @@ METRICS = {
     "goproxy_received_bytes_total": Metric("counter", "Bytes that clients sent."),
     "goproxy_recheck_findings_total": Metric(
         "counter", "What -recheck found upstream about stored modules.", "finding"
+    ),
+    "goproxy_registry_blobs_total": Metric(
+        "counter",
+        "Blobs of the registry: redirected or streamed from the bucket, fetched, or refused by the "
+        "registry, or passed on.",
+        "result",
+    ),
+    "goproxy_registry_bytes_total": Metric(
+        "counter", "Bytes of blobs that were redirected, streamed or fetched.", "result"
+    ),
+    "goproxy_registry_fills_total": Metric("counter", "Blobs put into the bucket."),
+    "goproxy_registry_store_bytes": Metric(
+        "gauge", "Size of all blobs in the bucket, as of the last hour."
     ),
     "goproxy_request_seconds": Metric(
         "histogram", "From a request's head to the last byte of its answer.", "kind"
@@ -4033,6 +4135,12 @@ def parse_fields(lines: Iterable[bytes]) -> Fields:
     return fields
 
 
+def split_fields(lines: Iterable[bytes]) -> list[tuple[str, str]]:
+    """Each field line that parse_fields takes, on its own, as it was written."""
+    pairs = (line.decode("latin-1").partition(":") for line in lines)
+    return [(name, value.strip(" \t")) for name, _, value in pairs]
+
+
 def content_length(fields: Fields) -> int | None:
     """The declared length in bytes, None if there is none. Raises BadRequest."""
     text = fields.get("content-length")
@@ -4066,6 +4174,8 @@ def _blaming(peer: str) -> Iterator[None]:
         raise UpstreamTimeout(f"{peer}: {error or 'timed out'}") from None
     except ssl.SSLCertVerificationError as error:
         raise Unreachable(f"{peer}: certificate: {error.verify_message}") from None
+    except BadBody:
+        raise  # which is not the peer's
     except (OSError, EOFError) as error:
         raise Unreachable(f"{peer}: {getattr(error, 'strerror', None) or error}") from None
     except BadRequest as error:
@@ -4864,16 +4974,17 @@ class Response(Blob):
     _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: .*)?")
 
     def __init__(
-        self, wire: _Wire, patience: Patience, release: Callable[[], None], bodiless: bool = False
+        self, wire: _Wire, patience: Patience, release: Callable[[], None], request: Outgoing
     ) -> None:
-        """`bodiless`: it answers a HEAD, so that no body follows whatever the head says."""
         self._wire = wire
         self.peer = wire.peer  # who answers, in words
         self._host = METER.host(wire.peer.partition(" ")[0])
         self._patience = patience
         self._release = release
         self._read_head()
-        self._frame(bodiless)
+        # To a HEAD no body follows, whatever the head says.
+        self.bodiless = request.method == "HEAD" or self.status in (204, 304)
+        self._frame(request.is_passed)
 
     def _read_head(self) -> None:
         stall = self._patience.header
@@ -4884,20 +4995,21 @@ class Response(Blob):
                 raise BadRequest("not HTTP")
             self.status = int(match[1])
             if self.status >= 200:
-                self.fields = parse_fields(lines[1:])
+                self.fields, self.lines = parse_fields(lines[1:]), split_fields(lines[1:])
                 self._keep = lines[0].startswith(b"HTTP/1.1")
                 return
         raise BadRequest("too many interim answers")
 
-    def _frame(self, bodiless: bool) -> None:
+    def _frame(self, may_be_coded: bool) -> None:
         """How long the body is: RFC 9112, section 6.3, with every doubtful case refused."""
         coding = self.fields.get("transfer-encoding")
         self.size = content_length(self.fields)
         if coding is not None and (self.size is not None or coding.lower() != "chunked"):
             raise BadRequest("ambiguous body length")
-        if self.fields.get("content-encoding", "identity").lower() != "identity":
+        plain = self.fields.get("content-encoding", "identity").lower() == "identity"
+        if not plain and not may_be_coded:
             raise BadRequest("compressed although nobody asked for it")
-        if bodiless or self.status in (204, 304):
+        if self.bodiless:
             self.size, coding = 0, None
         self.whole = coding is not None or self.size is not None  # else it ends when it ends
         self._keep = self._keep and self.whole and "close" not in self.fields.tokens("connection")
@@ -4971,6 +5083,10 @@ class Body(NamedTuple):
     size: int
     read_at: Callable[[int, int], bytes]
 
+    def framing(self) -> tuple[str, str]:
+        """The field that tells where it ends."""
+        return ("Content-Length", str(self.size))
+
     def pieces(self) -> Iterator[bytes]:
         """Raises BadRequest if the bytes end early."""
         offset = 0
@@ -4980,6 +5096,20 @@ class Body(NamedTuple):
                 raise BadRequest("a body became shorter while it was sent")
             offset += len(piece)
             yield piece
+
+
+class OneWay(Body):
+    """A body that can be had only once: `read_at` gives what comes next. Its size is -1 if nobody
+    knows it; then it goes in chunks (RFC 9112, section 7.1)."""
+
+    def framing(self) -> tuple[str, str]:
+        return ("Transfer-Encoding", "chunked") if self.size < 0 else super().framing()
+
+    def pieces(self) -> Iterator[bytes]:
+        for piece in iter(lambda: self.read_at(CHUNK, 0), b""):
+            yield piece if self.size >= 0 else b"%x\r\n%b\r\n" % (len(piece), piece)
+        if self.size < 0:
+            yield b"0\r\n\r\n"
 
 
 def bytes_body(data: bytes) -> Body:
@@ -4994,25 +5124,55 @@ class Outgoing(NamedTuple):
     headers: Sequence[tuple[str, str]] = ()
     body: Body | None = None
 
+    @property
+    def may_repeat(self) -> bool:
+        return self.method != "POST"
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether somebody else has asked it, and gets the answer as it is."""
+        return False
+
     def head(self, proxy: Url | None) -> bytes:
         """Its first bytes, in absolute form for a proxy. Nothing in it may break a line: six CVEs
         of http.client say why."""
         url = self.url
         lines = [
             f"{self.method} {f'http://{url.authority}' if proxy else ''}{url.path or '/'} HTTP/1.1",
-            f"Host: {url.authority}",
-            f"User-Agent: goproxy.py/{__version__}",
-            "Accept-Encoding: identity",
-            *(f"{name}: {value}" for name, value in self.headers),
+            *(f"{name}: {value}" for name, value in self._fields_sent()),
         ]
         if self.body is not None:
-            lines.append(f"Content-Length: {self.body.size}")
+            lines.append(": ".join(self.body.framing()))
         if proxy and proxy.user:
             lines.append(f"Proxy-Authorization: {_basic(proxy.user, proxy.password)}")
+        known = r"[\t\x20-\x7e\x80-\xff]+" if self.is_passed else r"[\x20-\x7e]+"
         for line in lines:
-            if not re.fullmatch(r"[\x20-\x7e]+", line):
+            if not re.fullmatch(known, line):
                 raise BadUpstream(f"{url.authority}: unsafe character in a request")
-        return "\r\n".join([*lines, "", ""]).encode("ascii")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+    def _fields_sent(self) -> Sequence[tuple[str, str]]:
+        return [
+            ("Host", self.url.authority),
+            ("User-Agent", f"goproxy.py/{__version__}"),
+            ("Accept-Encoding", "identity"),
+            *self.headers,
+        ]
+
+
+class Passed(Outgoing):
+    """A request of somebody else: its header lines are all there are."""
+
+    @property
+    def may_repeat(self) -> bool:
+        return self.body is None and self.method in ("GET", "HEAD")
+
+    @property
+    def is_passed(self) -> bool:
+        return True
+
+    def _fields_sent(self) -> Sequence[tuple[str, str]]:
+        return self.headers
 
 
 class Client:
@@ -5055,7 +5215,7 @@ class Client:
             if response.status not in (301, 302, 303, 307, 308):
                 return response
             response.close()
-            following = _redirect(target, response.fields.get("location", ""))
+            following = redirect_target(target, response.fields.get("location", ""))
             if following.origin != target.origin:
                 authorization = ""
             target = following
@@ -5089,16 +5249,15 @@ class Client:
         self, request: Outgoing, proxy: Url | None, patience: Patience, until: float
     ) -> Response:
         head = request.head(proxy)
-        wire = self._lend(request.url)
+        # An idle connection may be closed under our hands; nothing was answered then.
+        wire = self._lend(request.url) if request.may_repeat else None
         if wire:
-            # An idle connection may be closed under our hands; nothing was answered then.
             try:
                 return self._exchange(wire, request, head, patience, until)
             except UpstreamTimeout:
                 raise
             except Unreachable:
-                if request.method == "POST":
-                    raise
+                pass
         wire = self._connect(request.url, proxy, until)
         return self._exchange(wire, request, head, patience, until)
 
@@ -5117,7 +5276,7 @@ class Client:
                 sent = self._feed(wire, request.body, patience.stall)
                 release = functools.partial(self._give_back, request.url, wire)
                 keep = release if sent else wire.close
-                return Response(wire, patience, keep, request.method == "HEAD")
+                return Response(wire, patience, keep, request)
         except BaseException:
             wire.close()
             raise
@@ -5219,7 +5378,7 @@ def _check_forwarded(response: Response, proxy: Url | None) -> None:
         raise BadUpstream(f"{response.peer}: {words}")
 
 
-def _redirect(url: Url, location: str) -> Url:
+def redirect_target(url: Url, location: str) -> Url:
     """Where a redirect leads. Raises BadUpstream for what must not be followed."""
     if not re.fullmatch(r"[\x21-\x7e]+", location):
         raise BadUpstream(f"{url.authority}: redirect without a usable location")
@@ -6563,6 +6722,11 @@ class Bucket(BucketLine):
             key = urllib.parse.unquote_plus(key)
         return key[len(self._place.prefix) :]
 
+    @property
+    def public_host(self) -> str:
+        """The name of the server to which links lead."""
+        return self._url(self._place.public or self._endpoint, "").host
+
     def link(self, key: str, method: str, seconds: int) -> str:
         """A URL by which whoever has it may GET or HEAD an object for so long; so it is secret."""
         url = self._url(self._place.public or self._endpoint, key)
@@ -7124,7 +7288,8 @@ OWN_MARK = ".goproxy-"  # begins the names of our own side files, which are no a
 BAD_PLACE = OWN_MARK + "bad"  # where goes what is not what it should be
 
 
-def _draft_in(folder: str, named: bool) -> Draft:
+def draft_in(folder: str, named: bool) -> Draft:
+    """Raises StoreDown."""
     try:
         return Draft(folder, named)
     except OSError as error:
@@ -7214,7 +7379,7 @@ class DiskStorage(Folder, Storage):
         try:
             return Draft(self._drafts)
         except OSError:
-            return _draft_in(tempfile.gettempdir(), named=False)
+            return draft_in(tempfile.gettempdir(), named=False)
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
         with store_errors(name):
@@ -7323,7 +7488,7 @@ class MemoryStorage(Storage):
         pass
 
     def draft(self) -> Draft:
-        return _draft_in(tempfile.gettempdir(), named=False)
+        return draft_in(tempfile.gettempdir(), named=False)
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
         return self._hold(name, data, time.time(), replace)
@@ -7454,7 +7619,7 @@ class RemoteStorage(Storage):
         pass
 
     def draft(self) -> Draft:
-        return _draft_in(tempfile.gettempdir(), named=False)
+        return draft_in(tempfile.gettempdir(), named=False)
 
     def open(self, name: str) -> FileBlob:
         with self._spool_mutex:
@@ -13639,6 +13804,527 @@ _ORPHAN_SECONDS = 86400.0
 
 
 # =============================================================================
+# 10. Registry: what is behind /v2/, and its layers in a bucket
+# =============================================================================
+# The registry decides who may have what; nothing here knows its users. Its HTTP API: OCI
+# Distribution Specification 1.1.
+
+REGISTRY = "/v2/"  # begins all paths of a registry
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+_BLOB = re.compile(
+    rf"/v2/[a-z0-9]+(?:[._-]+[a-z0-9]+|/[a-z0-9]+)*/blobs/({_DIGEST.pattern})", re.ASCII
+)
+_HOP_BY_HOP = frozenset(
+    [
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    ]
+)
+_WHOLE_OR_NOT = ("if-match", "if-modified-since", "if-none-match", "if-unmodified-since")
+_RANGED = ("if-range", "range")
+_PULL = Patience(30.0, 30.0, 6 * 3600.0)
+_PUSH = Patience(300.0, 60.0, 6 * 3600.0)  # a registry may copy a layer before it answers
+
+
+Lines = Sequence[tuple[str, str]]
+
+
+def end_to_end(lines: Lines, *others: str) -> list[tuple[str, str]]:
+    """Header lines without those of one connection (RFC 9110, section 7.6.1) and without `others`,
+    in lower case."""
+    options = [value.lower().split(",") for name, value in lines if name.lower() == "connection"]
+    gone = _HOP_BY_HOP.union(others, (option.strip() for row in options for option in row))
+    return [line for line in lines if line[0].lower() not in gone]
+
+
+def _value(lines: Lines, name: str) -> str:
+    return next((value for other, value in lines if other.lower() == name), "")
+
+
+class Call(NamedTuple):
+    """What a client asks of the registry. `target` is the path with its query; `scheme` is what
+    the client speaks; `may_wait` whether this is where layers are fetched."""
+
+    method: str
+    target: str
+    lines: Lines
+    scheme: str = "http"
+    body: OneWay | None = None
+    may_wait: bool = True
+
+    @property
+    def digest(self) -> str:
+        """Of the layer (or another blob) that it asks for, "" for anything else."""
+        found = _BLOB.fullmatch(self.target.partition("?")[0])
+        is_plain = self.method == "GET" and not self.body
+        is_plain = is_plain and not any(_value(self.lines, name) for name in _WHOLE_OR_NOT)
+        return found[1] if found and is_plain else ""
+
+
+class Relayed(NamedTuple):
+    """An answer with its header lines; `body` is None where none may follow."""
+
+    status: int
+    lines: Lines
+    body: bytes | FileBlob | None
+    verdict: Verdict | None = None
+
+
+class RegistryLine:
+    """The way to the registry, there and back."""
+
+    _SMALL, _POURS = 1 << 20, 16
+
+    def __init__(self, url: Url, keeps_host: bool, client: Client) -> None:
+        """`client` has no credentials. Starts threads."""
+        self._url = url
+        self._keeps_host = keeps_host
+        self._client = client
+        self._pours = Lane("registry-body", self._POURS)
+
+    def send(self, call: Call, *without: str) -> Response:
+        """The registry's answer to a call that goes without some header lines. Raises Unreachable,
+        UpstreamTimeout, BadUpstream."""
+        lines = end_to_end(
+            call.lines, "content-length", "expect", "host", HOP_FIELD.lower(), *without
+        )
+        host = self._url.authority
+        if self._keeps_host:
+            host = _value(call.lines, "host")
+            if not _value(lines, "x-forwarded-proto"):
+                lines.append(("X-Forwarded-Proto", call.scheme))
+        lines = [("Host", host), *lines, (HOP_FIELD, HOP)]
+        url = dataclasses.replace(self._url, path=call.target)
+        patience = _PUSH if call.body else _PULL
+        request = Passed(call.method, url, lines, call.body)
+        return self._client.send(request, patience, time.monotonic() + patience.total)
+
+    def relay(self, call: Call) -> Relayed:
+        """The registry's answer, as it is. What is big comes through a nameless file, so that a
+        slow client keeps nobody waiting."""
+        response = self.send(call)
+        lines = [self._as_ours(*line) for line in end_to_end(response.lines)]
+        if response.bodiless:
+            return Relayed(response.status, lines, None)
+        if response.size is not None and response.size <= self._SMALL:
+            return Relayed(response.status, lines, self._small(response))
+        return Relayed(response.status, lines, self._spooled(response, call.target))
+
+    def _small(self, response: Response) -> bytes:
+        with contextlib.closing(response):
+            try:
+                return response.read_all(self._SMALL)
+            except BadUpstream:
+                if response.status < 400:
+                    raise
+        return b""  # docker-registry 2.8 sends 416 with a body cut short; the status is enough
+
+    def _as_ours(self, name: str, value: str) -> tuple[str, str]:
+        """A header line; a Location at the registry leads to the same path here."""
+        found = re.fullmatch(r"(https?://[^/?#]*)(/.*)", value, re.IGNORECASE)
+        if name.lower() == "location" and found:
+            with contextlib.suppress(ValueError):
+                if parse_url(found[1].lower()).origin == self._url.origin:
+                    return (name, found[2])
+        return (name, value)
+
+    def _spooled(self, response: Response, name: str) -> FileBlob:
+        draft = draft_in(tempfile.gettempdir(), named=False)
+        reader = draft.reader()
+        self._pours.do(functools.partial(_pour_body, response, weakref.ref(draft), name))
+        reader.settle()
+        reader.size = response.size
+        return reader
+
+    def fetch(self, call: Call) -> Response:
+        """A whole blob, wherever the registry sends for it, without what only the registry may
+        know. Raises as `send`."""
+        response = self.send(call, "accept-encoding", *_RANGED)
+        if response.status in (301, 302, 303, 307, 308):
+            response.close()
+            url = dataclasses.replace(self._url, path=call.target.partition("?")[0])
+            target = redirect_target(url, response.fields.get("location", ""))
+            ours = target.origin == url.origin
+            shown = _value(call.lines, "authorization") if ours else ""
+            response = self._client.get(target, _PULL, authorization=shown)
+        if response.status != 200:
+            response.close()
+            raise BadUpstream(f"{response.peer}: answered {response.status}")
+        return response
+
+    def close(self) -> None:
+        self._pours.close()
+        self._client.close()
+
+
+def _pour_body(source: Blob, sink: weakref.ref[Draft], name: str) -> None:
+    """Fills a draft as long as somebody reads it."""
+    with contextlib.closing(source):
+        try:
+            while _poured(source.read(CHUNK), sink(), name):
+                pass
+        except ProxyError as error:
+            draft = sink()
+            if draft:
+                draft.fail(error)
+
+
+def _poured(data: bytes, draft: Draft | None, name: str) -> bool:
+    """Whether there is more to do."""
+    if draft and data:
+        with store_errors(name):
+            draft.write(data)
+    elif draft:
+        draft.finish()
+    return bool(draft and data)
+
+
+class LayerStore(S3Storage):
+    """Blobs of a registry in a bucket, by digest; an object is a blob that has been checked, and
+    beside it stands when a client was last permitted to have it."""
+
+    _USED, _MARK_SECONDS, _MARKS = OWN_MARK + "used/", 3600.0, 20_000
+
+    def __init__(self, place: LayersPlace, means: Means) -> None:
+        """Connects to nothing. Raises UsageError."""
+        super().__init__(place, means)
+        self.permit = place.permit
+        self._marked: TtlCache[bool] = TtlCache(self._MARKS)
+
+    @property
+    def peer(self) -> str:
+        """The service and the bucket, in words."""
+        return self._bucket.peer
+
+    @property
+    def public_host(self) -> str:
+        """The name of the server to which clients are sent."""
+        return self._bucket.public_host
+
+    def size(self, digest: str) -> int:
+        """In bytes. Raises NotFound, StoreDown."""
+        if digest in self._damaged:
+            raise NotFound("not in the store")
+        return self._bucket.find(digest).size
+
+    def link_to(self, digest: str) -> str:
+        """By which whoever has it may GET that blob for some minutes; so it is secret."""
+        return self._bucket.link(digest, "GET", self._LINK_SECONDS)
+
+    def distrust(self, digest: str) -> None:
+        """It is not what it should be: the next one replaces it."""
+        self._damaged.add(digest)
+
+    def stream(self, digest: str) -> Blob:
+        """Its bytes, from the bucket. Raises NotFound, StoreDown."""
+        return self._fetch(digest)
+
+    def mark(self, digest: str) -> None:
+        """A client has been permitted to have it."""
+        if not self._marked.get(digest):
+            self._marked.put(digest, True, self._MARK_SECONDS)
+            self.put(self._USED + digest, b"")
+
+    def layers(self) -> Iterator[Item]:
+        """All blobs by name, with the time of their last use; a size of 0 may be one that is gone
+        but for its mark."""
+        marks = (
+            Item(item.name[len(self._USED) :], 0, item.modified) for item in self.walk(self._USED)
+        )
+        blobs = (item for item in self.walk("sha") if _DIGEST.fullmatch(item.name))
+        name = operator.attrgetter("name")
+        for digest, rows in itertools.groupby(heapq.merge(blobs, marks, key=name), name):
+            both = list(rows)
+            used = max(item.modified for item in both)
+            yield Item(digest, sum(item.size for item in both), used)
+
+    def discard(self, digest: str) -> None:
+        """Removes a blob and its mark."""
+        for name in (digest, self._USED + digest):
+            with contextlib.suppress(NotFound):
+                self.remove(name)
+
+
+class Ageing:
+    """Takes layers out of the bucket: those that nobody was permitted to have for `max_age`
+    seconds, and the ones of longest ago while there are more than `max_size` bytes."""
+
+    _PAUSE, _VICTIMS = 3600.0, 20_000
+
+    def __init__(self, store: LayerStore, place: LayersPlace, log: Log) -> None:
+        """Starts a thread."""
+        self._store = store
+        self._place = place
+        self._log = log
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="ageing", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.turn()
+            except ProxyError as error:
+                self._log.error(f"-registry-blobs: {error}")
+            if self._ended.wait(self._PAUSE):
+                return
+
+    def turn(self) -> None:
+        """Raises StoreDown."""
+        total = 0
+
+        def counted() -> Iterator[Item]:
+            nonlocal total
+            for item in self._store.layers():
+                total += item.size
+                yield item
+
+        oldest = heapq.nsmallest(self._VICTIMS, counted(), key=operator.attrgetter("modified"))
+        horizon = time.time() - (self._place.max_age or math.inf)
+        limit = self._place.max_size or math.inf
+        count = size = 0
+        for item in oldest:
+            if self._ended.is_set() or (item.modified >= horizon and total - size <= limit):
+                break
+            self._store.discard(item.name)
+            count, size = count + 1, size + item.size
+        METER.set("goproxy_registry_store_bytes", total - size)
+        if count:
+            self._log.line(f"-registry-blobs: {count} layers removed, {size} bytes")
+
+    def close(self) -> None:
+        self._ended.set()
+
+
+class Permit(NamedTuple):
+    """The registry's word that a client may have a blob: the header lines of its answer, and the
+    length in bytes that it tells, if so."""
+
+    lines: Lines
+    size: int | None
+
+
+class Registry:
+    """What answers below /v2/. Of a blob that is in the bucket the registry is only asked, with the
+    client's own credentials, whether this client may have it."""
+
+    # A second connection costs a client more than these bytes cost us.
+    _STREAMED = 64 << 10
+    _FILLS, _PERMITS, _AWAY_SECONDS = 8, 10_000, 5.0
+
+    def __init__(
+        self, line: RegistryLine, store: LayerStore | None, fetches: bool, log: Log
+    ) -> None:
+        """`fetches`: this is the process that fetches layers. Starts threads."""
+        self._line = line
+        self._store = store
+        self._log = log
+        self.fetches = fetches
+        self._permits: TtlCache[Permit] = TtlCache(self._PERMITS)
+        self._away: TtlCache[bool] = TtlCache(1)
+        self._flights: Flights[Draft] = Flights()
+        self._fills = Lane("registry-fill", self._FILLS if store else 0)
+        self._marks = Lane("registry-mark", 1 if store else 0)
+
+    def answer(self, call: Call) -> Relayed:
+        """Raises MustWait for a layer that has to be fetched elsewhere, BadUpstream,
+        Unreachable, UpstreamTimeout."""
+        store = self._store
+        if not store or not call.digest or self._away.get(""):
+            return self._line.relay(call)
+        try:
+            return self._layer(call, store)
+        except StoreDown as error:
+            self._away.put("", True, self._AWAY_SECONDS)
+            self._log.error(f"layers come from the registry itself: {error}")
+            return self._line.relay(call)
+
+    def _layer(self, call: Call, store: LayerStore) -> Relayed:
+        size = _size_in(store, call.digest)
+        is_ranged = _value(call.lines, "range") != ""
+        if size is None and not is_ranged and not call.may_wait:
+            raise MustWait
+        permit = self._permit(call)
+        if not permit:
+            return self._counted("refused", self._line.relay(call))
+        self._marks.do(functools.partial(self._mark, store, call.digest))
+        if size is not None and permit.size not in (None, size):
+            self._log.error(f"{call.digest}: {size} bytes in the bucket, {permit.size} in truth")
+            store.distrust(call.digest)
+            size = None
+        is_big = size is not None and size > self._STREAMED
+        if is_big and not _shares_credentials(call, store.public_host):
+            lines = [
+                ("Location", store.link_to(call.digest)),
+                ("Docker-Content-Digest", call.digest),
+                ("Cache-Control", "no-store"),
+            ]
+            return self._counted("redirected", Relayed(307, lines, b"", Verdict.HIT), size)
+        if is_ranged:
+            return self._counted("passed", self._line.relay(call))
+        return self._streamed(call, store, permit, size)
+
+    def _streamed(self, call: Call, store: LayerStore, permit: Permit, size: int | None) -> Relayed:
+        if size is not None:
+            with contextlib.suppress(NotFound):
+                blob = store.open(call.digest)
+                relayed = Relayed(200, permit.lines, blob, Verdict.HIT)
+                return self._counted("streamed", relayed, size)
+        blob = self._following(call, store)
+        return self._counted("fetched", Relayed(200, permit.lines, blob, Verdict.MISS), permit.size)
+
+    @staticmethod
+    def _counted(how: str, relayed: Relayed, size: int | None = None) -> Relayed:
+        METER.add("goproxy_registry_blobs_total", result=how)
+        METER.add("goproxy_registry_bytes_total", size or 0, result=how)
+        return relayed
+
+    def _permit(self, call: Call) -> Permit | None:
+        """The registry's word, or what it said a moment ago to the same credentials."""
+        shown = [_value(call.lines, name) for name in ("authorization", "cookie")]
+        told = "\n".join([call.target, *shown]).encode("latin-1")
+        key = hashlib.sha256(told).hexdigest()
+        known = self._permits.get(key)
+        if known:
+            return known
+        with contextlib.closing(self._line.send(call._replace(method="HEAD"), *_RANGED)) as head:
+            if head.status not in (200, 301, 302, 303, 307, 308):
+                return None
+            whole = head.status == 200
+            plain = [("Content-Type", "application/octet-stream")]
+            lines = end_to_end(head.lines, "date") if whole else plain
+            permit = Permit(lines, content_length(head.fields) if whole else None)
+        if self._store and self._store.permit:
+            self._permits.put(key, permit, self._store.permit)
+        return permit
+
+    def _mark(self, store: LayerStore, digest: str) -> None:
+        with contextlib.suppress(ProxyError):
+            store.mark(digest)
+
+    def _following(self, call: Call, store: LayerStore) -> FileBlob:
+        """A blob that is being fetched, for whoever comes meanwhile."""
+        draft, is_new = self._flights.join(call.digest, store.draft)
+        reader = draft.reader()
+        if is_new:
+            self._fills.do(functools.partial(self._fill, call, store, draft))
+        reader.settle()
+        return reader
+
+    def _fill(self, call: Call, store: LayerStore, draft: Draft) -> None:
+        try:
+            is_news = self._download(call, store, draft)
+            draft.finish()
+            if is_news:
+                self._keep(call.digest, store, draft)
+        except ProxyError as error:
+            self._log.error(f"{call.target.partition('?')[0]}: {error}")
+            draft.fail(error)
+        except BaseException:
+            draft.fail(ProxyError("internal error"))
+            raise
+        finally:
+            self._flights.land(call.digest)
+
+    def _keep(self, digest: str, store: LayerStore, draft: Draft) -> None:
+        try:
+            store.adopt(digest, draft)
+            METER.add("goproxy_registry_fills_total")
+        except ProxyError as error:
+            self._log.error(f"{digest} is not kept: {error}")
+
+    def _download(self, call: Call, store: LayerStore, draft: Draft) -> bool:
+        """All bytes into the draft, checked; whether the bucket does not have them yet. It may: who
+        looked there before may come after the flight that brought them."""
+        is_news = False
+        try:
+            source = store.stream(call.digest)
+        except NotFound:
+            source, is_news = self._line.fetch(call), True
+        algorithm, _, wanted = call.digest.partition(":")
+        with contextlib.closing(source):
+            draft.size = source.size
+            digest = draft.digest if algorithm == "sha256" else hashlib.sha512()
+            for piece in pieces_of(source):
+                with store_errors(call.digest):
+                    draft.write(piece)
+                if digest is not draft.digest:
+                    digest.update(piece)
+        if digest.hexdigest() != wanted:
+            raise BadUpstream(f"the registry sent {algorithm}:{digest.hexdigest()}: not kept")
+        return is_news
+
+    def close(self) -> None:
+        self._fills.close()
+        self._marks.close()
+        self._line.close()
+
+
+def _shares_credentials(call: Call, host: str) -> bool:
+    """Whether Go's client, sent to a host, would show its Authorization there: it does to the name
+    it has asked, whatever the port, and to those below (net/http, shouldCopyHeaderOnRedirect)."""
+    told = [_value(call.lines, name) for name in ("host", "x-forwarded-host")]
+    names = [re.sub(r":[0-9]*$", "", name).strip("[]").lower() for name in told]
+    return any(name and f".{host}".endswith(f".{name}") for name in names)
+
+
+def _size_in(store: LayerStore, digest: str) -> int | None:
+    try:
+        return store.size(digest)
+    except NotFound:
+        return None
+
+
+class LayerInspector:
+    """Holds each layer in the bucket to its digest, and removes what does not have it: the next one
+    who asks has it fetched anew."""
+
+    def __init__(self, store: LayerStore, progress: Progress) -> None:
+        self._store = store
+        self._progress = progress
+        self._mutex = threading.Lock()
+        self.bad = self.failures = 0
+
+    def inspect(self) -> None:
+        for item in self._layers():
+            self._progress.expect(1, item.size)
+        Crew(self._fail).each(self._layers(), self._inspect, lambda _, __: ())
+
+    def _layers(self) -> Iterator[Item]:
+        return (item for item in self._store.walk("sha") if _DIGEST.fullmatch(item.name))
+
+    def _inspect(self, item: Item) -> None:
+        algorithm, _, wanted = item.name.partition(":")
+        digest = hashlib.new(algorithm)
+        try:
+            with contextlib.closing(self._store.stream(item.name)) as blob:
+                for piece in pieces_of(blob):
+                    digest.update(piece)
+        except Spoiled:
+            pass  # its last bytes are wrong, too
+        except NotFound:
+            return  # it has gone meanwhile
+        if digest.hexdigest() != wanted:
+            self._store.discard(item.name)
+            words = f"{item.name}: it is {algorithm}:{digest.hexdigest()}; removed"
+            self._progress.tell("bad", words, name=item.name)
+            with self._mutex:
+                self.bad += 1
+        self._progress.advance(1, item.size)
+
+    def _fail(self, item: Item, error: ProxyError) -> None:
+        with self._mutex:
+            self.failures += 1
+        self._progress.tell("failed", f"{item.name}: {error}", name=item.name, error=str(error))
+
+
+# =============================================================================
 # 11. HTTP: requests, replies, routes, the front loop
 # =============================================================================
 # http.server's own loop and parser are replaced: they split request lines at any white space, see
@@ -13652,12 +14338,18 @@ class Upload(Blob):
     _STALL, _GRACE, _RATE = 10.0, 30.0, 32 << 10  # seconds, seconds, bytes a second
 
     def __init__(self, sock: socket.socket, ahead: bytes, size: int, awaits: bool) -> None:
-        """`ahead`: what has been read of it; `awaits`: the client asks whether to send it."""
+        """`ahead`: what has been read of it, and beyond; `awaits`: the client asks whether to send
+        it."""
         self._sock = sock
-        self._ahead = ahead[:size]
+        self.rest = ahead  # once the whole body is read, it is of the next request
         self._left = self.size = size
         self._awaits = awaits and not ahead
         self._until = time.monotonic() + self._GRACE + size / self._RATE
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all of it has been read."""
+        return self._left == 0
 
     def read(self, count: int) -> bytes:
         """Raises HeadTooSlow, BadRequest."""
@@ -13665,10 +14357,15 @@ class Upload(Blob):
             self._awaits = False
             with contextlib.suppress(OSError):
                 self._sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if not self._ahead and self._left:
-            self._ahead = self._receive(min(count, self._left))[: self._left]
-        data, self._ahead = self._ahead[:count], self._ahead[count:]
+        data = self._take(min(count, self._left))
         self._left -= len(data)
+        return data
+
+    def _take(self, count: int) -> bytes:
+        """Some of the next bytes, at most so many."""
+        if count and not self.rest:
+            self.rest = self._receive(count)
+        data, self.rest = self.rest[:count], self.rest[count:]
         return data
 
     def _receive(self, count: int) -> bytes:
@@ -13683,8 +14380,51 @@ class Upload(Blob):
         except (OSError, ValueError):  # closed, by the client or by us
             data = b""
         if not data:
-            raise BadRequest("request body cut short")
+            raise BadBody("request body cut short")
         return data
+
+
+class ChunkedUpload(Upload):
+    """The same in chunks, whose length nobody knows (RFC 9112, section 7.1)."""
+
+    _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
+
+    def __init__(self, sock: socket.socket, ahead: bytes, awaits: bool) -> None:
+        super().__init__(sock, ahead, 0, awaits)
+        self.size = -1
+        self._ended = False
+
+    @property
+    def is_over(self) -> bool:
+        return self._ended
+
+    def read(self, count: int) -> bytes:
+        if not self._left and not self._ended:
+            super().read(0)  # says that it may come
+            self._next_chunk()
+        data = super().read(count)
+        self._until += len(data) / self._RATE
+        if data and not self._left and self._line():
+            raise BadBody("malformed chunk")
+        return data
+
+    def _next_chunk(self) -> None:
+        size = self._SIZE.fullmatch(self._line())
+        if not size:
+            raise BadBody("malformed chunk size")
+        self._left = int(size[1], 16)
+        if not self._left:
+            while self._line():
+                pass  # trailers
+            self._ended = True
+
+    def _line(self) -> bytes:
+        while b"\r\n" not in self.rest:
+            if len(self.rest) > _LINE_LIMIT:
+                raise BadBody("malformed chunk")
+            self.rest += self._receive(4096)
+        line, _, self.rest = self.rest.partition(b"\r\n")
+        return line
 
 
 class Request(NamedTuple):
@@ -13696,23 +14436,30 @@ class Request(NamedTuple):
     fields: Fields
     keep: bool
     chunks: bool  # whether the client understands chunked bodies
-    body: int  # bytes of body that follow
+    body: int  # bytes of body that follow; -1: chunks
     reach: Reach = Reach.READY
     client: str = ""
     user: str = ""  # of -auth
     go_get: bool = False  # whether it asks for the page with go-import
     query: str = ""  # as sent
     upload: Upload | None = None  # the body, if it is wanted
+    head: bytes = b""  # all that it was made of
+    is_passed: bool = False  # whether it is for the registry
 
     @property
     def asker(self) -> Asker:
         return Asker(self.fields.get("authorization", ""), self.reach)
 
     @property
+    def has_upload(self) -> bool:
+        """Whether somebody may want its body."""
+        return self.method == "PUT" or (self.is_passed and self.body != 0)
+
+    @property
     def is_plain(self) -> bool:
         """Whether nothing but its target decides what it gets."""
         odd = self.method != "GET" or not self.keep or not self.chunks or self.body
-        if odd or self.go_get:
+        if odd or self.go_get or self.is_passed:
             return False
         return _CONDITIONS.isdisjoint(self.fields)
 
@@ -13729,12 +14476,15 @@ _AUTHORITY = re.compile(r"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(:[0-
 def with_upload(request: Request, sock: socket.socket, ahead: bytes) -> Request:
     """The request with its body, of which some has been read ahead."""
     awaits = request.chunks and "expect" in request.fields
+    if request.body < 0:
+        return request._replace(upload=ChunkedUpload(sock, ahead, awaits))
     return request._replace(upload=Upload(sock, ahead, request.body, awaits))
 
 
-def parse_request(head: bytes) -> Request:
+def parse_request(head: bytes, passed: str = "\0") -> Request:
     """A request head, without the empty line at its end, as RFC 9112 wants it and nothing else:
-    what two readers could understand in two ways is refused. Raises ProxyError."""
+    what two readers could understand in two ways is refused. Raises ProxyError. What is below the
+    path `passed` may have any body."""
     first, *lines = head.split(b"\r\n")
     if len(first) > _LINE_LIMIT:
         raise TargetTooLong("request line too long")
@@ -13749,15 +14499,19 @@ def parse_request(head: bytes) -> Request:
     is_new = match[4] == b"1"
     options = fields.tokens("connection")
     query = match[2].decode().partition("?")[2]
+    target = _target(match[2].decode(), fields, is_new)
+    is_passed = target.startswith(passed)
     return Request(
         method=_method(match[1].decode()),
-        target=_target(match[2].decode(), fields, is_new),
+        target=target,
         fields=fields,
         keep="close" not in options and (is_new or "keep-alive" in options),
         chunks=is_new,
-        body=_body_length(fields, is_new, match[1] == b"PUT"),
+        body=_body_length(fields, is_new, MAX_ZIP if match[1] == b"PUT" else 0, is_passed),
         go_get="go-get=1" in query.split("&"),
         query=query,
+        head=head,
+        is_passed=is_passed,
     )
 
 
@@ -13800,19 +14554,21 @@ def _target(target: str, fields: Fields, is_new: bool) -> str:
     return target.partition("?")[0]
 
 
-def _body_length(fields: Fields, is_new: bool, is_wanted: bool) -> int:
-    """Bytes of body to take, or to pass over: short ones that nobody wants are tolerated."""
+def _body_length(fields: Fields, is_new: bool, wanted: int, is_passed: bool) -> int:
+    """Bytes of body to take, or to pass over: short ones that nobody wants are tolerated. -1 for
+    chunks."""
     length = content_length(fields)
     if "transfer-encoding" in fields:
         if length is not None or not is_new or fields["transfer-encoding"].lower() != "chunked":
             raise BadRequest("ambiguous body length")
-        if is_wanted:
+        if wanted and not is_passed:
             raise LengthRequired("a body needs a content-length")
-        raise BodyTooLarge("no body is wanted here")
-    if is_wanted and (length or 0) > MAX_ZIP:
-        raise BodyTooLarge(f"a module zip has {MAX_ZIP} bytes at most")
-    if not is_wanted and (length or 0) > _BODY_LIMIT:
-        raise BodyTooLarge("no body is wanted here")
+        if not is_passed:
+            raise BodyTooLarge("no body is wanted here")
+        length = -1
+    if (length or 0) > (wanted or _BODY_LIMIT) and not is_passed:
+        words = f"a module zip has {wanted} bytes at most" if wanted else "no body is wanted here"
+        raise BodyTooLarge(words)
     if fields.get("expect", "100-continue").lower() != "100-continue":
         raise ExpectationFailed("unknown expectation")
     return length or 0
@@ -13827,6 +14583,7 @@ class Reply(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
     verdict: Verdict | None = None
     stored: Stamped | None = None  # if so, the same reply is right as long as the stamp holds
+    is_passed: bool = False  # somebody else's: its headers are all there are
 
     @property
     def etag(self) -> str:
@@ -14058,6 +14815,7 @@ class App(NamedTuple):
     own: OwnModules = OwnModules(())
     failed: Callable[[Trouble], None] = lambda trouble: None
     overview: Overview | None = None  # if this is the process that fetches
+    registry: Registry | None = None
 
     def watch(self, request: Request, artifact: Sequence[str], here: bool) -> None:
         """Lets read-ahead see what a client asks; `artifact` is path, version and kind."""
@@ -14334,6 +15092,31 @@ def serve_sum_tile(app: App, request: Request, database: str, what: str) -> Repl
     return _replied(answer, "application/octet-stream", None)
 
 
+def serve_registry(app: App, request: Request) -> Reply:
+    """Whatever is asked below /v2/."""
+    assert app.registry
+    lines, upload = request.head.split(b"\r\n")[1:], request.upload
+    call = Call(
+        request.method,
+        request.target + (f"?{request.query}" if request.query else ""),
+        split_fields(lines),
+        "https" if app.tls else "http",
+        OneWay(request.body, lambda count, _: upload.read(count)) if upload else None,
+        app.registry.fetches or request.reach is Reach.FETCH,
+    )
+    found = app.registry.answer(call)
+    return Reply(found.status, found.body, "", tuple(found.lines), found.verdict, is_passed=True)
+
+
+def refuse_registry(error: ProxyError) -> Reply:
+    """An error as a registry tells it (OCI Distribution Specification, "Error Codes")."""
+    row = {"code": "UNAVAILABLE" if error.status >= 500 else "UNSUPPORTED", "message": str(error)}
+    body = json.dumps({"errors": [row]}) + "\n"
+    version = ("Docker-Distribution-Api-Version", "registry/2.0")
+    headers = (_NO_STORE, version, *error.headers())
+    return Reply(error.status, body.encode(), "application/json", headers)
+
+
 class Change(NamedTuple):
     """Who answers a method that changes something, and what it takes to be let in."""
 
@@ -14495,6 +15278,8 @@ def dispatch(app: App, request: Request) -> Reply:
     """The reply of the endpoint that the target names. Raises ProxyError, MustWait."""
     if request.fields.get(HOP_FIELD.lower()) == HOP:
         raise LoopFound("the upstream leads back to this proxy")
+    if request.is_passed:
+        return serve_registry(app, request)
     path = decode_path(request.target)
     asked = request.reach
     if app.settings.offline or request.fields.get("disable-module-fetch", "").lower() == "true":
@@ -14561,7 +15346,7 @@ def _explained(work: Callable[[], Reply], path: str) -> Reply:
 def respond(app: App, request: Request) -> Reply:
     """The reply to a request, whatever happens; only MustWait passes through."""
     reply = _respond(app, request)
-    if not app.gate:
+    if not app.gate or reply.is_passed:
         return reply
     # "public" would let a shared cache give it to anybody (RFC 9111, section 3.5).
     headers = ((name, re.sub(r"^public\b", "private", value)) for name, value in reply.headers)
@@ -14574,7 +15359,7 @@ def _respond(app: App, request: Request) -> Reply:
     except MustWait:
         raise
     except ProxyError as error:
-        return refuse(error)
+        return refuse_registry(error) if request.is_passed else refuse(error)
     except Exception:
         app.log.error(f"{request.target}: internal error\n{traceback.format_exc()}", status=500)
         return refuse(ProxyError("internal error"))
@@ -14658,6 +15443,7 @@ class Message(NamedTuple):
     body: bytes = b""
     blob: FileBlob | None = None
     left: int | None = 0
+    is_dated: bool = False  # whether the head has a date already
 
 
 def compose(request: Request | None, reply: Reply, keep: bool) -> Message:
@@ -14675,7 +15461,26 @@ def _close_body(reply: Reply) -> None:
         reply.body.close()
 
 
+def _compose_passed(reply: Reply, keep: bool) -> Message:
+    """Somebody else's reply, as it came but for what is about this connection."""
+    headers, body = list(reply.headers), reply.body
+    is_dated = any(name.lower() == "date" for name, _ in headers)
+    if not keep:
+        headers.append(("Connection", "close"))
+    if body is None:
+        return Message(reply.status, head_bytes(reply.status, headers), is_dated=is_dated)
+    size = body.size if isinstance(body, FileBlob) else len(body)
+    framing = ("Transfer-Encoding", "chunked") if size is None else ("Content-Length", str(size))
+    headers = [each for each in headers if each[0].lower() != "content-length"]
+    head = head_bytes(reply.status, [*headers, framing])
+    if isinstance(body, bytes):
+        return Message(reply.status, head, body, is_dated=is_dated)
+    return Message(reply.status, head, b"", body, size, is_dated)
+
+
 def _compose(request: Request | None, reply: Reply, keep: bool) -> Message:
+    if reply.is_passed:
+        return _compose_passed(reply, keep)
     status, body = reply.status, reply.body
     headers = [("Server", "goproxy"), ("Content-Type", reply.content_type), *reply.headers]
     etag = reply.etag
@@ -15340,13 +16145,13 @@ class Handler(Courier, BaseHTTPRequestHandler):
                 head, self._buffer = split_head(received)
                 if head is None:
                     return
-                self._asked = parse_request(head)._replace(client=self.client)
+                self._asked = parse_request(head, self.loop.passed)._replace(client=self.client)
             except ProxyError as error:
                 self.reject(error)
                 return
             self._head = head
             self._skip = self._asked.body
-            if self._asked.method == "PUT":  # the body stays where it is until somebody wants it
+            if self._asked.has_upload:  # the body stays where it is until somebody wants it
                 self._asked = with_upload(self._asked, self.sock, self._buffer)
                 self._buffer, self._skip = b"", 0
             if not self._buffer and len(received) <= _KNOWN_LIMIT and self._is_alike():
@@ -15385,8 +16190,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
         except MustWait:
             if not self._hand_over():
                 self._asked = self._asked._replace(reach=Reach.FETCH)
-                is_zip = self._asked.target.endswith(".zip")
-                (self.loop.zip_lane if is_zip else self.loop.patient_lane).do(self.work)
+                self.loop.waiting_lane_for(self._asked).do(self.work)
         except Exception:
             self.loop.soon(self.close)
             raise
@@ -15427,7 +16231,11 @@ class Handler(Courier, BaseHTTPRequestHandler):
     def _start(self, reply: Reply) -> None:
         request = self._asked
         assert request is not None
-        keep = request.keep and not request.body and not self.loop.draining
+        upload = request.upload
+        keep = request.keep and not self.loop.draining
+        keep = keep and (upload.is_over if upload else not request.body)
+        if keep and upload:
+            self._buffer = upload.rest
         if isinstance(reply.body, FileBlob) and reply.body.size is None and not request.chunks:
             try:
                 reply.body.wait_for_end()  # HTTP/1.0 has no chunks: the length comes first
@@ -15440,7 +16248,8 @@ class Handler(Courier, BaseHTTPRequestHandler):
         if reply.stored and request and keep and self._is_alike():
             self.loop.remember(request.target, reply.stored, message)
         self._keep = keep
-        opening = message.head + head_end(int(time.time())) + message.body
+        end = b"\r\n" if message.is_dated else head_end(int(time.time()))
+        opening = message.head + end + message.body
         access = self.loop.access
         visit = access.answers(self.client, request, message, reply.verdict, self._begun)
         if request:
@@ -15576,9 +16385,11 @@ class Visit(NamedTuple):
 
 
 def kind_of(target: str) -> str:
-    """What is asked for: list, latest, info, mod, zip, sumdb or other."""
+    """What is asked for: list, latest, info, mod, zip, sumdb, registry or other."""
     if target.startswith("/sumdb/"):
         return "sumdb"
+    if target.startswith(REGISTRY):
+        return "registry"
     name = target.rpartition("/@")[2]
     if name in ("latest", "v/list"):
         return name[-6:].lstrip("v/")
@@ -15593,7 +16404,7 @@ def _subject(visit: Visit) -> tuple[str, str]:
     else:
         module, _, name = visit.path.partition("/@")
         version = name[2:].rpartition(".")[0] if visit.kind in KINDS else ""
-    if visit.kind == "other":
+    if visit.kind in ("other", "registry"):
         return "", ""
     module = module[len(_CACHED_ONLY) :] if module.startswith(_CACHED_ONLY) else module
     both = (re.sub("!([a-z])", lambda c: c[1].upper(), word) for word in (module, version))
@@ -15845,6 +16656,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 4096
     _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS = 4, 24, 12, 4
     _PASSWORDS, _HANDSHAKES, _UPLOADS = 2, 2, 4
+    _PULLS, _PUSHES = 16, 16
     _KNOWN = 4096
 
     def __init__(
@@ -15861,6 +16673,7 @@ class Server(ThreadingHTTPServer):
         self._socks = socks
         self.app = app
         self.access = AccessLog(app.log, app.settings.quiet)
+        self.passed = REGISTRY if app.registry else "\0"  # what is below this path is not ours
         self.fetcher = fetcher
         self.draining = False
         self.now = time.monotonic()
@@ -15875,6 +16688,8 @@ class Server(ThreadingHTTPServer):
         self.zip_lane = Lane("zip", self._ZIP_WAITERS)
         self.transfer_lane = Lane("transfer", self._TRANSFERS)
         self.handshake_lane = Lane("handshake", self._HANDSHAKES if app.tls else 0)
+        self.pull_lane = Lane("pull", self._PULLS if app.registry else 0)
+        self.push_lane = Lane("push", self._PUSHES if app.registry else 0)
         self._inbox = Inbox(handed, self)
         self._thread = 0
         self._poller = EpollPoller() if hasattr(select, "epoll") else SelectPoller()
@@ -16020,11 +16835,19 @@ class Server(ThreadingHTTPServer):
     def lane_for(self, request: Request) -> Lane | None:
         """Where a request is worked on; None: too many wait there."""
         gate = self.app.gate
+        if request.is_passed:
+            return self.push_lane if request.upload else self.pull_lane
         if request.upload:
             return self.upload_lane
         if not gate or not gate.is_stranger(request):
             return self.request_lane
         return self.password_lane if self.password_lane.waiting < _STRANGERS else None
+
+    def waiting_lane_for(self, request: Request) -> Lane:
+        """Where a request waits for what is fetched."""
+        if request.is_passed:
+            return self.pull_lane
+        return self.zip_lane if request.target.endswith(".zip") else self.patient_lane
 
     def know(self, received: bytes, target: str) -> None:
         """Remembers what the bytes of a plain request ask for."""
@@ -16069,8 +16892,9 @@ class Server(ThreadingHTTPServer):
     def _close_all(self) -> None:
         for handler in list(self._handlers):
             handler.close()
-        lanes = (self.request_lane, self.patient_lane, self.zip_lane, self.transfer_lane)
-        for lane in (*lanes, self.password_lane, self.handshake_lane, self.upload_lane):
+        lanes = [self.request_lane, self.patient_lane, self.zip_lane, self.transfer_lane]
+        lanes += [self.password_lane, self.handshake_lane, self.upload_lane]
+        for lane in (*lanes, self.pull_lane, self.push_lane):
             lane.close()
         self._poller.close()
         self._wake_receiver.close()
@@ -16913,6 +17737,59 @@ def _check_generate(settings: Settings) -> None:
         )
 
 
+def _check_registry(settings: Settings) -> None:
+    if settings.registry_blobs and not settings.registry:
+        raise UsageError(f"{settings.origins['registry_blobs']}: want -registry as well")
+    if settings.registry and settings.offline:
+        raise UsageError(
+            f"{settings.origins['registry']}={settings.registry}: not with -offline: the registry "
+            "itself says who may have what"
+        )
+
+
+def open_layers(
+    settings: Settings, dialer: Dialer, environ: Mapping[str, str], log: Log
+) -> LayerStore | None:
+    """What -registry-blobs names. Raises UsageError."""
+    place = settings.registry_blobs
+    return LayerStore(place, Means(None, dialer, environ, log.line)) if place else None
+
+
+def _told_of_places(settings: Settings, layers: LayerStore | None) -> Iterator[str]:
+    """What the start of the log tells about -private and -registry."""
+    if settings.private:
+        yield f"Private: {','.join(settings.private)}"
+    if settings.registry:
+        yield f"Registry: {settings.registry} behind /v2/"
+    if layers:
+        yield (
+            f"Layers: {layers.peer}; clients are sent to {layers.public_host}, but those that have "
+            "asked for that very name or one above it get them streamed: with a redirect they "
+            "would send their Authorization along"
+        )
+
+
+def _open_registry(
+    settings: Settings, dialer: Dialer, layers: LayerStore | None, log: Log, fetches: bool
+) -> tuple[Registry | None, Callable[[], None]]:
+    """What answers below /v2/ in this process, if anything, and how to end that."""
+    if not settings.registry:
+        return None, (lambda: None)
+    line = RegistryLine(settings.registry, settings.registry_preserve_host, Client(dialer, {}))
+    registry = Registry(line, layers, fetches, log)
+    endings: list[Callable[[], None]] = [registry.close]
+    if layers and settings.registry_blobs and fetches:
+        endings.append(Ageing(layers, settings.registry_blobs, log).close)
+    if layers:
+        endings.append(layers.close)
+
+    def end() -> None:
+        for each in endings:
+            each()
+
+    return registry, end
+
+
 def _open_gate(settings: Settings, log: Log) -> Gate | None:
     if settings.auth and settings.private_auth == "client":
         raise UsageError(
@@ -16948,6 +17825,7 @@ class Daemon:
         self._settings = settings
         _check_generate(settings)
         _check_recheck(settings)
+        _check_registry(settings)
         self._log = Log(2, settings.log_format == "json")
         self._gate = _open_gate(settings, self._log)
         self._outside = open_outside(settings, environ)
@@ -16957,6 +17835,7 @@ class Daemon:
         self._remarks = [*self._outside.remarks, *variables.remarks]
         means = Means(settings.max_size, self._outside.dialer, environ, self._log.line)
         self._storage = open_store(settings, means)
+        self._layers = open_layers(settings, self._outside.dialer, environ, self._log)
         self._settings = _as_shared(settings, self._storage)
         prepare_git(settings, self._outside.search_path)
         self._manager = ServiceManager(environ)
@@ -17061,9 +17940,12 @@ class Daemon:
         with answering(settings, self._outside, client, storage, log) as found:
             saw, end = _watching(settings, found.policy, storage, fetcher)
             noting = _noting(settings, found, log, fetcher)
-            endings = [end, *noting.endings]
+            registry, end_registry = _open_registry(
+                settings, self._outside.dialer, self._layers, log, fetches=fetcher is None
+            )
+            endings = [end, *noting.endings, end_registry]
             doors = (self._gate, self._tls, OwnModules(settings.modules))
-            told = (saw, noting.used, *doors, noting.failed, noting.overview)
+            told = (saw, noting.used, *doors, noting.failed, noting.overview, registry)
             app = App(settings, found.policy, found.sumdb, storage, log, *told)
             if not fetcher:
                 endings.append(_rechecking(settings, found.policy, found.source, storage, log))
@@ -17110,8 +17992,8 @@ class Daemon:
         if settings.origins:
             origins = sorted(f"{name} by {origin}" for name, origin in settings.origins.items())
             self._log.line(f"  Settings: {', '.join(origins)}")
-        if settings.private:
-            self._log.line(f"  Private: {','.join(settings.private)}")
+        for line in _told_of_places(settings, self._layers):
+            self._log.line(f"  {line}")
         for remark in self._remarks:
             self._log.error(f"  {remark}")
         if ports:
@@ -17272,12 +18154,29 @@ def run_verify(settings: Settings, environ: Mapping[str, str]) -> int:
             begin = found.sumdb.begin
         inspector = Inspector(found.cache.storage, begin, progress)
         inspector.inspect()
+    bad, failures = _inspect_layers(settings, environ, progress)
     counts = {
-        "bad": inspector.bad, "failed": inspector.failures, "compared": inspector.compared
-    }  # fmt: skip
+        "bad": inspector.bad + bad,
+        "failed": inspector.failures + failures,
+        "compared": inspector.compared,
+    }
     told = ", ".join(f"{count} {word}" for word, count in counts.items())
     progress.end(f"{told} with the checksum database", **counts)
-    return 1 if inspector.bad or inspector.failures else 0
+    return 1 if counts["bad"] or counts["failed"] else 0
+
+
+def _inspect_layers(
+    settings: Settings, environ: Mapping[str, str], progress: Progress
+) -> tuple[int, int]:
+    """How many of -registry-blobs were bad, and could not be read."""
+    dialer = open_way_out(settings, environ)
+    layers = open_layers(settings, dialer, environ, QuietLog())
+    if not layers:
+        return 0, 0
+    with contextlib.closing(dialer.resolver), contextlib.closing(layers):
+        inspector = LayerInspector(layers, progress)
+        inspector.inspect()
+    return inspector.bad, inspector.failures
 
 
 _AS_JSON = Argument("-json", "prints a JSON object per line", False)
@@ -17649,14 +18548,6 @@ COMMANDS = {
 }
 
 
-def _temporary_folder(environ: Mapping[str, str]) -> str | None:
-    """Where temporary files go, as tempfile finds it, which would write a file to try each: one
-    that stays if this process is killed meanwhile. None: let it."""
-    named = [environ.get(name, "") for name in ("TMPDIR", "TEMP", "TMP")]
-    folders = [folder for folder in (*named, "/tmp", "/var/tmp") if folder]
-    return next((each for each in folders if os.access(each, os.W_OK | os.X_OK)), None)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit status 0, 2 for settings that cannot be used, 1 for a machine that does
     not let it start, or for a check that failed."""
@@ -17665,7 +18556,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     places = "".join(f" {each.name}" for each in command.arguments if each.name.isupper())
     usage = f"goproxy.py [{'|'.join(COMMANDS)}]{places} [flags]"
-    tempfile.tempdir = _temporary_folder(os.environ)
     try:
         settings = Settings.load(words, os.environ, usage, command.text, command.arguments)
         return command.run(settings, os.environ)

@@ -513,26 +513,9 @@ def _swap_once(exchange: Exchange, body: bytes) -> None:
     _truncate(exchange, body) if exchange.first() else exchange.reply(200, b"!" + body[1:])
 
 
-def _trailers(exchange: Exchange, body: bytes) -> None:
-    """A body that is whole, and then trailer fields without end."""
-    with contextlib.suppress(OSError):
-        exchange.head(200, Transfer_Encoding="chunked")
-        exchange.wfile.write(b"%x\r\n%s\r\n0\r\n" % (len(body), body))
-        for number in range(100_000):
-            exchange.wfile.write(b"X-%d: %s\r\n" % (number, b"y" * 100))
-    exchange.cut()
-
-
 def _truncate(exchange: Exchange, body: bytes) -> None:
     exchange.head(200, Content_Length=len(body))
     exchange.wfile.write(body[: len(body) // 2])
-    exchange.cut()
-
-
-def _vast(exchange: Exchange, body: bytes) -> None:
-    with contextlib.suppress(OSError):
-        exchange.head(200, Content_Length=20 << 30)
-        exchange.wfile.write(body)
     exchange.cut()
 
 
@@ -584,10 +567,8 @@ FAULTS: dict[str, Fault] = {
     "redirect-loop": _redirect_loop,
     "reset": _reset,
     "swap-once": _swap_once,
-    "trailers": _trailers,
     "truncate": _truncate,
     "vary": _vary,
-    "vast": _vast,
     "wronginfo": _wrong_info,
 }
 
@@ -2200,6 +2181,13 @@ BAD_SETTINGS = [
     ("quiet", "GOPROXY_QUIET", "2"),
     ("recheck", "GOPROXY_RECHECK", "daily"),
     ("recheck-removes", "GOPROXY_RECHECK_REMOVES", "deleted,old"),
+    ("registry", "GOPROXY_REGISTRY", "https://registry.test/prefix"),
+    ("registry", "GOPROXY_REGISTRY", "https://user@registry.test"),
+    ("registry", "GOPROXY_REGISTRY", "registry.test"),
+    ("registry-blobs", "GOPROXY_REGISTRY_BLOBS", "s3://layers?local=/tmp"),
+    ("registry-blobs", "GOPROXY_REGISTRY_BLOBS", "s3://layers?max_age=old"),
+    ("registry-blobs", "GOPROXY_REGISTRY_BLOBS", "s3://layers?permit=61s"),
+    ("registry-preserve-host", "GOPROXY_REGISTRY_PRESERVE_HOST", "perhaps"),
     ("sumdb", "GOPROXY_SUMDB", "sum.test ftp://sum.test"),
     ("sumdb", "GOPROXY_SUMDB", "sum.test+00000000+AQ=="),
     ("sumdb", "GOPROXY_SUMDB", "sum.test+zz"),
@@ -2345,19 +2333,6 @@ def test_the_readme_has_a_row_for_every_setting() -> None:
     readme = (HERE / "README.md").read_text()
     rows = [f"| `{flag}` | `{variable}` |" for flag, variable in SETTINGS.items()]
     assert [row for row in rows if row.replace(",", "`, `") not in readme] == []
-
-
-def test_what_the_readme_names_is_there() -> None:
-    readme = (HERE / "README.md").read_text()
-    others = {each.name for one in goproxy.COMMANDS.values() for each in one.arguments}
-    flags_named = set(re.findall(r"`(-[a-z][a-z-]*)[ =`]", readme))
-    no_flags = {"-e", "-escaped", "-flag", "-help", "-shm", "-v", "-wal"}
-    assert flags_named - set(SETTINGS) - others == no_flags
-    headings = [re.sub("[^a-z -]", "", one.lower()) for one in re.findall("^#+ (.+)", readme, re.M)]
-    targets = re.findall(r"\]\(#([^)]+)\)", readme)
-    assert targets and set(targets) <= {one.replace(" ", "-") for one in headings}
-    files = re.findall("`((?:bench|deploy)/[^` ]+)`", readme)
-    assert [name for name in files if not (HERE / name).exists()] == []
 
 
 # =============================================================================
@@ -2934,23 +2909,20 @@ def tampered(dice: random.Random, data: bytes) -> bytes:
 
 def zips_like_go(ask_go: Ask, folder: Path, zips: Sequence[bytes]) -> Iterator[tuple[str, str]]:
     """Our h1: hash or "refused", and Go's, which may also be "corrupt"."""
-    names = [str(folder / f"{number}.zip") for number in range(1000)]
-    for start in range(0, len(zips), len(names)):
-        batch = list(zip(names, zips[start:]))
-        for name, data in batch:
-            Path(name).write_bytes(data)
-        answers = ask_go([("zip", MODULE, VERSION, name) for name, _ in batch])
-        for (_, data), theirs in zip(batch, answers):
-            try:
-                yield hash_of(data), theirs
-            except goproxy.BadUpstream:
-                yield "refused", theirs
+    for number, data in enumerate(zips):
+        (folder / f"{number}.zip").write_bytes(data)
+    names = [str(folder / f"{number}.zip") for number in range(len(zips))]
+    answers = ask_go([("zip", MODULE, VERSION, name) for name in names])
+    for data, theirs in zip(zips, answers):
+        try:
+            yield hash_of(data), theirs
+        except goproxy.BadUpstream:
+            yield "refused", theirs
 
 
-@pytest.mark.parametrize("count", [1500, pytest.param(12_000, marks=pytest.mark.soak)])
-def test_check_zip_like_go(ask_go: Ask, tmp_path: Path, count: int) -> None:
+def test_check_zip_like_go(ask_go: Ask, tmp_path: Path) -> None:
     dice = random.Random(7)
-    lists = [[random_part(dice) for _ in range(dice.randint(0, 4))] for _ in range(count)]
+    lists = [[random_part(dice) for _ in range(dice.randint(0, 4))] for _ in range(1500)]
     packers = [lambda parts: pack(*parts), lambda parts: pack64(*parts)]
     zips = [*GOOD_ZIPS.values(), *(dice.choice(packers)(parts) for parts in lists)]
     verdicts = list(zips_like_go(ask_go, tmp_path, zips))
@@ -2959,80 +2931,14 @@ def test_check_zip_like_go(ask_go: Ask, tmp_path: Path, count: int) -> None:
     assert sum(ours != "refused" for ours, _ in verdicts) > 300
 
 
-# In what a zip may be odd that Go passes, since each of its readers looks at one place alone.
-STRICTER = re.compile(
-    "local header differs|sizes differ|overlap or leave a gap|not a valid zip|too many entries|"
-    "encrypted|checksum error|after the end of|unexpected EOF|declared size"
-)
-
-
-@pytest.mark.parametrize("count", [3000, pytest.param(12_000, marks=pytest.mark.soak)])
-def test_check_zip_never_laxer_than_go(ask_go: Ask, tmp_path: Path, count: int) -> None:
+def test_check_zip_never_laxer_than_go(ask_go: Ask, tmp_path: Path) -> None:
     dice = random.Random(8)
     good = [*GOOD_ZIPS.values(), *SMALL.values()]
-    zips = [tampered(dice, dice.choice(good)) for _ in range(count)]
+    zips = [tampered(dice, dice.choice(good)) for _ in range(3000)]
     zips += [data for _, data, _ in CORRUPT]
     zips += [pack(*map(Part, names)) for names, _ in BAD_NAMES]
-    for data, (ours, theirs) in zip(zips, zips_like_go(ask_go, tmp_path, zips)):
-        if ours != theirs:
-            with pytest.raises(goproxy.BadUpstream) as caught:
-                hash_of(data)
-            assert theirs in ("refused", "corrupt") or STRICTER.search(str(caught.value))
-
-
-def burden(kind: str, count: int) -> Iterator[bytes]:
-    """The pieces of a zip of so many empty files: `overlap`, all of them the same bytes."""
-    directory, at = bytearray(), 0
-    for number in range(count):
-        name = PREFIX.encode() + b"%x" % number
-        here = 0 if kind == "overlap" else at
-        truth: dict[str, Any] = dict.fromkeys(("crc", "flags", "method", "packed", "size"), 0)
-        truth.update(name=name, extra=b"", rest=[])
-        directory += zip_header(b"PK\1\2", "HHHLL", [20, 20], {**truth, "rest": [0, 0, 0, 0, here]})
-        local = zip_header(b"PK\3\4", "", [20], truth)
-        yield local
-        at += len(local)
-    yield bytes(directory)
-    yield struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), at)
-    yield struct.pack("<4sLQL", b"PK\6\7", 0, at + len(directory), 1)
-    yield struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
-
-
-WEIGHED = f"""
-import resource, sys
-sys.path.insert(0, {str(HERE)!r})
-import goproxy
-try:
-    verdict = goproxy.check_zip(open(sys.argv[1], "rb"), {MODULE!r}, {VERSION!r})
-except goproxy.BadUpstream as error:
-    verdict = str(error)
-used = resource.getrusage(resource.RUSAGE_SELF)
-peak = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
-print(verdict, used.ru_utime + used.ru_stime, int(peak) // 1024, sep="\\n")
-"""
-
-
-@pytest.mark.soak
-@pytest.mark.skipif("not Path('/proc/self/status').exists()", reason="needs Linux's /proc")
-@pytest.mark.parametrize(
-    ("kind", "verdict"),
-    [("bomb", "h1:"), ("many", "h1:"), ("overlap", "overlap"), ("too many", "too many entries")],
-)
-def test_a_zip_that_is_a_burden_costs_a_minute_and_150_mb_at_most(
-    tmp_path: Path, kind: str, verdict: str
-) -> None:
-    """Of 890,000 files, which is what the longest directory that is taken has room for."""
-    file = tmp_path / "burden.zip"
-    with open(file, "wb") as out:
-        if kind == "bomb":
-            out.write(pack(Part(PREFIX + "zeros", bytes(goproxy.MAX_ZIP))))
-        else:
-            out.writelines(burden(kind, 1_000_001 if kind == "too many" else 890_000))
-    words = [sys.executable, "-c", WEIGHED, str(file)]
-    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    said, seconds, megabytes = told.splitlines()
-    print(f"{kind}: {said}, {float(seconds):.1f} s, {megabytes} MB")
-    assert verdict in said and float(seconds) < 60 and int(megabytes) <= 150
+    for number, (ours, theirs) in enumerate(zips_like_go(ask_go, tmp_path, zips)):
+        assert ours in ("refused", theirs), number
 
 
 MODERN, OLDER = b"module example.com/m\n\ngo 1.24.0\n", b"module example.com/m\ngo 1.23\n"
@@ -3555,23 +3461,6 @@ def test_the_upstream_is_asked_for_plain_bytes(proxy: Proxy, upstream: Upstream)
     assert headers.get("accept-encoding", "identity") == "identity"
     assert "goproxy" in headers["user-agent"]
     assert "connection" not in headers or headers["connection"] != "close"
-
-
-HOSTILE = ["gzip", "html", "interim", "longhead", "redirect-file", "redirect-loop", "trailers"]
-
-
-def test_a_hostile_upstream_is_502_and_leaves_no_trace(run: Run, upstream: Upstream) -> None:
-    """Of every kind of artifact; and once it is good again, the first request is right."""
-    proxy = run(upstream=upstream.url(), sumdb=f"sum.test {upstream.url()}")
-    for fault in [*HOSTILE, "vast"]:
-        upstream.fault = fault
-        for path in (INFO, MOD, ZIP, BIG, LIST, LATEST, LOOKUP, TILE):
-            answer = proxy.get(path)
-            assert answer.status == 502 or not answer.whole, (fault, path)
-    assert set(run.stored()) <= {"sumdb/sum.test/supported"}
-    upstream.fault = "good"
-    for path in (INFO, MOD, ZIP, BIG, LIST, LATEST):
-        assert proxy.get(path).body == SITE[path]
 
 
 @pytest.mark.parametrize("fault", ["redirect-bracket", "redirect-file", "redirect-loop"])
@@ -5937,7 +5826,7 @@ def test_what_a_container_file_names_exists(name: str) -> None:
     }
     named = set(re.findall(r"^ +(?:# )?([A-Z_]{4,}): ", text, re.MULTILINE))
     assert named <= known and (named or name == "Dockerfile")
-    assert set(re.findall(r'"-m", "goproxy", "([a-z]+)"', text)) == {"health"}
+    assert set(re.findall(r'goproxy.py", "([a-z]+)"', text)) == {"health"}
 
 
 def test_check_looks_for_git_where_it_is_needed(tmp_path: Path) -> None:
@@ -7914,115 +7803,6 @@ def test_a_full_disk_does_not_cost_the_client_its_answer(run: Run, upstream: Ups
     shutil.rmtree(run.cache)
     run.cache.write_text("no folder any more")
     assert proxy.get(INFO).body == SITE[INFO]
-
-
-# --- crashes -----------------------------------------------------------------
-
-# The system calls by which a request changes a store, by their beginnings on any machine.
-CHANGES: dict[str, list[str]] = {
-    "folder": ["fchmod|chmod", "fsetxattr", "fsync", "link", "mkdir", "openat", "rename", "unlink",
-               "utime", "write"],
-    "s3": ["connect", "openat", "send", "write"],
-    "sqlite": ["fdatasync|fsync", "ftruncate", "openat", "pwrite", "unlink", "write"],
-}  # fmt: skip
-
-
-@contextlib.contextmanager
-def killing(process: int, calls: str, number: int) -> Iterator[None]:
-    """Has a thread of a process killed, and so the process, at its so-and-so-many-th call."""
-    at = f"inject=/^({calls}):signal=KILL:when={number}"
-    words = ["-f", "-o", os.devnull, "-e", f"trace=/^({calls})", "-e", at, "-p", str(process)]
-    with subprocess.Popen([installed("strace"), *words], stderr=subprocess.PIPE) as strace:
-        assert strace.stderr
-        if b"attached" not in strace.stderr.readline():
-            missing("leave to trace other processes")
-        threading.Thread(target=strace.stderr.read, daemon=True).start()
-        yield
-
-
-class Crashes:
-    """Proxies over one store, each killed while it stores what nobody has asked for yet."""
-
-    def __init__(self, run: Run, upstream: Upstream, place: str, noise: bytes) -> None:
-        self._run, self._upstream, self._numbers = run, upstream, itertools.count()
-        self._noise, self._temporary = noise, run.folder / "tmp"
-        self._temporary.mkdir()
-        settings = {"cache": place, "upstream": upstream.url(), "ttl": "1h"}
-        self._start = functools.partial(run, {"TMPDIR": str(self._temporary)}, **settings)
-        self._proxy = self._start()
-
-    def _path(self, kind: str) -> str:
-        """What is asked for next: of a module of its own."""
-        module = f"example.com/crash{next(self._numbers)}"
-        files: Files = {"go.mod": f"module {module}\n", "noise": self._noise}
-        self._upstream.files.update(site({f"{module}@v1.0.0": files}))
-        return f"{module}/@v/{kind}" if kind == "list" else f"{module}/@v/v1.0.0.{kind}"
-
-    def left(self) -> list[str]:
-        """The temporary files that are there."""
-        found = [*self._temporary.iterdir(), *self._run.folder.rglob(".goproxy-drafts/*")]
-        return [str(each) for each in found]
-
-    def kill(self, kind: str, calls: str, number: int) -> bool:
-        """Whether there was such a call; what was asked for is right afterwards in any case."""
-        path, proxy = self._path(kind), self._proxy
-        with killing(proxy.process.pid, calls, number):
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                answer = proxy.get(path)
-                assert not answer.whole or answer.body == self._upstream.files[path]
-            if proxy.process.poll() is None:
-                proxy.signal(signal.SIGTERM)
-            status = proxy.wait()
-        self._check(path)
-        return status == -signal.SIGKILL
-
-    def _check(self, path: str) -> None:
-        self._proxy = self._start()
-        assert self.left() == []
-        answers = [self._proxy.get(path) for _ in range(2)]
-        assert {answer.body for answer in answers} == {self._upstream.files[path]}
-        assert answers[1].headers["x-cache"] != "MISS"
-
-
-@contextlib.contextmanager
-def crashing(run: Run, upstream: Upstream, store: str, noise: bytes) -> Iterator[Crashes]:
-    with PLACES[store](run.folder) as place:
-        yield Crashes(run, upstream, place, noise)
-        run.stop()
-
-
-@pytest.mark.parametrize(
-    ("store", "points"),
-    [
-        ("folder", [("fsync", 1), ("link", 1), ("rename", 1)]),
-        ("s3", [("send", 3)]),
-        ("sqlite", [("pwrite", 9)]),
-    ],
-)
-def test_a_process_killed_while_it_stores_does_no_harm(
-    run: Run, upstream: Upstream, store: str, points: list[tuple[str, int]]
-) -> None:
-    with crashing(run, upstream, store, NOISE[:100_000]) as crashes:
-        assert [crashes.kill("zip", *point) for point in points] == [True] * len(points)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("kind", ["info", "list", "zip"])
-@pytest.mark.parametrize("store", CHANGES)
-def test_a_process_killed_at_any_change_of_its_store_does_no_harm(
-    run: Run, upstream: Upstream, store: str, kind: str
-) -> None:
-    """At each call of each kind, until there is no such call any more; of pages, that are alike,
-    at each of the first 30 and then at one in seven."""
-    kills = 0
-    with crashing(run, upstream, store, NOISE * 3) as crashes:
-        for calls in CHANGES[store]:
-            for number in (*range(1, 30), *range(30, 2000, 7)):
-                if not crashes.kill(kind, calls, number):
-                    break
-                kills += 1
-    print(f"{store}, {kind}: {kills} kills")
-    assert kills > 3
 
 
 # =============================================================================
@@ -10292,112 +10072,6 @@ def test_latest_is_made_from_the_store_when_offline(proxy: Proxy, run: Run) -> N
     assert offline.get("example.com/big/@latest").status == 404
 
 
-# --- a network that fails ------------------------------------------------------
-
-
-class Toxiproxy:
-    """A real proxy between us and the upstream, which spoils what goes through it."""
-
-    def __init__(self, port: int, upstream: Upstream) -> None:
-        self._api, self._port, self.upstream = port, free_port(), upstream
-        where = urllib.parse.urlsplit(upstream.base).netloc
-        listen = f"127.0.0.1:{self._port}"
-        self._post("proxies", {"name": "up", "listen": listen, "upstream": where})
-
-    def _post(self, path: str, body: object) -> None:
-        data = json.dumps(body).encode()
-        url = f"http://127.0.0.1:{self._api}/{path}"
-        urllib.request.urlopen(urllib.request.Request(url, data), timeout=PATIENCE).close()
-
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/good"
-
-    @contextlib.contextmanager
-    def spoiling(self, kind: str, **attributes: int) -> Iterator[None]:
-        if kind == "down":
-            self._post("proxies/up", {"enabled": False})
-        else:
-            self._post("proxies/up/toxics", {"type": kind, "attributes": attributes})
-        yield
-        self._post("reset", {})
-
-
-@pytest.fixture
-def toxiproxy(upstream: Upstream) -> Iterator[Toxiproxy]:
-    port = free_port()
-    with program(port, go_tool("toxiproxy-server"), "-port", str(port)):
-        yield Toxiproxy(port, upstream)
-
-
-class Spoiled:
-    """A proxy whose upstream and checksum database are behind a network that fails. `answers` are
-    those of all kinds of artifacts, of a module that nobody asked for before."""
-
-    def __init__(self, run: Run, network: Toxiproxy) -> None:
-        self._network, self._numbers = network, itertools.count()
-        self._proxy = run(upstream=network.url(), sumdb=f"sum.test {network.url()}", ttl="0s")
-
-    def _paths(self) -> list[str]:
-        number = next(self._numbers)
-        module, files = f"example.com/t{number}", self._network.upstream.files
-        made = site({f"{module}@v1.0.0": {"go.mod": f"module {module}\n", "n": NOISE[:100_000]}})
-        record = DATABASE["lookup/example.com/quote@v1.0.0"]
-        record = record.replace(b"example.com/quote", module.encode())
-        sums = {f"lookup/{module}@v1.0.0": record, f"tile/8/0/{number:03}": TREE}
-        files.update({**made, **sums})
-        return [*made, *(f"sumdb/sum.test/{path}" for path in sums)]
-
-    def _right(self, path: str) -> bytes:
-        return self._network.upstream.files[path.replace("sumdb/sum.test/", "")]
-
-    def statuses(self, kind: str, **attributes: int) -> set[int]:
-        """What a network spoiled like this makes of them all, 0 for a body that ends too early;
-        what comes whole is right, and after the spoiling all is right at the first request."""
-        paths = self._paths()
-        with self._network.spoiling(kind, **attributes):
-            answers = together(len(paths), lambda number: self._proxy.get(paths[number]))
-        for path, answer in zip(paths, answers):
-            assert answer.status != 200 or not answer.whole or answer.body == self._right(path)
-        healed = together(len(paths), lambda number: self._proxy.get(paths[number]))
-        assert [one.body for one in healed] == [self._right(path) for path in paths]
-        return {answer.status if answer.whole else 0 for answer in answers}
-
-
-# How a network fails, and what our clients are answered meanwhile.
-TOXICS: list[tuple[str, dict[str, int], int]] = [
-    ("bandwidth", {"rate": 1000}, 200),
-    ("latency", {"latency": 50, "jitter": 20}, 200),
-    ("slicer", {"average_size": 1}, 200),
-    ("slow_close", {"delay": 50}, 200),
-    ("down", {}, 502),
-    ("reset_peer", {"timeout": 0}, 502),
-    ("timeout", {"timeout": 20}, 502),
-]
-
-
-def test_a_network_that_fails_spoils_nothing_that_is_kept(run: Run, toxiproxy: Toxiproxy) -> None:
-    spoiled = Spoiled(run, toxiproxy)
-    seen = [spoiled.statuses(kind, **attributes) for kind, attributes, _ in TOXICS]
-    assert seen == [{status} for _, _, status in TOXICS]
-
-
-@pytest.mark.soak
-def test_a_network_that_swallows_everything_is_an_outage(run: Run, toxiproxy: Toxiproxy) -> None:
-    assert Spoiled(run, toxiproxy).statuses("timeout", timeout=0) == {504}
-
-
-@pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.soak)])
-def test_a_network_that_cuts_answers_spoils_nothing_that_is_kept(
-    run: Run, toxiproxy: Toxiproxy, count: int
-) -> None:
-    """After so many bytes each: of the first kilobyte, and of all."""
-    spoiled, dice = Spoiled(run, toxiproxy), random.Random(9)
-    limits = [dice.choice([1000, 10_000, 105_000]) for _ in range(count)]
-    seen = [spoiled.statuses("limit_data", bytes=dice.randrange(limit)) for limit in limits]
-    assert set().union(*seen) <= {0, 200, 502}
-    assert {0, 200, 502} == set().union(*seen) or count < 50
-
-
 # --- the checksum database ---------------------------------------------------
 
 
@@ -12110,6 +11784,769 @@ def test_modules_are_ranked_by_the_minutes_in_which_they_were_used() -> None:
         chronicle.uses.note(name)
     assert chronicle.most_asked() == [("a.test", 1), ("b.test", 1)]
     chronicle.close()
+
+
+# =============================================================================
+# 10. Registry
+# =============================================================================
+
+# bcrypt, cost 5, of "secret": what htpasswd -nbB writes.
+HTPASSWD = "alice:$2y$05$mLHMwitTNc2bxNb5ziZOquce2/0Hl7wIn.6Qwq01FGjghRaRivqlO\n"
+SHOWN = "Basic " + base64.b64encode(b"alice:secret").decode()
+REGISTRY_CONFIG = """version: 0.1
+log: {{level: error, accesslog: {{disabled: false}}}}
+storage:
+  filesystem: {{rootdirectory: {folder}/registry}}
+  delete: {{enabled: true}}
+http: {{addr: "127.0.0.1:{port}"}}
+auth: {auth}
+"""
+
+
+class RealRegistry(NamedTuple):
+    """A docker-registry; its access log is the witness of what it has been asked."""
+
+    url: str
+    log: Path
+
+    def asked(self, method: str, part: str) -> list[str]:
+        wanted = re.compile(f'"{method} [^ ]*{re.escape(part)}[^ ]* HTTP')
+        return [line for line in self.log.read_text().splitlines() if wanted.search(line)]
+
+
+@contextlib.contextmanager
+def docker_registry(folder: Path, auth: str) -> Iterator[RealRegistry]:
+    """Debian's docker-registry; `auth` is a part of its configuration."""
+    port, config, log = free_port(), folder / "registry.yml", folder / "registry.log"
+    config.write_text(REGISTRY_CONFIG.format(folder=folder, port=port, auth=auth))
+    tool = installed("docker-registry")
+    with log.open("wb") as file, program(port, tool, "serve", str(config), out=file):
+        yield RealRegistry(f"http://127.0.0.1:{port}", log)
+
+
+def digest_of(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+LAYER_FILES = [random.Random(n).randbytes(size) for n, size in enumerate((300_000, 90_000, 100))]
+OCI = "application/vnd.oci.image"
+
+
+def described(kind: str, data: bytes) -> dict[str, object]:
+    return {"mediaType": f"{OCI}.{kind}", "digest": digest_of(data), "size": len(data)}
+
+
+def make_image(folder: Path) -> list[str]:
+    """An image of several layers, as an OCI layout; the digests of all its blobs."""
+    layers = [tarred({digest_of(data): data}) for data in LAYER_FILES]
+    roots = {"type": "layers", "diff_ids": [digest_of(layer) for layer in layers]}
+    about = {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": roots}
+    config = json.dumps(about).encode()
+    parts = [described("layer.v1.tar", layer) for layer in layers]
+    head = {"schemaVersion": 2, "mediaType": f"{OCI}.manifest.v1+json"}
+    manifest = json.dumps(
+        {**head, "config": described("config.v1+json", config), "layers": parts}
+    ).encode()
+    names = {"annotations": {"org.opencontainers.image.ref.name": "v1"}}
+    index = {
+        "schemaVersion": 2,
+        "manifests": [{**described("manifest.v1+json", manifest), **names}],
+    }
+    (folder / "blobs/sha256").mkdir(parents=True)
+    for blob in (*layers, config, manifest):
+        (folder / "blobs" / digest_of(blob).replace(":", "/")).write_bytes(blob)
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    return [digest_of(blob) for blob in (*layers, config)]
+
+
+class Harbour(NamedTuple):
+    """A proxy before a registry, with a bucket that clients reach at a tap."""
+
+    proxy: Proxy
+    registry: RealRegistry
+    tap: Scripted
+    bucket: Path
+    folder: Path
+    image: list[str]
+
+    def push(self, repository: str, data: bytes, **fields: str) -> Answer:
+        """One blob, in one request for its place and one with its bytes."""
+        asked = {"Authorization": SHOWN, **fields}
+        begun = send(self.proxy.port, "POST", f"/v2/{repository}/blobs/uploads/", b"", **asked)
+        where = f"{begun.headers['location']}&digest={digest_of(data)}"
+        return send(self.proxy.port, "PUT", where, data, **asked)
+
+    def blob(self, repository: str, digest: str, **fields: str) -> Answer:
+        asked = {"Authorization": SHOWN, **fields}
+        return self.proxy.get(f"v2/{repository}/blobs/{digest}", **asked)
+
+    def fill(self, repository: str, data: bytes) -> Answer:
+        """The answer to the first who asks, once the bucket has the blob."""
+        answer = self.blob(repository, digest_of(data))
+        when_there(self.proxy, self.bucket / digest_of(data))
+        return answer
+
+
+def send(port: int, method: str, path: str, body: bytes | None, **fields: str) -> Answer:
+    """A request with its body; header names have underscores for dashes."""
+    headers = {name.replace("_", "-"): value for name, value in fields.items()}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, PATIENCE)) as connection:
+        connection.request(method, path, body, headers)
+        return answer_from(connection.getresponse())
+
+
+def when_there(proxy: Proxy, file: Path) -> Path:
+    """A file, once a proxy has put it where it is kept."""
+    end = soon()
+    while not file.exists():
+        assert time.monotonic() < end, proxy.log
+        proxy.get("health")
+    return file
+
+
+@contextlib.contextmanager
+def layers_bucket(folder: Path) -> Iterator[tuple[str, Scripted, Path]]:
+    """What -registry-blobs is given, the tap before it, and its folder."""
+    with versitygw(folder) as place, fronted(place, handed_on) as (tap, _):
+        bare = place.replace("/go?", "?")
+        yield f"{bare}&public=http://localhost:{tap.port}", tap, folder / "s3/modules"
+
+
+@contextlib.contextmanager
+def harbour_in(folder: Path, auth: str, **settings: object) -> Iterator[Harbour]:
+    image = make_image(folder / "image")
+    factory = Run(folder)
+    with docker_registry(folder, auth) as registry, layers_bucket(folder) as (place, tap, bucket):
+        given: dict[str, Any] = {"upstream": "off", "workers": 2, **settings}
+        proxy = factory(registry=registry.url, registry_blobs=place, **given)
+        yield Harbour(proxy, registry, tap, bucket, folder, image)
+        factory.stop()
+
+
+@pytest.fixture(scope="module")
+def harbour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harbour]:
+    """One for all tests that use repositories and blobs of their own."""
+    folder = tmp_path_factory.mktemp("harbour")
+    (folder / "htpasswd").write_text(HTPASSWD)
+    with harbour_in(folder, f"{{htpasswd: {{realm: r, path: {folder}/htpasswd}}}}") as made:
+        yield made
+
+
+def run_tool(folder: Path, *command: str, **variables: str) -> str:
+    """What a client says."""
+    done = subprocess.run(
+        command,
+        env={**clean_environment(folder), **variables},
+        cwd=folder,
+        capture_output=True,
+        timeout=PATIENCE * 4,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    return done.stdout.decode()
+
+
+class ImageTool(NamedTuple):
+    """How a client brings an image to a place NAME, and gets it from there into a folder."""
+
+    push: Callable[[Path, str], None]
+    pull: Callable[[Path, str, str], None]
+
+
+def skopeo_push(folder: Path, name: str) -> None:
+    away = ["--dest-tls-verify=false", "--dest-creds=alice:secret", f"docker://{name}"]
+    run_tool(folder, installed("skopeo"), "--insecure-policy", "copy", "oci:image:v1", *away)
+
+
+def skopeo_pull(folder: Path, name: str, to: str) -> None:
+    away = ["--src-tls-verify=false", "--src-creds=alice:secret", f"docker://{name}"]
+    run_tool(folder, installed("skopeo"), "--insecure-policy", "copy", *away, f"oci:{to}:v1")
+
+
+def crane(folder: Path, name: str, *words: str) -> None:
+    tool, host = installed(go_tool("crane")), name.partition("/")[0]
+    run_tool(folder, tool, "auth", "login", host, "-u", "alice", "-p", "secret")
+    run_tool(folder, tool, "--insecure", *words)
+
+
+def podman(kind: str, folder: Path, *words: str) -> None:
+    """podman or buildah, with roots of their own."""
+    if os.geteuid() != 0:
+        missing("root, for private roots of podman and buildah")
+    roots = [f"--root={folder}/{kind}-root", f"--runroot={folder}/{kind}-run"]
+    run_tool(folder, installed(kind), *roots, "--storage-driver=vfs", *words)
+
+
+def podman_push(kind: str, folder: Path, name: str) -> None:
+    (folder / "ctx").mkdir(exist_ok=True)
+    copies = [f"COPY {n} /{n}\n" for n in range(3)]
+    for number in range(3):
+        (folder / f"ctx/{number}").write_bytes(random.Random(number + 9).randbytes(200_000))
+    (folder / "ctx/Dockerfile").write_text("FROM scratch\n" + "".join(copies))
+    podman(kind, folder, "build", "--layers", "--isolation=chroot", "-t", "made", "ctx")
+    away = ["--tls-verify=false", "--creds=alice:secret", "made", f"docker://{name}"]
+    podman(kind, folder, "push", *away)
+
+
+def podman_pull(kind: str, folder: Path, name: str, to: str) -> None:
+    podman(f"{kind}", folder, "rmi", "--all", "--force")
+    podman(kind, folder, "pull", "--tls-verify=false", "--creds=alice:secret", name)
+
+
+IMAGE_TOOLS = {
+    "buildah": ImageTool(
+        functools.partial(podman_push, "buildah"), functools.partial(podman_pull, "buildah")
+    ),
+    "crane": ImageTool(
+        lambda folder, name: crane(folder, name, "push", "image", name),
+        lambda folder, name, to: crane(folder, name, "pull", "--format=oci", name, to),
+    ),
+    "podman": ImageTool(
+        functools.partial(podman_push, "podman"), functools.partial(podman_pull, "podman")
+    ),
+    "skopeo": ImageTool(skopeo_push, skopeo_pull),
+}
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        pytest.param("buildah", marks=pytest.mark.soak),
+        "crane",
+        pytest.param("podman", marks=pytest.mark.soak),
+        "skopeo",
+    ],
+)
+def test_an_image_is_pushed_and_its_layers_come_from_the_bucket(
+    harbour: Harbour, tool: str
+) -> None:
+    name = f"127.0.0.1:{harbour.proxy.port}/team/{tool}"
+    IMAGE_TOOLS[tool].push(harbour.folder, name)
+    IMAGE_TOOLS[tool].pull(harbour.folder, name, f"first-{tool}")
+    fetched = harbour.registry.asked("GET", f"{tool}/blobs/")
+    seen = len(harbour.tap.seen)
+    IMAGE_TOOLS[tool].pull(harbour.folder, name, f"second-{tool}")
+    assert harbour.registry.asked("GET", f"{tool}/blobs/") == fetched
+    assert len(harbour.registry.asked("HEAD", f"{tool}/blobs/")) >= 4
+    given = [heard for heard in harbour.tap.seen[seen:] if heard.method == "GET"]
+    assert len(given) >= 2
+    assert not any("authorization" in heard.headers for heard in harbour.tap.seen)
+    assert "Signature" not in harbour.proxy.log
+
+
+Step10 = tuple[str, str, Union[bytes, None], "dict[str, str]"]
+
+
+def manifest_of(blob: bytes) -> bytes:
+    layers = [described("layer.v1.tar", blob)]
+    kind = f"{OCI}.manifest.v1+json"
+    config = described("config.v1+json", blob)
+    return json.dumps(
+        {"schemaVersion": 2, "mediaType": kind, "config": config, "layers": layers}
+    ).encode()
+
+
+def life_of_a_blob(blob: bytes) -> list[Step10]:
+    """What may be asked about one; UPLOAD stands for where the last answer sent, REPO for the
+    repository."""
+    digest, kind = digest_of(blob), {"Content-Type": f"{OCI}.manifest.v1+json"}
+    manifest, bad = manifest_of(blob), digest_of(b"")
+    at, half = f"/v2/REPO/blobs/{digest}", len(blob) // 2
+    octets = {"Content-Type": "application/octet-stream"}
+    first = {**octets, "Content-Range": f"0-{half - 1}"}
+    rest = {**octets, "Content-Range": f"{half}-{len(blob) - 1}"}
+    return [
+        ("HEAD", at, None, {}),
+        ("GET", at, None, {}),
+        ("POST", f"/v2/REPO/blobs/uploads/?mount={digest}&from=no/where", b"", {}),
+        ("DELETE", "UPLOAD", None, {}),
+        ("GET", "UPLOAD", None, {}),
+        ("POST", "/v2/REPO/blobs/uploads/", b"", {}),
+        ("PATCH", "UPLOAD", blob[:half], first),
+        ("GET", "UPLOAD", None, {}),
+        ("PATCH", "UPLOAD", blob[half:], rest),
+        ("PUT", f"UPLOAD&digest={bad}", b"", {}),
+        ("POST", "/v2/REPO/blobs/uploads/", b"", {}),
+        ("PUT", f"UPLOAD&digest={digest}", blob, octets),
+        ("HEAD", at, None, {}),
+        ("GET", at, None, {"Range": "bytes=5-9"}),
+        ("GET", at, None, {"Range": "bytes=-6"}),
+        ("GET", at, None, {}),
+        ("GET", f"{at}?ns=docker.io", None, {"If-None-Match": f'"{digest}"'}),
+        ("GET", at, None, {"Authorization": "Basic bm86bm8="}),
+        ("POST", f"/v2/REPO/x/blobs/uploads/?mount={digest}&from=REPO", b"", {}),
+        ("PUT", "/v2/REPO/manifests/v1", b"{", kind),
+        ("PUT", "/v2/REPO/manifests/v1", manifest, kind),
+        ("HEAD", "/v2/REPO/manifests/v1", None, {}),
+        ("GET", "/v2/REPO/manifests/v1", None, {"Accept": kind["Content-Type"]}),
+        ("GET", "/v2/REPO/tags/list?n=1", None, {}),
+        ("DELETE", f"/v2/REPO/manifests/{digest_of(manifest)}", None, {}),
+        ("DELETE", at, None, {}),
+        ("OPTIONS", "/v2/REPO/tags/list", None, {}),
+    ]
+
+
+def answers_to(port: int, repository: str, steps: Iterable[Step10]) -> list[Any]:
+    """The answers of a registry, without what no two answers share."""
+    found: list[Any] = []
+    where, base = "", f"http://127.0.0.1:{port}"
+    for method, path, body, fields in steps:
+        asked = path.replace("REPO", repository).replace("UPLOAD", where)
+        shown = {"Authorization": SHOWN, **fields}
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+            connection.request(method, asked, body, shown)
+            response = connection.getresponse()
+            data, lines = response.read(), response.getheaders()
+        where = response.getheader("Location", where).replace(base, "")
+        text = json.dumps(
+            [sorted(line for line in lines if line[0] != "Date"), data.decode("latin-1")]
+        )
+        text = text.replace(base, "").replace(repository, "REPO")
+        text = re.sub("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "UUID", text)
+        found.append((method, path, response.status, re.sub('_state=[^&"\\\\]*', "", text)))
+    return found
+
+
+def test_the_registry_answers_through_us_as_it_does_alone(harbour: Harbour) -> None:
+    blobs = [random.Random(seed).randbytes(40_000 + seed) for seed in range(4)]
+    steps: list[Step10] = [("GET", "/v2/", None, {}), ("GET", "/v2/none/tags/list", None, {})]
+    steps += [step for blob in blobs for step in life_of_a_blob(blob)]
+    assert len(steps) >= 100
+    alone = answers_to(int(harbour.registry.url.rpartition(":")[2]), "same/aa", steps)
+    through = answers_to(harbour.proxy.port, "same/bb", steps)
+    assert [pair for pair in zip(alone, through) if pair[0] != pair[1]] == []
+    assert {status for _, _, status, _ in through} >= {200, 201, 202, 204, 206, 400, 401, 404}
+
+
+def test_a_range_that_is_not_there_is_told_by_the_registry(harbour: Harbour) -> None:
+    """docker-registry 2.8 announces more bytes of this answer than it sends."""
+    data = random.Random(6).randbytes(90_000)
+    harbour.push("team/range", data)
+    answer = harbour.blob("team/range", digest_of(data), Range="bytes=999999-")
+    assert (answer.status, answer.headers["content-range"]) == (416, "bytes */90000")
+
+
+def test_a_push_in_chunks_is_streamed_and_the_connection_is_kept(harbour: Harbour) -> None:
+    data = random.Random(5).randbytes(500_000)
+    pieces = [data[start : start + 70_001] for start in range(0, len(data), 70_001)]
+    with contextlib.closing(harbour.proxy.connect()) as connection:
+        shown = {"Authorization": SHOWN}
+        connection.request("POST", "/v2/team/chunks/blobs/uploads/", b"", shown)
+        where = answer_from(connection.getresponse()).headers["location"]
+        assert where.startswith("/v2/team/chunks/blobs/uploads/")
+        sock = connection.sock
+        connection.request("PATCH", where, iter(pieces), shown, encode_chunked=True)
+        sent = answer_from(connection.getresponse())
+        assert (sent.status, sent.headers["range"]) == (202, f"0-{len(data) - 1}")
+        assert sent.headers["docker-upload-uuid"]
+        end = f"{sent.headers['location']}&digest={digest_of(data)}"
+        connection.request("PUT", end, b"", shown)
+        assert answer_from(connection.getresponse()).status == 201
+        assert connection.sock is sock
+
+
+MALFORMED_CHUNKS = {"long": "3;x" + "y" * 9999, "no end": "3\r\nabcdef\r\n", "no size": "zz\r\n"}
+
+
+@pytest.mark.parametrize("kind", MALFORMED_CHUNKS)
+def test_a_malformed_chunk_ends_a_push(harbour: Harbour, kind: str) -> None:
+    begun = send(
+        harbour.proxy.port, "POST", "/v2/team/bad/blobs/uploads/", b"", Authorization=SHOWN
+    )
+    fields = f"Host: x\r\nAuthorization: {SHOWN}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    said = talk(
+        harbour.proxy.port,
+        f"PATCH {begun.headers['location']} HTTP/1.1\r\n{fields}{MALFORMED_CHUNKS[kind]}".encode(),
+    )
+    (answer,) = responses(said)
+    assert answer.status == 400
+    assert json.loads(answer.body)["errors"][0]["message"].startswith("malformed chunk")
+
+
+def test_who_asks_whether_to_send_is_told_to(harbour: Harbour) -> None:
+    begun = send(
+        harbour.proxy.port, "POST", "/v2/team/ask/blobs/uploads/", b"", Authorization=SHOWN
+    )
+    fields = f"Host: x\r\nAuthorization: {SHOWN}\r\nExpect: 100-continue\r\nConnection: close\r\n"
+    head = f"PATCH {begun.headers['location']} HTTP/1.1\r\n{fields}Content-Length: 4\r\n\r\n"
+    with dial(harbour.proxy.port) as client:
+        client.sendall(head.encode())
+        assert client.recv(99) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(b"abcd")
+        assert b"HTTP/1.1 202 " in read_all(client)
+
+
+def test_many_who_want_a_cold_layer_cost_one_fetch(harbour: Harbour) -> None:
+    data = random.Random(7).randbytes(3 << 20)
+    assert harbour.push("team/cold", data).status == 201
+    answers = together(20, lambda _: harbour.blob("team/cold", digest_of(data)))
+    whole = [answer for answer in answers if answer.status == 200]
+    assert whole and {answer.body for answer in whole} == {data}
+    assert {answer.status for answer in answers} <= {200, 307}
+    assert len(harbour.registry.asked("GET", "team/cold/blobs/")) == 1
+    when_there(harbour.proxy, harbour.bucket / digest_of(data))
+    assert harbour.blob("team/cold", digest_of(data)).status == 307
+
+
+def test_a_link_is_for_one_layer_and_five_minutes(harbour: Harbour) -> None:
+    data = random.Random(8).randbytes(100_000)
+    harbour.push("team/link", data)
+    harbour.fill("team/link", data)
+    answer = harbour.blob("team/link", digest_of(data), Range="bytes=7-")
+    where = answer.headers["location"]
+    assert (answer.status, answer.headers["docker-content-digest"]) == (307, digest_of(data))
+    assert (answer.headers["cache-control"], answer.body) == ("no-store", b"")
+    assert where.startswith(f"http://localhost:{harbour.tap.port}/modules/sha256%3A")
+    assert "X-Amz-Expires=300&" in where
+    ranged = urllib.request.Request(where, headers={"Range": "bytes=7-"})
+    with urllib.request.urlopen(ranged, timeout=PATIENCE) as response:
+        assert response.read() == data[7:]
+    other = where.replace(digest_of(data)[7:], harbour.image[0][7:])
+    assert status_at(other) == status_at(where, "PUT") == 403
+
+
+def status_at(url: str, method: str = "GET") -> int:
+    parts = urllib.parse.urlsplit(url)
+    with contextlib.closing(http.client.HTTPConnection(parts.netloc, timeout=PATIENCE)) as made:
+        made.request(method, f"{parts.path}?{parts.query}")
+        return made.getresponse().status
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:99"])
+def test_a_layer_is_streamed_where_a_link_would_carry_credentials(
+    harbour: Harbour, host: str
+) -> None:
+    data = random.Random(9).randbytes(100_000)
+    harbour.push("team/same", data)
+    for _ in range(3):
+        asked = f"/v2/team/same/blobs/{digest_of(data)}"
+        answer = send(harbour.proxy.port, "GET", asked, None, Authorization=SHOWN, Host=host)
+        assert (answer.status, answer.body) == (200, data)
+        assert answer.headers["docker-content-digest"] == digest_of(data)
+    assert "Layers: s3 127.0.0.1:" in harbour.proxy.log
+    assert "get them streamed" in harbour.proxy.log
+
+
+def test_a_small_blob_is_streamed(harbour: Harbour) -> None:
+    data = random.Random(10).randbytes(9000)
+    harbour.push("team/small", data)
+    for _ in range(2):
+        answer = harbour.fill("team/small", data)
+        assert (answer.status, answer.body) == (200, data)
+    assert len(harbour.registry.asked("GET", "team/small/blobs/")) == 1
+
+
+def test_what_the_registry_has_deleted_is_gone(harbour: Harbour) -> None:
+    data = random.Random(11).randbytes(90_000)
+    harbour.push("team/gone", data)
+    harbour.fill("team/gone", data)
+    at = f"/v2/team/gone/blobs/{digest_of(data)}"
+    assert send(harbour.proxy.port, "DELETE", at, None, Authorization=SHOWN).status == 202
+    answer = harbour.blob("team/gone", digest_of(data))
+    assert (answer.status, "location" in answer.headers) == (404, False)
+    assert b"BLOB_UNKNOWN" in answer.body
+
+
+def test_modules_are_served_while_pushes_hang(harbour: Harbour) -> None:
+    clients = [dial(harbour.proxy.port) for _ in range(40)]
+    fields = f"Host: x\r\nAuthorization: {SHOWN}\r\nContent-Length: 9\r\n\r\nab"
+    for client in clients:
+        client.sendall(f"PATCH /v2/team/hang/blobs/uploads/x HTTP/1.1\r\n{fields}".encode())
+    assert harbour.proxy.get("version").status == 200
+    assert harbour.proxy.get("example.com/none/@v/v1.0.0.info").status == 404
+    assert harbour.proxy.get("v2/", Authorization=SHOWN).status == 200
+    for client in clients:
+        client.close()
+
+
+class TokenServer:
+    """Who tells docker-registry what a user may do: tokens signed with a key of its own (the
+    specification is "Token Authentication" of distribution). alice may all, others nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=tokens"
+        files = ["-keyout", str(folder / "token.key"), "-out", str(folder / "token.pem")]
+        subprocess.run([*command.split(), *files], check=True, capture_output=True)
+
+    def answer(self, heard: Heard) -> Said:
+        asked = urllib.parse.parse_qs(urllib.parse.urlsplit(heard.path).query)
+        scopes = [scope.split(":") for scope in asked.get("scope", [])]
+        may = heard.headers.get("authorization") == SHOWN
+        access = [
+            {"type": kind, "name": name, "actions": actions.split(",")}
+            for kind, name, actions in (scopes if may else [])
+        ]
+        body = json.dumps({"token": self.token(access)}).encode()
+        return Said(200, {"Content-Type": "application/json"}, body)
+
+    def token(self, access: Sequence[Mapping[str, object]]) -> str:
+        der = ssl.PEM_cert_to_DER_cert((self._folder / "token.pem").read_text())
+        head = {"typ": "JWT", "alg": "RS256", "x5c": [base64.b64encode(der).decode()]}
+        now = int(time.time())
+        life = {"exp": now + 300, "nbf": now - 9, "iat": now, "jti": str(now)}
+        claims = {"iss": "tokens", "sub": "x", "aud": "registry", "access": access, **life}
+        text = ".".join(urlsafe(json.dumps(part).encode()) for part in (head, claims))
+        command = ["openssl", "dgst", "-sha256", "-sign", str(self._folder / "token.key")]
+        done = subprocess.run(command, input=text.encode(), capture_output=True, check=True)
+        return f"{text}.{urlsafe(done.stdout)}"
+
+
+def urlsafe(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def test_who_may_not_have_a_layer_gets_no_link(tmp_path: Path) -> None:
+    installed("openssl")
+    tokens = TokenServer(tmp_path)
+    with scripted(tokens.answer) as server:
+        told = f"realm: 'http://localhost:{server.port}/token', service: registry, issuer: tokens"
+        auth = f"{{token: {{{told}, rootcertbundle: {tmp_path}/token.pem}}}}"
+        with harbour_in(tmp_path, auth) as harbour:
+            name = f"127.0.0.1:{harbour.proxy.port}/team/token"
+            skopeo_push(tmp_path, name)
+            for folder in ("one", "two"):
+                skopeo_pull(tmp_path, name, folder)
+            seen, big = len(harbour.tap.seen), harbour.image[0]
+            assert seen >= 2
+            none = f"Bearer {tokens.token([])}"
+            refused = harbour.blob("team/token", big, Authorization=none)
+            assert (refused.status, "location" in refused.headers) == (401, False)
+            challenge = refused.headers["www-authenticate"]
+            assert challenge.startswith(f'Bearer realm="http://localhost:{server.port}/token"')
+            assert (b"UNAUTHORIZED" in refused.body, len(harbour.tap.seen)) == (True, seen)
+
+
+# --- in front of a registry that does as it is told ---
+
+
+class Play(NamedTuple):
+    """A made-up registry with one blob; `lies` are sent in its place."""
+
+    blob: bytes
+    lies: bytes | None = None
+    cut: int = 0
+
+    @property
+    def path(self) -> str:
+        return f"v2/team/app/blobs/{digest_of(self.blob)}"
+
+    def answer(self, heard: Heard) -> Said:
+        if heard.headers.get("authorization") == "Basic no":
+            return Said(403, {"Docker-Reason": "no"}, b"not you")
+        if heard.path != f"/{self.path}":
+            return Said(404)
+        body = self.blob if self.lies is None else self.lies
+        length = {"Content-Length": str(len(body)), "Docker-Content-Digest": "as told"}
+        return Said(200, length, body[: len(body) - self.cut])
+
+
+PLAYED = random.Random(1).randbytes(300_000)
+
+
+@pytest.mark.parametrize(
+    ("play", "status"),
+    [
+        (Play(PLAYED, lies=b"x" * 300_000), 200),
+        (Play(PLAYED, cut=9), 200),
+        (Play(PLAYED[:5000], lies=b"y" * 5000), 502),
+        (Play(PLAYED[:5000], cut=9), 502),
+    ],
+    ids=["other bytes", "cut", "few other bytes", "few cut"],
+)
+def test_what_does_not_have_its_digest_is_neither_given_whole_nor_kept(
+    run: Run, s3_place: str, play: Play, status: int
+) -> None:
+    with scripted(play.answer) as registry:
+        proxy = run(upstream="off", registry=registry.base, registry_blobs=s3_place)
+        answer = proxy.get(play.path)
+        assert (answer.status, answer.whole) == (status, status != 200)
+        assert len(answer.body) <= len(play.blob) - (1 << 16) or status == 502
+        proxy.logged("/blobs/sha256:", 2)
+        assert [name for name in in_bucket(run) if name.startswith("sha")] == []
+
+
+def test_a_permission_counts_for_those_credentials_alone(run: Run, s3_place: str) -> None:
+    play = Play(PLAYED)
+    with scripted(play.answer) as registry:
+        place = f"{s3_place}&permit=60s"
+        proxy = run(upstream="off", registry=registry.base, registry_blobs=place)
+        statuses = [
+            proxy.get(play.path, Authorization=f"Basic {who}").status
+            for who in ("one", "one", "two", "no", "one")
+        ]
+        asked = [
+            heard.headers["authorization"][6:] for heard in registry.seen if heard.method == "HEAD"
+        ]
+        assert (statuses[3], asked) == (403, ["one", "two", "no"])
+
+
+def test_without_a_bucket_layers_come_from_the_registry(run: Run, refused: str) -> None:
+    play = Play(PLAYED * 9)
+    with scripted(play.answer) as registry:
+        place = f"s3://modules?endpoint={refused}"
+        proxy = run(upstream="off", registry=registry.base, registry_blobs=place)
+        for _ in range(3):
+            answer = proxy.get(play.path)
+            assert (answer.status, answer.body) == (200, play.blob)
+        assert proxy.stop().log.count("layers come from the registry itself") == 1
+        alone = run(upstream="off", registry=registry.base)
+        answer = alone.get(play.path, Authorization="Basic x")
+        assert (answer.body, answer.headers["docker-content-digest"]) == (play.blob, "as told")
+
+
+def test_a_registry_that_is_away_is_told_as_registries_tell_it(run: Run, refused: str) -> None:
+    proxy = run(upstream="off", registry=refused)
+    answer = proxy.get("v2/")
+    assert (answer.status, answer.headers["content-type"]) == (502, "application/json")
+    (error,) = json.loads(answer.body)["errors"]
+    assert error["code"] == "UNAVAILABLE"
+    assert "Connection refused" in error["message"]
+
+
+def test_below_v2_is_nothing_without_a_registry(shared: Shared) -> None:
+    assert shared.proxy.get("v2/").status == 404
+
+
+@contextlib.contextmanager
+def one_answer(answer: bytes) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that says the same to all, byte by byte, and what it was asked."""
+    heard: list[bytes] = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = door.accept()[0]
+                with client:
+                    head = b""
+                    while b"\r\n\r\n" not in head:
+                        head += client.recv(4096)
+                    heard.append(head)
+                    client.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{door.getsockname()[1]}", heard
+        door.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_header_lines_are_passed_one_by_one_both_ways(run: Run) -> None:
+    lines = [b"WWW-Authenticate: Basic realm=a", b"WWW-Authenticate: Bearer realm=b"]
+    gone = [b"Connection: close, X-Here", b"X-Here: 1", b"Keep-Alive: 9"]
+    kept = [b"Date: Thu, 01 Jan 1970 00:00:00 GMT", b"Content-Encoding: gzip", *lines]
+    said = b"\r\n".join([b"HTTP/1.1 401 No", *kept, *gone, b"", b"ab"])
+    with one_answer(said) as (url, heard):
+        proxy = run(upstream="off", registry=url)
+        asked = [b"Accept: a", b"Accept: b", b"Accept-Encoding: gzip", b"X-Cafe: \xe9"]
+        hop = [b"Connection: close, X-Mine", b"X-Mine: 1", b"TE: trailers"]
+        request = [b"GET /v2/a?n=1&n=%32 HTTP/1.1", b"Host: us.test", *asked, *hop, b"", b""]
+        answer = talk(proxy.port, b"\r\n".join(request))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.split(b"\r\n")[1:-2] == kept
+    assert (head.count(b"Date: "), body) == (1, b"2\r\nab\r\n0\r\n\r\n")
+    first, host, *others = heard[0].split(b"\r\n")
+    assert (first, host) == (request[0], b"Host: " + url[7:].encode())
+    assert others[:4] == asked
+    assert b"X-Mine" not in heard[0]
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_location_leads_back_to_us(run: Run, keeps: bool) -> None:
+    def answer(heard: Heard) -> Said:
+        where = {"/v2/here": "{}/v2/x?y=1", "/v2/away": "https://s3.test/x"}[heard.path]
+        return Said(202, {"Location": where.format(f"http://{heard.headers['host']}")})
+
+    with scripted(answer) as registry:
+        proxy = run(upstream="off", registry=registry.base, registry_preserve_host=keeps)
+        here, away = (proxy.get(f"v2/{name}").headers["location"] for name in ("here", "away"))
+        assert here == (f"{proxy.url}/v2/x?y=1" if keeps else "/v2/x?y=1")
+        assert away == "https://s3.test/x"
+        proto = [heard.headers.get("x-forwarded-proto") for heard in registry.seen]
+        assert proto == ["http" if keeps else None] * 2
+
+
+def test_verify_removes_layers_that_have_changed(run: Run, s3_place: str) -> None:
+    play = Play(PLAYED)
+    with scripted(play.answer) as registry:
+        settings = {"upstream": "off", "registry": registry.base, "registry_blobs": s3_place}
+        proxy = run(**settings)  # type: ignore[arg-type]
+        assert proxy.get(play.path).body == PLAYED
+        file = when_there(proxy, run.folder / "s3/modules/go" / digest_of(PLAYED))
+        words = ["verify", *flags({"cache": run.cache, **settings})]
+        assert "0 bad, 0 failed" in finish(run.folder, *words, environ=AWS).out
+        with file.open("r+b") as opened:
+            opened.write(b"changed")
+        ended = finish(run.folder, *words, environ=AWS)
+        assert (ended.status, file.exists()) == (1, False)
+        assert f"{digest_of(PLAYED)}: it is sha256:" in ended.out
+        assert "1 bad, 0 failed" in ended.out
+
+
+def aged_layers(run: Run, place: goproxy.LayersPlace) -> tuple[goproxy.LayerStore, dict[str, str]]:
+    """Five layers of 1000 bytes by their digests; each is a day older than the one before it, the
+    first 29 days and a half."""
+    store, names = goproxy.LayerStore(place, means()), {}
+    for days, name in enumerate("abcde", 29):
+        names[name] = digest_of(name.encode() * 1000)
+        store.put(names[name], name.encode() * 1000)
+        past = time.time() - (days + 0.5) * 86400
+        os.utime(run.folder / "s3/modules/go" / names[name], (past, past))
+    return store, names
+
+
+def test_layers_that_nobody_may_have_for_long_go_and_the_oldest_for_room(
+    run: Run, s3_place: str
+) -> None:
+    place = goproxy.Settings.load([f"-registry-blobs={s3_place}&max_size=2500B"], {}).registry_blobs
+    assert place
+    store, names = aged_layers(run, place)
+    store.mark(names["e"])  # the oldest, but used now
+    ageing = goproxy.Ageing(store, place, goproxy.QuietLog())
+    with contextlib.closing(store), contextlib.closing(ageing):
+        ageing.turn()
+        assert {item.name for item in store.layers()} == {names["a"], names["e"]}
+        store.put(names["b"], b"b" * 1000)
+        ageing.turn()
+        assert {item.name for item in store.layers()} == {names["b"], names["e"]}
+
+
+BLOBLO = {
+    "BLOBLO_LISTEN_ADDR": ":7777",
+    "BLOBLO_PRESERVE_HOST": "true",
+    "BLOBLO_S3_BUCKET_NAME": "layers",
+    "BLOBLO_UPSTREAM_URL": "http://localhost:6666/",
+    "BLOBLO_USE_LOCALSTACK": "true",
+}
+
+
+def test_the_variables_of_bloblo_work(tmp_path: Path) -> None:
+    settings = goproxy.Settings.load([], BLOBLO)
+    assert (settings.port, settings.host) == (7777, "")
+    assert str(settings.registry) == "http://localhost:6666"
+    blobs = settings.registry_blobs
+    assert blobs and (blobs.bucket, str(blobs.endpoint)) == ("layers", "http://localhost:4566")
+    assert settings.registry_preserve_host
+    assert settings.origins["port"] == "BLOBLO_LISTEN_ADDR"
+    ours = {**BLOBLO, "GOPROXY_REGISTRY": "http://other"}
+    assert str(goproxy.Settings.load([], ours).registry) == "http://other"
+    ended = finish(tmp_path, environ={"BLOBLO_LISTEN_ADDR": "host:http"})
+    assert (ended.status, "BLOBLO_LISTEN_ADDR=http: want a port" in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["-registry-blobs=s3://layers"], ["-registry=http://r.test", "-offline"]],
+    ids=["no registry", "offline"],
+)
+def test_a_registry_that_cannot_be_is_one_line_and_status_2(
+    tmp_path: Path, words: list[str]
+) -> None:
+    ended = finish(tmp_path, *words)
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert words[0].partition("=")[0] in ended.err
 
 
 # =============================================================================
