@@ -7005,24 +7005,15 @@ class _ComeLater(ProxyError):
         self.seconds = seconds
 
 
-class TraceExporter:
-    """Takes spans from TRACER to a collector: OTLP over HTTP, as JSON. What a collector puts off
-    is sent again; what it refuses, or cannot be asked to take, is lost. The log tells when that
-    begins and when it ends, once for all processes."""
+class TraceLine:
+    """The way to a collector: OTLP over HTTP, as JSON."""
 
-    _EVERY, _LONGEST, _FAREWELL = 1.0, 60.0, 1.0  # seconds
-    _BATCH, _AT_ONCE, _GIVE_WAY = 512, 16, 0.001
     _ANSWER = 64 * 1024
     _LATER = (429, 502, 503, 504)
 
-    def __init__(self, client: Client, plan: TracePlan, log: Log) -> None:
-        """Starts a thread, and begins to collect."""
+    def __init__(self, client: Client, plan: TracePlan) -> None:
         self._client = client
         self._plan = plan
-        self._log = log
-        self._pause = self._EVERY
-        self._failing = False
-        self._ended = threading.Event()
         sender = json.dumps({"attributes": otlp_attributes(plan.sender)})
         scope = json.dumps({"name": "goproxy.py", "version": __version__})
         self._frame = (
@@ -7035,48 +7026,12 @@ class TraceExporter:
             *([("Authorization", authorization)] if authorization else []),
             *plan.headers,
         ]
-        TRACER.sampler = plan.sampler
-        self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
-        self._thread.start()
 
-    def _run(self) -> None:
-        while not self._ended.wait(self._pause):
-            self._send_all(math.inf)
-        self._send_all(time.monotonic() + self._FAREWELL)
-
-    def _send_all(self, until: float) -> None:
-        lost = TRACER.lost()
-        spans = TRACER.take(self._BATCH)
-        while spans:
-            try:
-                self._send(self._encoded(spans), until)
-            except _ComeLater as error:
-                TRACER.put_back(spans)
-                self._pause = max(error.seconds, min(2 * self._pause, self._LONGEST))
-                self._fail(lost, error)
-                return
-            except ProxyError as error:
-                self._pause = min(2 * self._pause, self._LONGEST)
-                self._fail(lost + len(spans), error)
-                return
-            self._count("sent", len(spans))
-            self._recover()
-            spans = TRACER.take(self._BATCH)
-        self._count("dropped", lost)
-
-    def _encoded(self, spans: Sequence[Callable[[], dict[str, Any]]]) -> bytes:
-        """In pieces: who answers requests must not wait long for the interpreter."""
-        texts = []
-        for number, encoded in enumerate(spans, 1):
-            texts.append(json.dumps(encoded()))
-            if number % self._AT_ONCE == 0:
-                time.sleep(self._GIVE_WAY)
-        return ",".join(texts).join(self._frame).encode()
-
-    def _send(self, body: bytes, until: float) -> None:
-        """Raises ProxyError."""
+    def send(self, spans: Sequence[str], until: float) -> None:
+        """Sends spans that are encoded; `until` is monotonic. Raises ProxyError."""
+        body = bytes_body(",".join(spans).join(self._frame).encode())
+        request = Outgoing("POST", self._plan.url, self._headers, body)
         seconds = self._plan.seconds
-        request = Outgoing("POST", self._plan.url, self._headers, bytes_body(body))
         until = min(until, time.monotonic() + seconds)
         patience = Patience(seconds, seconds, seconds)
         with contextlib.closing(self._client.send(request, patience, until)) as response:
@@ -7097,6 +7052,70 @@ class TraceExporter:
             return
         if rejected > 0:
             raise BadUpstream(f"{self._plan.url.authority} rejects spans: {str(why)[:200]}")
+
+    def check(self) -> Finding:
+        """Sends no spans, which a collector takes."""
+
+        def send() -> str:
+            self.send([], time.monotonic() + _CHECK_SECONDS)
+            return ""
+
+        return examine("collector", self._plan.url, [("send", send)])
+
+
+class TraceExporter:
+    """Takes spans from TRACER to a collector. What that puts off is sent again; what it refuses, or
+    cannot be asked to take, is lost. The log tells when that begins and when it ends, once for all
+    processes."""
+
+    _EVERY, _LONGEST, _FAREWELL = 1.0, 60.0, 1.0  # seconds
+    _BATCH, _BATCHES, _AT_ONCE, _GIVE_WAY = 512, 5, 16, 0.001
+
+    def __init__(self, line: TraceLine, sampler: Sampler, log: Log) -> None:
+        """Starts a thread, and begins to collect."""
+        self._line = line
+        self._log = log
+        self._pause = self._EVERY
+        self._failing = False
+        self._ended = threading.Event()
+        TRACER.sampler = sampler
+        self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._pause):
+            self._send_all(math.inf)
+        self._send_all(time.monotonic() + self._FAREWELL)
+
+    def _send_all(self, until: float) -> None:
+        lost = TRACER.lost()
+        for _ in range(self._BATCHES):
+            spans = TRACER.take(self._BATCH)
+            if not spans:
+                break
+            try:
+                self._line.send(self._encoded(spans), until)
+            except _ComeLater as error:
+                TRACER.put_back(spans)
+                self._pause = max(error.seconds, min(2 * self._pause, self._LONGEST))
+                self._fail(lost, error)
+                return
+            except ProxyError as error:
+                self._pause = min(2 * self._pause, self._LONGEST)
+                self._fail(lost + len(spans), error)
+                return
+            self._count("sent", len(spans))
+            self._recover()
+        self._count("dropped", lost)
+
+    def _encoded(self, spans: Sequence[Callable[[], dict[str, Any]]]) -> list[str]:
+        """In pieces: who answers requests must not wait long for the interpreter."""
+        texts = []
+        for number, encoded in enumerate(spans, 1):
+            texts.append(json.dumps(encoded()))
+            if number % self._AT_ONCE == 0:
+                time.sleep(self._GIVE_WAY)
+        return texts
 
     def _count(self, result: str, count: int) -> None:
         if count:
@@ -17936,7 +17955,9 @@ class Daemon:
         log.start()
         client = Client(self._outside.dialer, self._outside.netrc_file)
         storage = WatchedStorage(self._storage, log)
-        exporter = TraceExporter(client, self._traces, log) if self._traces else None
+        exporter = None
+        if self._traces:
+            exporter = TraceExporter(TraceLine(client, self._traces), self._traces.sampler, log)
         with answering(settings, self._outside, client, storage, log) as found:
             saw, end = _watching(settings, found.policy, storage, fetcher)
             noting = _noting(settings, found, log, fetcher)
@@ -18031,6 +18052,9 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
         for database in settings.sumdb:
             finding = check_server("checksum database", database.url, "latest", dialer, client)
             print(finding, flush=True)
+        traces = TraceVariables(environ).plan(settings.trace)
+        if traces:
+            print(TraceLine(client, traces).check(), flush=True)
     return status
 
 

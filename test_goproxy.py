@@ -6569,7 +6569,7 @@ def exporting(url: str, **environ: str) -> Iterator[Lines]:
     """An exporter of this process to a collector, and what it says."""
     lines, plan = Lines(), plan_of(url, **environ)
     with contextlib.closing(goproxy.Client(dialer(), {})) as client:
-        exporter = HastyExporter(client, plan, lines)
+        exporter = HastyExporter(goproxy.TraceLine(client, plan), plan.sampler, lines)
         try:
             yield lines
         finally:
@@ -6623,6 +6623,7 @@ BAD_ANSWERS = {
     "redirecting": Said(302, {"Location": "http://127.0.0.1:1/"}),
     "refusing": Said(400, {}, b'{"code":3}'),
     "rejecting": Said(200, {}, REJECTED),
+    "talkative": Said(200, {}, b" " * 100_000),
     "unknown": Said(404),
 }
 
@@ -6671,6 +6672,16 @@ def test_a_collector_may_take_spans_without_words(collector: Collector, said: by
             tell(f"span {count}")
             collector.wait(lambda server: len(server.spans) == count)  # noqa: B023
     assert lines.told == []
+
+
+@pytest.mark.parametrize(("status", "words"), [(200, "send [0-9]+ ms"), (405, "send: .* 405")])
+def test_the_check_asks_the_collector(
+    tmp_path: Path, collector: Collector, status: int, words: str
+) -> None:
+    collector.said = [Said(status)]
+    ended = finish(tmp_path, "check", "-upstream=off", "-sumdb=off", f"-trace={collector.base}")
+    verdict = "ok" if status == 200 else "FAIL"
+    assert re.fullmatch(f"{verdict} +collector +{collector.base}/v1/traces +{words}\n", ended.out)
 
 
 def test_spans_that_are_left_are_sent_at_the_end(collector: Collector) -> None:
