@@ -3163,13 +3163,10 @@ class Draft:
     def __init__(self, folder: str, named: bool = True) -> None:
         """A file in a folder; without a name (`path` is empty) nothing can be left of it."""
         while True:
-            descriptor, self.path = _new_draft(folder)
+            descriptor, self.path = _new_draft(folder) if named else (_nameless(folder), "")
             self.file = OpenFile(descriptor)
-            if lock_draft(descriptor) and os.path.exists(self.path):
+            if not named or (lock_draft(descriptor) and os.path.exists(self.path)):
                 break  # else a sweep of another process has taken it for a dead one's
-        if not named:
-            os.unlink(self.path)
-            self.path = ""
         self.size: int | None = None
         self.modified = time.time()
         self.written = 0
@@ -3195,13 +3192,11 @@ class Draft:
     def _move(self) -> None:
         """Goes on in the folder for temporary files, where the disk may not be full; readers do
         not notice. Without a name, the draft will not become an artifact of a folder."""
-        descriptor, path = tempfile.mkstemp(prefix="draft-")
-        other = OpenFile(descriptor)
-        os.unlink(path)
+        other = OpenFile(_nameless(tempfile.gettempdir()))
         with self.file.reading() as file:
             for start in range(0, self.written, CHUNK):
                 other.append(file.read(min(CHUNK, self.written - start)))
-        os.dup2(descriptor, self.file.descriptor, inheritable=False)
+        os.dup2(other.descriptor, self.file.descriptor, inheritable=False)
         with contextlib.suppress(OSError):
             os.unlink(self.path)
         self.path = ""
@@ -3256,6 +3251,12 @@ def _new_draft(folder: str) -> tuple[int, str]:
     except FileNotFoundError:  # somebody has emptied the store, which is fine
         os.makedirs(folder, exist_ok=True)
         return tempfile.mkstemp(prefix="draft-", dir=folder)
+
+
+def _nameless(folder: str) -> int:
+    """A file of which nothing is left, however this process ends: on Linux it never has a name."""
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        return os.dup(file.fileno())
 
 
 def lock_draft(descriptor: int) -> bool:
@@ -18572,6 +18573,14 @@ COMMANDS = {
 }
 
 
+def _temporary_folder(environ: Mapping[str, str]) -> str | None:
+    """Where temporary files go, as tempfile finds it, which would write a file to try each: one
+    that stays if this process is killed meanwhile. None: let it."""
+    named = [environ.get(name, "") for name in ("TMPDIR", "TEMP", "TMP")]
+    folders = [folder for folder in (*named, "/tmp", "/var/tmp") if folder]
+    return next((each for each in folders if os.access(each, os.W_OK | os.X_OK)), None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit status 0, 2 for settings that cannot be used, 1 for a machine that does
     not let it start, or for a check that failed."""
@@ -18580,6 +18589,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     places = "".join(f" {each.name}" for each in command.arguments if each.name.isupper())
     usage = f"goproxy.py [{'|'.join(COMMANDS)}]{places} [flags]"
+    tempfile.tempdir = _temporary_folder(os.environ)
     try:
         settings = Settings.load(words, os.environ, usage, command.text, command.arguments)
         return command.run(settings, os.environ)

@@ -513,9 +513,26 @@ def _swap_once(exchange: Exchange, body: bytes) -> None:
     _truncate(exchange, body) if exchange.first() else exchange.reply(200, b"!" + body[1:])
 
 
+def _trailers(exchange: Exchange, body: bytes) -> None:
+    """A body that is whole, and then trailer fields without end."""
+    with contextlib.suppress(OSError):
+        exchange.head(200, Transfer_Encoding="chunked")
+        exchange.wfile.write(b"%x\r\n%s\r\n0\r\n" % (len(body), body))
+        for number in range(100_000):
+            exchange.wfile.write(b"X-%d: %s\r\n" % (number, b"y" * 100))
+    exchange.cut()
+
+
 def _truncate(exchange: Exchange, body: bytes) -> None:
     exchange.head(200, Content_Length=len(body))
     exchange.wfile.write(body[: len(body) // 2])
+    exchange.cut()
+
+
+def _vast(exchange: Exchange, body: bytes) -> None:
+    with contextlib.suppress(OSError):
+        exchange.head(200, Content_Length=20 << 30)
+        exchange.wfile.write(body)
     exchange.cut()
 
 
@@ -567,8 +584,10 @@ FAULTS: dict[str, Fault] = {
     "redirect-loop": _redirect_loop,
     "reset": _reset,
     "swap-once": _swap_once,
+    "trailers": _trailers,
     "truncate": _truncate,
     "vary": _vary,
+    "vast": _vast,
     "wronginfo": _wrong_info,
 }
 
@@ -2335,6 +2354,19 @@ def test_the_readme_has_a_row_for_every_setting() -> None:
     assert [row for row in rows if row.replace(",", "`, `") not in readme] == []
 
 
+def test_what_the_readme_names_is_there() -> None:
+    readme = (HERE / "README.md").read_text()
+    others = {each.name for one in goproxy.COMMANDS.values() for each in one.arguments}
+    flags_named = set(re.findall(r"`(-[a-z][a-z-]*)[ =`]", readme))
+    no_flags = {"-e", "-escaped", "-flag", "-help", "-shm", "-v", "-wal"}
+    assert flags_named - set(SETTINGS) - others == no_flags
+    headings = [re.sub("[^a-z -]", "", one.lower()) for one in re.findall("^#+ (.+)", readme, re.M)]
+    targets = re.findall(r"\]\(#([^)]+)\)", readme)
+    assert targets and set(targets) <= {one.replace(" ", "-") for one in headings}
+    files = re.findall("`((?:bench|deploy)/[^` ]+)`", readme)
+    assert [name for name in files if not (HERE / name).exists()] == []
+
+
 # =============================================================================
 # 4. Artifacts
 # =============================================================================
@@ -2909,20 +2941,23 @@ def tampered(dice: random.Random, data: bytes) -> bytes:
 
 def zips_like_go(ask_go: Ask, folder: Path, zips: Sequence[bytes]) -> Iterator[tuple[str, str]]:
     """Our h1: hash or "refused", and Go's, which may also be "corrupt"."""
-    for number, data in enumerate(zips):
-        (folder / f"{number}.zip").write_bytes(data)
-    names = [str(folder / f"{number}.zip") for number in range(len(zips))]
-    answers = ask_go([("zip", MODULE, VERSION, name) for name in names])
-    for data, theirs in zip(zips, answers):
-        try:
-            yield hash_of(data), theirs
-        except goproxy.BadUpstream:
-            yield "refused", theirs
+    names = [str(folder / f"{number}.zip") for number in range(1000)]
+    for start in range(0, len(zips), len(names)):
+        batch = list(zip(names, zips[start:]))
+        for name, data in batch:
+            Path(name).write_bytes(data)
+        answers = ask_go([("zip", MODULE, VERSION, name) for name, _ in batch])
+        for (_, data), theirs in zip(batch, answers):
+            try:
+                yield hash_of(data), theirs
+            except goproxy.BadUpstream:
+                yield "refused", theirs
 
 
-def test_check_zip_like_go(ask_go: Ask, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1500, pytest.param(12_000, marks=pytest.mark.soak)])
+def test_check_zip_like_go(ask_go: Ask, tmp_path: Path, count: int) -> None:
     dice = random.Random(7)
-    lists = [[random_part(dice) for _ in range(dice.randint(0, 4))] for _ in range(1500)]
+    lists = [[random_part(dice) for _ in range(dice.randint(0, 4))] for _ in range(count)]
     packers = [lambda parts: pack(*parts), lambda parts: pack64(*parts)]
     zips = [*GOOD_ZIPS.values(), *(dice.choice(packers)(parts) for parts in lists)]
     verdicts = list(zips_like_go(ask_go, tmp_path, zips))
@@ -2931,14 +2966,80 @@ def test_check_zip_like_go(ask_go: Ask, tmp_path: Path) -> None:
     assert sum(ours != "refused" for ours, _ in verdicts) > 300
 
 
-def test_check_zip_never_laxer_than_go(ask_go: Ask, tmp_path: Path) -> None:
+# In what a zip may be odd that Go passes, since each of its readers looks at one place alone.
+STRICTER = re.compile(
+    "local header differs|sizes differ|overlap or leave a gap|not a valid zip|too many entries|"
+    "encrypted|checksum error|after the end of|unexpected EOF|declared size"
+)
+
+
+@pytest.mark.parametrize("count", [3000, pytest.param(12_000, marks=pytest.mark.soak)])
+def test_check_zip_never_laxer_than_go(ask_go: Ask, tmp_path: Path, count: int) -> None:
     dice = random.Random(8)
     good = [*GOOD_ZIPS.values(), *SMALL.values()]
-    zips = [tampered(dice, dice.choice(good)) for _ in range(3000)]
+    zips = [tampered(dice, dice.choice(good)) for _ in range(count)]
     zips += [data for _, data, _ in CORRUPT]
     zips += [pack(*map(Part, names)) for names, _ in BAD_NAMES]
-    for number, (ours, theirs) in enumerate(zips_like_go(ask_go, tmp_path, zips)):
-        assert ours in ("refused", theirs), number
+    for data, (ours, theirs) in zip(zips, zips_like_go(ask_go, tmp_path, zips)):
+        if ours != theirs:
+            with pytest.raises(goproxy.BadUpstream) as caught:
+                hash_of(data)
+            assert theirs in ("refused", "corrupt") or STRICTER.search(str(caught.value))
+
+
+def burden(kind: str, count: int) -> Iterator[bytes]:
+    """The pieces of a zip of so many empty files: `overlap`, all of them the same bytes."""
+    directory, at = bytearray(), 0
+    for number in range(count):
+        name = PREFIX.encode() + b"%x" % number
+        here = 0 if kind == "overlap" else at
+        truth: dict[str, Any] = dict.fromkeys(("crc", "flags", "method", "packed", "size"), 0)
+        truth.update(name=name, extra=b"", rest=[])
+        directory += zip_header(b"PK\1\2", "HHHLL", [20, 20], {**truth, "rest": [0, 0, 0, 0, here]})
+        local = zip_header(b"PK\3\4", "", [20], truth)
+        yield local
+        at += len(local)
+    yield bytes(directory)
+    yield struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), at)
+    yield struct.pack("<4sLQL", b"PK\6\7", 0, at + len(directory), 1)
+    yield struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+
+
+WEIGHED = f"""
+import resource, sys
+sys.path.insert(0, {str(HERE)!r})
+import goproxy
+try:
+    verdict = goproxy.check_zip(open(sys.argv[1], "rb"), {MODULE!r}, {VERSION!r})
+except goproxy.BadUpstream as error:
+    verdict = str(error)
+used = resource.getrusage(resource.RUSAGE_SELF)
+peak = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
+print(verdict, used.ru_utime + used.ru_stime, int(peak) // 1024, sep="\\n")
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.skipif("not Path('/proc/self/status').exists()", reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("kind", "verdict"),
+    [("bomb", "h1:"), ("many", "h1:"), ("overlap", "overlap"), ("too many", "too many entries")],
+)
+def test_a_zip_that_is_a_burden_costs_a_minute_and_150_mb_at_most(
+    tmp_path: Path, kind: str, verdict: str
+) -> None:
+    """Of 890,000 files, which is what the longest directory that is taken has room for."""
+    file = tmp_path / "burden.zip"
+    with open(file, "wb") as out:
+        if kind == "bomb":
+            out.write(pack(Part(PREFIX + "zeros", bytes(goproxy.MAX_ZIP))))
+        else:
+            out.writelines(burden(kind, 1_000_001 if kind == "too many" else 890_000))
+    words = [sys.executable, "-c", WEIGHED, str(file)]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    said, seconds, megabytes = told.splitlines()
+    print(f"{kind}: {said}, {float(seconds):.1f} s, {megabytes} MB")
+    assert verdict in said and float(seconds) < 60 and int(megabytes) <= 150
 
 
 MODERN, OLDER = b"module example.com/m\n\ngo 1.24.0\n", b"module example.com/m\ngo 1.23\n"
@@ -3461,6 +3562,23 @@ def test_the_upstream_is_asked_for_plain_bytes(proxy: Proxy, upstream: Upstream)
     assert headers.get("accept-encoding", "identity") == "identity"
     assert "goproxy" in headers["user-agent"]
     assert "connection" not in headers or headers["connection"] != "close"
+
+
+HOSTILE = ["gzip", "html", "interim", "longhead", "redirect-file", "redirect-loop", "trailers"]
+
+
+def test_a_hostile_upstream_is_502_and_leaves_no_trace(run: Run, upstream: Upstream) -> None:
+    """Of every kind of artifact; and once it is good again, the first request is right."""
+    proxy = run(upstream=upstream.url(), sumdb=f"sum.test {upstream.url()}")
+    for fault in [*HOSTILE, "vast"]:
+        upstream.fault = fault
+        for path in (INFO, MOD, ZIP, BIG, LIST, LATEST, LOOKUP, TILE):
+            answer = proxy.get(path)
+            assert answer.status == 502 or not answer.whole, (fault, path)
+    assert set(run.stored()) <= {"sumdb/sum.test/supported"}
+    upstream.fault = "good"
+    for path in (INFO, MOD, ZIP, BIG, LIST, LATEST):
+        assert proxy.get(path).body == SITE[path]
 
 
 @pytest.mark.parametrize("fault", ["redirect-bracket", "redirect-file", "redirect-loop"])
@@ -5826,7 +5944,7 @@ def test_what_a_container_file_names_exists(name: str) -> None:
     }
     named = set(re.findall(r"^ +(?:# )?([A-Z_]{4,}): ", text, re.MULTILINE))
     assert named <= known and (named or name == "Dockerfile")
-    assert set(re.findall(r'goproxy.py", "([a-z]+)"', text)) == {"health"}
+    assert set(re.findall(r'"-m", "goproxy", "([a-z]+)"', text)) == {"health"}
 
 
 def test_check_looks_for_git_where_it_is_needed(tmp_path: Path) -> None:
@@ -7814,6 +7932,115 @@ def test_a_full_disk_does_not_cost_the_client_its_answer(run: Run, upstream: Ups
     shutil.rmtree(run.cache)
     run.cache.write_text("no folder any more")
     assert proxy.get(INFO).body == SITE[INFO]
+
+
+# --- crashes -----------------------------------------------------------------
+
+# The system calls by which a request changes a store, by their beginnings on any machine.
+CHANGES: dict[str, list[str]] = {
+    "folder": ["fchmod|chmod", "fsetxattr", "fsync", "link", "mkdir", "openat", "rename", "unlink",
+               "utime", "write"],
+    "s3": ["connect", "openat", "send", "write"],
+    "sqlite": ["fdatasync|fsync", "ftruncate", "openat", "pwrite", "unlink", "write"],
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def killing(process: int, calls: str, number: int) -> Iterator[None]:
+    """Has a thread of a process killed, and so the process, at its so-and-so-many-th call."""
+    at = f"inject=/^({calls}):signal=KILL:when={number}"
+    words = ["-f", "-o", os.devnull, "-e", f"trace=/^({calls})", "-e", at, "-p", str(process)]
+    with subprocess.Popen([installed("strace"), *words], stderr=subprocess.PIPE) as strace:
+        assert strace.stderr
+        if b"attached" not in strace.stderr.readline():
+            missing("leave to trace other processes")
+        threading.Thread(target=strace.stderr.read, daemon=True).start()
+        yield
+
+
+class Crashes:
+    """Proxies over one store, each killed while it stores what nobody has asked for yet."""
+
+    def __init__(self, run: Run, upstream: Upstream, place: str, noise: bytes) -> None:
+        self._run, self._upstream, self._numbers = run, upstream, itertools.count()
+        self._noise, self._temporary = noise, run.folder / "tmp"
+        self._temporary.mkdir()
+        settings = {"cache": place, "upstream": upstream.url(), "ttl": "1h"}
+        self._start = functools.partial(run, {"TMPDIR": str(self._temporary)}, **settings)
+        self._proxy = self._start()
+
+    def _path(self, kind: str) -> str:
+        """What is asked for next: of a module of its own."""
+        module = f"example.com/crash{next(self._numbers)}"
+        files: Files = {"go.mod": f"module {module}\n", "noise": self._noise}
+        self._upstream.files.update(site({f"{module}@v1.0.0": files}))
+        return f"{module}/@v/{kind}" if kind == "list" else f"{module}/@v/v1.0.0.{kind}"
+
+    def left(self) -> list[str]:
+        """The temporary files that are there."""
+        found = [*self._temporary.iterdir(), *self._run.folder.rglob(".goproxy-drafts/*")]
+        return [str(each) for each in found]
+
+    def kill(self, kind: str, calls: str, number: int) -> bool:
+        """Whether there was such a call; what was asked for is right afterwards in any case."""
+        path, proxy = self._path(kind), self._proxy
+        with killing(proxy.process.pid, calls, number):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                answer = proxy.get(path)
+                assert not answer.whole or answer.body == self._upstream.files[path]
+            if proxy.process.poll() is None:
+                proxy.signal(signal.SIGTERM)
+            status = proxy.wait()
+        self._check(path)
+        return status == -signal.SIGKILL
+
+    def _check(self, path: str) -> None:
+        self._proxy = self._start()
+        assert self.left() == []
+        answers = [self._proxy.get(path) for _ in range(2)]
+        assert {answer.body for answer in answers} == {self._upstream.files[path]}
+        assert answers[1].headers["x-cache"] != "MISS"
+
+
+@contextlib.contextmanager
+def crashing(run: Run, upstream: Upstream, store: str, noise: bytes) -> Iterator[Crashes]:
+    with PLACES[store](run.folder) as place:
+        yield Crashes(run, upstream, place, noise)
+        run.stop()
+
+
+@pytest.mark.parametrize(
+    ("store", "points"),
+    [
+        ("folder", [("fsync", 1), ("link", 1), ("rename", 1)]),
+        ("s3", [("send", 3)]),
+        ("sqlite", [("pwrite", 9)]),
+    ],
+)
+def test_a_process_killed_while_it_stores_does_no_harm(
+    run: Run, upstream: Upstream, store: str, points: list[tuple[str, int]]
+) -> None:
+    with crashing(run, upstream, store, NOISE[:100_000]) as crashes:
+        assert [crashes.kill("zip", *point) for point in points] == [True] * len(points)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["info", "list", "zip"])
+@pytest.mark.parametrize("store", CHANGES)
+def test_a_process_killed_at_any_change_of_its_store_does_no_harm(
+    run: Run, upstream: Upstream, store: str, kind: str
+) -> None:
+    """At each call of each kind, until there is no such call any more; of pages, that are alike,
+    at each of the first 30 and then at one in seven."""
+    kills = 0
+    with crashing(run, upstream, store, NOISE * 3) as crashes:
+        for calls in CHANGES[store]:
+            for number in (*range(1, 30), *range(30, 2000, 7)):
+                if not crashes.kill(kind, calls, number):
+                    break
+                kills += 1
+    print(f"{store}, {kind}: {kills} kills")
+    assert kills > 3
 
 
 # =============================================================================
@@ -10081,6 +10308,112 @@ def test_latest_is_made_from_the_store_when_offline(proxy: Proxy, run: Run) -> N
     offline = run(upstream="off", offline="true")
     assert offline.get(LATEST).version == "v1.1.0"
     assert offline.get("example.com/big/@latest").status == 404
+
+
+# --- a network that fails ------------------------------------------------------
+
+
+class Toxiproxy:
+    """A real proxy between us and the upstream, which spoils what goes through it."""
+
+    def __init__(self, port: int, upstream: Upstream) -> None:
+        self._api, self._port, self.upstream = port, free_port(), upstream
+        where = urllib.parse.urlsplit(upstream.base).netloc
+        listen = f"127.0.0.1:{self._port}"
+        self._post("proxies", {"name": "up", "listen": listen, "upstream": where})
+
+    def _post(self, path: str, body: object) -> None:
+        data = json.dumps(body).encode()
+        url = f"http://127.0.0.1:{self._api}/{path}"
+        urllib.request.urlopen(urllib.request.Request(url, data), timeout=PATIENCE).close()
+
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}/good"
+
+    @contextlib.contextmanager
+    def spoiling(self, kind: str, **attributes: int) -> Iterator[None]:
+        if kind == "down":
+            self._post("proxies/up", {"enabled": False})
+        else:
+            self._post("proxies/up/toxics", {"type": kind, "attributes": attributes})
+        yield
+        self._post("reset", {})
+
+
+@pytest.fixture
+def toxiproxy(upstream: Upstream) -> Iterator[Toxiproxy]:
+    port = free_port()
+    with program(port, go_tool("toxiproxy-server"), "-port", str(port)):
+        yield Toxiproxy(port, upstream)
+
+
+class Spoiled:
+    """A proxy whose upstream and checksum database are behind a network that fails. `answers` are
+    those of all kinds of artifacts, of a module that nobody asked for before."""
+
+    def __init__(self, run: Run, network: Toxiproxy) -> None:
+        self._network, self._numbers = network, itertools.count()
+        self._proxy = run(upstream=network.url(), sumdb=f"sum.test {network.url()}", ttl="0s")
+
+    def _paths(self) -> list[str]:
+        number = next(self._numbers)
+        module, files = f"example.com/t{number}", self._network.upstream.files
+        made = site({f"{module}@v1.0.0": {"go.mod": f"module {module}\n", "n": NOISE[:100_000]}})
+        record = DATABASE["lookup/example.com/quote@v1.0.0"]
+        record = record.replace(b"example.com/quote", module.encode())
+        sums = {f"lookup/{module}@v1.0.0": record, f"tile/8/0/{number:03}": TREE}
+        files.update({**made, **sums})
+        return [*made, *(f"sumdb/sum.test/{path}" for path in sums)]
+
+    def _right(self, path: str) -> bytes:
+        return self._network.upstream.files[path.replace("sumdb/sum.test/", "")]
+
+    def statuses(self, kind: str, **attributes: int) -> set[int]:
+        """What a network spoiled like this makes of them all, 0 for a body that ends too early;
+        what comes whole is right, and after the spoiling all is right at the first request."""
+        paths = self._paths()
+        with self._network.spoiling(kind, **attributes):
+            answers = together(len(paths), lambda number: self._proxy.get(paths[number]))
+        for path, answer in zip(paths, answers):
+            assert answer.status != 200 or not answer.whole or answer.body == self._right(path)
+        healed = together(len(paths), lambda number: self._proxy.get(paths[number]))
+        assert [one.body for one in healed] == [self._right(path) for path in paths]
+        return {answer.status if answer.whole else 0 for answer in answers}
+
+
+# How a network fails, and what our clients are answered meanwhile.
+TOXICS: list[tuple[str, dict[str, int], int]] = [
+    ("bandwidth", {"rate": 1000}, 200),
+    ("latency", {"latency": 50, "jitter": 20}, 200),
+    ("slicer", {"average_size": 1}, 200),
+    ("slow_close", {"delay": 50}, 200),
+    ("down", {}, 502),
+    ("reset_peer", {"timeout": 0}, 502),
+    ("timeout", {"timeout": 20}, 502),
+]
+
+
+def test_a_network_that_fails_spoils_nothing_that_is_kept(run: Run, toxiproxy: Toxiproxy) -> None:
+    spoiled = Spoiled(run, toxiproxy)
+    seen = [spoiled.statuses(kind, **attributes) for kind, attributes, _ in TOXICS]
+    assert seen == [{status} for _, _, status in TOXICS]
+
+
+@pytest.mark.soak
+def test_a_network_that_swallows_everything_is_an_outage(run: Run, toxiproxy: Toxiproxy) -> None:
+    assert Spoiled(run, toxiproxy).statuses("timeout", timeout=0) == {504}
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.soak)])
+def test_a_network_that_cuts_answers_spoils_nothing_that_is_kept(
+    run: Run, toxiproxy: Toxiproxy, count: int
+) -> None:
+    """After so many bytes each: of the first kilobyte, and of all."""
+    spoiled, dice = Spoiled(run, toxiproxy), random.Random(9)
+    limits = [dice.choice([1000, 10_000, 105_000]) for _ in range(count)]
+    seen = [spoiled.statuses("limit_data", bytes=dice.randrange(limit)) for limit in limits]
+    assert set().union(*seen) <= {0, 200, 502}
+    assert {0, 200, 502} == set().union(*seen) or count < 50
 
 
 # --- the checksum database ---------------------------------------------------
