@@ -12773,7 +12773,7 @@ class Catalogue:
         tests = " AND ".join(["instr(lower(path), lower(?))"] * len(words)) or "1"
         return self._holdings(sees, count, f"WHERE {tests} GROUP BY id, own ORDER BY path", *words)
 
-    def of(self, paths: Sequence[str], count: int, sees: Sees) -> list[Holding]:
+    def of(self, paths: Iterable[str], count: int, sees: Sees) -> list[Holding]:
         """The first of these modules that there are."""
         found = (self._holdings(sees, 1, "WHERE path = ? GROUP BY id, own", path) for path in paths)
         return list(itertools.islice(itertools.chain.from_iterable(found), count))
@@ -15252,6 +15252,402 @@ def serve_index(app: App, request: Request) -> Reply:
     return Reply(200, body.encode(), _CATALOG_TYPE, (_NO_STORE,))
 
 
+class Markup(str):
+    """Text that is HTML already."""
+
+
+def _filled(template: str, *values: object) -> Markup:
+    """The only way in which HTML is made: what is not Markup is escaped."""
+    safe = (v if isinstance(v, Markup) else html.escape(str(v)) for v in values)
+    return Markup(template.format(*safe))
+
+
+def _joined(parts: Iterable[Markup]) -> Markup:
+    return Markup("".join(parts))
+
+
+def serve_page(app: App, request: Request) -> Reply:
+    """GET /, for people; ?q= searches, ?module=&version= shows a module. No module's path can be
+    one of these, since they are no paths."""
+    asked = dict(urllib.parse.parse_qsl(request.query))
+    overview = _overview(app)
+    is_complete = overview.catalogue.is_complete()
+    sees = _sees(app, request)
+    status, title, words = 200, "goproxy", asked.get("q", "").strip()[:_MAX_WORDS]
+    if "module" in asked:
+        title = asked["module"][:_MAX_WORDS]
+        found = overview.catalogue.versions(asked["module"], sees)
+        status = 200 if found else 404 if is_complete else 503
+        body = _module_page(app, request, found, asked) if found else _no_module(title, status)
+    elif words:
+        title = words
+        body = _found_modules(overview.catalogue.search(words.split(), _ROWS + 1, sees), words)
+    else:
+        body = _front_page(app, request, overview, sees)
+    note = _HINT if not is_complete else Markup()
+    page = _filled(_WHOLE_PAGE, title, Markup(_STYLE), words, note, body, __version__)
+    return Reply(status, page.encode(), "text/html; charset=utf-8", _PAGE_HEADERS)
+
+
+def _no_module(path: str, status: int) -> Markup:
+    text = "Nothing of this module is stored here" if status == 404 else "Not found so far"
+    return _filled("<h1>{}</h1><section><p>{}.</p></section>", path, text)
+
+
+def _front_page(app: App, request: Request, overview: Overview, sees: Sees) -> Markup:
+    catalogue, chronicle = overview
+    used = dict(chronicle.most_asked()[:_RANKED])
+    most = [(one.path, _plural(used[one.path], "minute")) for one in catalogue.of(used, _TOP, sees)]
+    latest = [
+        (f"{each.path}@{each.version}", _when(each.stored / 1e6))
+        for each in catalogue.latest(_TOP, sees)
+    ]
+    columns = (
+        _top_table("Most used", "asked for in", most, f"since the start, {_ago(chronicle.began)}"),
+        _top_table("Newest", "stored", latest, "the last version of each module"),
+    )
+    failed, absent = (
+        [one for one in several if sees(one.path, 0)] for several in chronicle.troubles()
+    )
+    charts = _charts(chronicle.minutes())
+    return _joined(
+        [
+            _how_to(app, request),
+            _filled('<div class="grid">{}{}</div>', charts, _store_bar(app, catalogue.totals())),
+            _filled('<div class="grid">{}</div>', _joined(columns)),
+            _troubles_table("Failures of the last hour", failed),
+            _troubles_table("Not found in the last hour", absent),
+        ]
+    )
+
+
+def _own_url(app: App, request: Request) -> str:
+    """Where this client reaches us. A Host that a shell could take for more than a name is not
+    told again: people copy this."""
+    host = request.fields.get("host", "")
+    safe = re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?", host)
+    scheme = "https" if app.tls else "http"
+    where = f"{scheme}://{host if safe else 'localhost'}"
+    return str(app.settings.public_url or where)
+
+
+def _how_to(app: App, request: Request) -> Markup:
+    lines = [f"go env -w GOPROXY={_own_url(app, request)},direct"]
+    note = "The go command keeps this; go env -u GOPROXY takes it back"
+    if app.gate:
+        host = urllib.parse.urlsplit(_own_url(app, request)).hostname
+        lines.append(f"machine {host} login USER password PASSWORD")
+        note += ". The second line belongs into your netrc file, with your own name and password"
+    return _filled(_HOW_TO, _joined(_filled("<code>{}</code>", line) for line in lines), note)
+
+
+def _charts(minutes: Sequence[Minute]) -> Markup:
+    hits, misses = sum(one.hits for one in minutes), sum(one.misses for one in minutes)
+    sent, received = sum(one.sent for one in minutes), sum(one.received for one in minutes)
+    ratio = f"{100 * hits / (hits + misses):.1f} %" if hits + misses else "no requests yet"
+    requests = [(one.hits, one.misses) for one in minutes]
+    traffic = [(one.sent, one.received) for one in minutes]
+    peaks = (
+        f"a bar is a minute: at most {max(map(sum, requests)):,.0f} requests",
+        f"a bar is a minute: at most {shown_size(max(map(sum, traffic)))}",
+    )
+    legends = (("from the store", f"{hits:,.0f}"), ("fetched", f"{misses:,.0f}"))
+    flows = (("to clients", shown_size(sent)), ("from upstreams", shown_size(received)))
+    return _joined(
+        [
+            _chart("Hit ratio", ratio, requests, legends, peaks[0]),
+            _chart("Traffic", shown_size(sent + received), traffic, flows, peaks[1]),
+        ]
+    )
+
+
+def _chart(
+    title: str,
+    figure: str,
+    pairs: Sequence[tuple[float, float]],
+    legends: Sequence[tuple[str, str]],
+    peak: str,
+) -> Markup:
+    """Pairs of the last minutes, one above the other, scaled to the highest sum."""
+    most = max(map(sum, pairs)) or 1.0
+    bars = []
+    for place, pair in enumerate(pairs, 60 - len(pairs)):
+        low, high = (round(_HEIGHT * value / most, 1) for value in pair)
+        if low:
+            bars.append(_filled(_MINUTE_BAR, "a", 4 * place, _HEIGHT - low, low))
+        if high:
+            bars.append(_filled(_MINUTE_BAR, "b", 4 * place, round(_HEIGHT - low - high, 1), high))
+    told = _joined(
+        _filled('<li class="{}"><b>{}</b> {}</li>', mark, amount, name)
+        for mark, (name, amount) in zip("ab", legends)
+    )
+    label = f"{title}: {', '.join(f'{amount} {name}' for name, amount in legends)}, {peak}"
+    return _filled(_CHART, title, figure, label, _joined(bars), told, peak)
+
+
+def _store_bar(app: App, totals: tuple[int, int, int]) -> Markup:
+    modules, versions, size = totals
+    limit, bar, words = app.settings.max_size, Markup(), "no limit (-max-size) is set"
+    if limit:
+        size = int(METER.figures().get("goproxy_store_bytes") or size)
+        share = min(100.0, 100 * size / limit)
+        words = f"{share:.0f} % of {shown_size(limit)}"
+        bar = _filled(_SHARE_BAR, f"{share:.0f} percent of the limit in use", f"{share:.1f}")
+    held = f"{_plural(versions, 'version')} of {_plural(modules, 'module')}"
+    return _filled(_STORE, shown_size(size), bar, held, words)
+
+
+def _table(names: Sequence[str], rows: Iterable[Markup]) -> Markup:
+    heads = _joined(_filled("<th scope=col>{}</th>", name) for name in names)
+    many = Markup(" class=many" if len(names) > 2 else "")
+    return _filled(_TABLE, many, heads, _joined(rows))
+
+
+def _top_table(title: str, column: str, rows: Sequence[tuple[str, object]], note: str) -> Markup:
+    """`rows`: MODULE or MODULE@VERSION, and what is to be told of it."""
+    told = [
+        _filled("<tr><td>{}</td><td>{}</td></tr>", _link(*name.partition("@")[::2]), value)
+        for name, value in rows
+    ]
+    table = _table(("module", column), told) if rows else Markup("<p>Nothing yet.</p>")
+    return _filled("<section><h2>{}</h2><p class=note>{}</p>{}</section>", title, note, table)
+
+
+def _link(path: str, version: str = "") -> Markup:
+    query = {"module": path, **({"version": version} if version else {})}
+    told = _filled(" <span class=version>{}</span>", version) if version else Markup()
+    return _filled('<a href="?{}">{}</a>{}', urllib.parse.urlencode(query), path, told)
+
+
+def _troubles_table(title: str, troubles: Sequence[Trouble]) -> Markup:
+    if not troubles:
+        return Markup()
+    rows = [
+        _filled(
+            "<tr><td class=size>{}{}</td><td><b class=status>{}</b></td>"
+            "<td>{} <span class=version>{}</span></td><td>{}</td></tr>",
+            _when(one.moment),
+            f", {one.times} times" if one.times > 1 else "",
+            one.status,
+            one.path,
+            one.version,
+            one.words,
+        )
+        for one in troubles[:_TOP]
+    ]
+    table = _table(("when", "status", "module", "reason"), rows)
+    return _filled("<section><h2>{}</h2>{}</section>", title, table)
+
+
+def _found_modules(found: Sequence[Holding], words: str) -> Markup:
+    rows = [
+        _filled(
+            "<tr><td>{}</td><td>{}</td><td class=size>{}</td><td>{}</td></tr>",
+            _link(one.path), one.versions, shown_size(one.size), _when(one.stored / 1e6),
+        )
+        for one in found[:_ROWS]
+    ]  # fmt: skip
+    count = f"More than {_ROWS}" if len(found) > _ROWS else f"{len(found) or 'No'}"
+    table = _table(("module", "versions", "size", "last stored"), rows) if found else Markup()
+    text = f"{count} stored {'module' if len(found) == 1 else 'modules'} with “{words}”"
+    return _filled(
+        "<h1>{}</h1>{}", text, _filled("<section>{}</section>", table) if found else table
+    )
+
+
+def _module_page(
+    app: App, request: Request, found: Sequence[Entry], asked: Mapping[str, str]
+) -> Markup:
+    """The versions of a module, the highest first, and more of one of them."""
+    path = found[0].path
+    held = {each.version: each for each in found}
+    version = asked.get("version", "")
+    chosen = held.get(version) or held[newest(list(held))]
+    remarks = _overview(app).catalogue.remarks().get(path, [])
+    ordered = sorted(held, key=semver_key, reverse=True)
+    rows = [_version_row(held[each], remarks) for each in ordered[:_ROWS]]
+    gone = (each for each in remarks if each.version and each.version not in held)
+    rows += [_filled(_GONE_ROW, each.version, _mark(each)) for each in gone]
+    more = f"and {len(ordered) - _ROWS} older ones" if len(ordered) > _ROWS else ""
+    whole = [_filled("<p>{}</p>", _mark(each)) for each in remarks if not each.version]
+    info = _stored_text(app, request, Artifact(path, chosen.version, "info"))
+    mod = _stored_text(app, request, Artifact(path, chosen.version, "mod"))
+    return _filled(
+        _MODULE,
+        path,
+        _joined(whole),
+        f"go get {path}@{chosen.version}",
+        _published(info),
+        _table(("version", "stored", "size", "remarks"), rows),
+        more,
+        chosen.version,
+        mod or "not stored",
+    )
+
+
+def _published(info: str) -> Markup:
+    with contextlib.suppress(BadUpstream):
+        moment = seconds_of(read_info(info.encode()).time)
+        if moment:
+            return _filled("published {}", _when(moment))
+    return Markup("publication time unknown")
+
+
+def _version_row(entry: Entry, remarks: Sequence[Remark]) -> Markup:
+    marks = _joined(_mark(each) for each in remarks if each.version == entry.version)
+    query = urllib.parse.urlencode({"module": entry.path, "version": entry.version})
+    return _filled(
+        '<tr><td><a href="?{}">{}</a></td><td>{}</td><td class=size>{}</td><td>{}</td></tr>',
+        query, entry.version, _when(entry.stored / 1e6), shown_size(entry.size),
+        Markup("<b class=mark>ours</b>") if entry.is_own else marks,
+    )  # fmt: skip
+
+
+def _mark(remark: Remark) -> Markup:
+    return _filled(
+        '<span><b class="mark {0}">{0}</b> {1}</span> ', remark.what, remark.words[:_MAX_WORDS]
+    )
+
+
+def _stored_text(app: App, request: Request, artifact: Artifact) -> str:
+    try:
+        answer = app.policy.admit(artifact.path, request.asker).small(artifact, Reach.STORED)
+    except ProxyError:
+        return ""
+    return answer.data[:_MAX_SHOWN].decode("utf-8", "replace")
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _when(moment: float) -> Markup:
+    """A time as it is told, and exactly in its title."""
+    exact = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment))
+    machine = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+    return _filled('<time datetime="{}" title="{}">{}</time>', machine, exact, _ago(moment))
+
+
+def _ago(moment: float) -> str:
+    seconds = max(0.0, time.time() - moment)
+    for unit, size in (("year", 31557600), ("day", 86400), ("hour", 3600)):
+        if seconds >= size:
+            return f"{_plural(int(seconds / size), unit)} ago"
+    if seconds >= 60:
+        return f"{seconds / 60:.0f} min ago"
+    return "just now"
+
+
+_TOP, _RANKED, _ROWS, _HEIGHT, _MAX_SHOWN = 10, 2000, 200, 60, 64 << 10
+_STYLE = """
+:root{color-scheme:light dark;--page:#f4f6f8;--card:#fff;--ink:#1c2228;--soft:#56606b;
+--line:#dde2e8;--main:#00708a;--more:#a84f00;--bad:#b3261e;--code:#eef2f5}
+@media(prefers-color-scheme:dark){:root{--page:#0e1216;--card:#171d23;--ink:#e5eaf0;--soft:#9fabb8;
+--line:#2a333c;--main:#5cc8e0;--more:#f0a35e;--bad:#ff8a80;--code:#0b0f13}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+header,main,footer{max-width:68rem;margin:0 auto;padding:1rem}
+header{display:flex;flex-wrap:wrap;gap:1rem;align-items:center;justify-content:space-between}
+header>a{font-size:1.3rem;font-weight:700;color:inherit;text-decoration:none}
+header>a b{color:var(--main)}
+form{display:flex;gap:.5rem;flex:0 1 28rem}
+input{flex:1;min-width:0}
+input,button{font:inherit;padding:.4rem .8rem;border:1px solid var(--soft);border-radius:.5rem;
+background:var(--card);color:inherit}
+button{background:var(--main);border-color:var(--main);color:var(--card);font-weight:600}
+:focus-visible{outline:3px solid var(--more);outline-offset:2px}
+main{display:grid;gap:1rem;padding-top:0}
+main>*{min-width:0}
+.grid{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
+section{background:var(--card);border:1px solid var(--line);border-radius:.75rem;
+padding:1rem 1.2rem;min-width:0}
+h1{font-size:1.4rem;line-height:1.3;margin:.2rem 0;overflow-wrap:anywhere}
+h2{font-size:1rem;margin:0}
+p{margin:.3rem 0}
+.note,footer,.peak,th{color:var(--soft);font-size:.875rem}
+.figure{font-size:1.9rem;font-weight:700;line-height:1.2;margin:.2rem 0}
+a{color:var(--main)}
+code,pre,.version{font-family:ui-monospace,monospace;font-size:.9rem}
+.copy code,pre{display:block;background:var(--code);border-radius:.5rem;padding:.6rem .8rem;
+margin:.5rem 0;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4}
+.copy code{user-select:all;-webkit-user-select:all}
+svg{display:block;width:100%;height:5rem;margin:.6rem 0 .3rem;border-bottom:1px solid var(--line)}
+.a{fill:var(--main)}
+.b{fill:var(--more)}
+.share{height:.8rem;margin:1rem 0;border:0;border-radius:.4rem;background:var(--code)}
+ul{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;margin:0;padding:0;font-size:.9rem}
+li::before{content:"";display:inline-block;width:.7em;height:.7em;border-radius:.2em;
+margin-right:.4em;background:var(--main)}
+li.b::before{background:var(--more)}
+table{width:100%;border-collapse:collapse;margin-top:.4rem}
+th,td{text-align:left;vertical-align:top;padding:.35rem .8rem .35rem 0;
+border-top:1px solid var(--line);overflow-wrap:anywhere}
+th{border:0;font-weight:500;overflow-wrap:normal}
+td:last-child,th:last-child{padding-right:0}
+time,.version{color:var(--soft)}
+time,.size{white-space:nowrap}
+.status{color:var(--bad)}
+.mark{border:1px solid;border-radius:.4rem;padding:0 .4rem;font-size:.8rem;color:var(--soft)}
+.deleted,.changed{color:var(--bad)}
+.retracted,.deprecated{color:var(--more)}
+@media(max-width:34rem){.many thead{display:none}
+.many tr{display:block;border-top:1px solid var(--line);padding:.4rem 0}
+.many td{display:inline-block;border:0;padding:0 .8rem 0 0}}
+"""
+_WHOLE_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{}</title>
+<link rel="icon" href="data:,">
+<style>{}</style>
+</head>
+<body>
+<header><a href="?"><b>go</b>proxy</a>
+<form role="search"><input type="search" name="q" value="{}" aria-label="Search stored modules"
+placeholder="Search stored modules"><button>Search</button></form></header>
+<main>{}{}</main>
+<footer>goproxy.py {} · for programs: <a href="catalog">catalog</a>, <a href="index">index</a>,
+<a href="metrics">metrics</a></footer>
+</body>
+</html>
+"""
+_HINT = Markup("<p class=note>The store is being walked through: some of it is not shown yet.</p>")
+_HOW_TO = """<section class="copy"><h1>Use this Go module proxy</h1>{}
+<p class="note">{}.</p></section>
+"""
+_CHART = """<section><h2>{}, last hour</h2><p class="figure">{}</p>
+<svg viewBox="0 0 240 60" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>
+<ul>{}</ul><p class="peak">{}</p></section>
+"""
+_MINUTE_BAR = '<rect class="{}" x="{}" y="{}" width="3" height="{}"/>'
+_STORE = """<section><h2>Store</h2><p class="figure">{}</p>{}
+<p>{}</p><p class="note">{}</p></section>
+"""
+_SHARE_BAR = """<svg class="share" viewBox="0 0 100 1" preserveAspectRatio="none" role="img"
+aria-label="{}"><rect class="a" width="{}" height="1"/></svg>
+"""
+_TABLE = "<table{}><thead><tr>{}</tr></thead><tbody>{}</tbody></table>"
+_GONE_ROW = "<tr><td>{}</td><td>not stored</td><td></td><td>{}</td></tr>"
+_MODULE = """<h1>{}</h1><section class="copy">{}<h2>Use it</h2><code>{}</code>
+<p class="note">{}</p></section>
+<section><h2>Versions</h2>{}<p class="note">{}</p></section>
+<section><h2>go.mod of {}</h2><pre>{}</pre></section>
+"""
+_STYLE_DIGEST = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_PAGE_HEADERS = (
+    _NO_STORE,
+    (
+        "Content-Security-Policy",
+        f"default-src 'none'; style-src 'sha256-{_STYLE_DIGEST}'; img-src data:; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    ),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+)
+
+
 # Most asked first.
 ROUTES = [
     Route(r"(?P<module>[^@]+)/@v/list", serve_list),
@@ -15271,6 +15667,7 @@ ROUTES = [
     Route(r"metrics", serve_metrics),
     Route(r"version", serve_version, is_open=True),
     Route(r"readyz", serve_ready, is_open=True),
+    Route(r"", serve_page, waits=True),
     Route(r"catalog", serve_catalog, waits=True),
     Route(r"index", serve_index, waits=True),
 ]

@@ -21,6 +21,7 @@ import functools
 import getpass
 import gzip
 import hashlib
+import html.parser
 import http.client
 import importlib.util
 import io
@@ -15388,6 +15389,168 @@ def judge(samples: Sequence[tuple[int, ...]], log: str) -> None:
     print(f"{slope:.2f} MB/h; {samples[::12]}; {found.most_common(40)}")
     assert max(last)[1] <= max(third)[1] + 20 and last[-1][2] <= 72
     assert "internal error" not in log and slope < 1
+
+
+# --- the page ----------------------------------------------------------------
+
+
+class Shown(html.parser.HTMLParser):
+    """A page as a browser sees it: all start tags with their attributes, and the visible text.
+    Tags that do not nest are an error."""
+
+    _VOID = frozenset(["input", "link", "meta", "rect"])
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(answer.body.decode())
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in self._VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self._VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self._open:
+            self.text += data
+
+    def links(self) -> list[str]:
+        return [told["href"] for tag, told in self.tags if tag == "a"]
+
+
+def page_of(proxy: Proxy, query: str = "", **fields: str) -> Shown:
+    answer = proxy.get(query and f"?{query}", **fields)
+    assert answer.status == 200
+    return Shown(answer)
+
+
+def test_the_page_tells_how_to_use_this_very_host(shared: Shared) -> None:
+    def text(host: str) -> str:
+        request = f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        (answer,) = responses(talk(shared.proxy.port, request.encode()))
+        return Shown(answer).text
+
+    for host in ("go.corp.example", "10.0.0.1:8080", "[::1]:12345"):
+        assert f"go env -w GOPROXY=http://{host},direct" in text(host)
+    for host in ("x$(id)", "x;id", "x'y", "a&b=c", "x%3Cb%3E"):
+        told = text(host)
+        assert ("GOPROXY=http://localhost,direct" in told, host in told) == (True, False)
+
+
+def test_the_page_forbids_all_that_it_does_not_have(shared: Shared) -> None:
+    for query in ("", "?q=quote", "?module=example.com/quote"):
+        answer = shared.proxy.get(query)
+        allowed = answer.headers["content-security-policy"]
+        (style,) = re.findall(rb"<style>(.*?)</style>", answer.body, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(style).digest()).decode()
+        assert f"default-src 'none'; style-src 'sha256-{digest}';" in allowed
+        assert answer.headers["cache-control"] == "no-store"
+        tags = Shown(answer).tags if answer.status == 200 else []
+        assert not {"script", "iframe", "object", "base"} & {tag for tag, _ in tags}
+        assert not [
+            name for _, told in tags for name in told if name[:2] == "on" or name == "style"
+        ]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_page_shows_what_is_new_and_used_and_how_often(stocked: Run, workers: int) -> None:
+    proxy = stocked(upstream="off", workers=workers, max_size="1GB")
+    assert proxy.get(ZIP).status == 200
+    deadline = soon()
+    while "1 minute" not in (text := page_of(proxy).text):  # other workers tell now and then
+        assert time.monotonic() < deadline
+    most, _, rest = text.partition("Most used")[2].partition("Newest")
+    assert "example.com/quote" in most
+    assert [name for name in MODULES if name.partition("@")[0] not in rest] == []
+    assert "from the store" in text
+    assert "of 1.0 GB" in text
+
+
+def test_a_module_has_a_page(stocked: Run) -> None:
+    rows = [
+        ("example.com/quote", "v1.0.0", "retracted", 1e9, 1e9, "a bug & more"),
+        ("example.com/quote", "", "deprecated", 1e9, 1e9, "use v2"),
+        ("example.com/quote", "v0.9.0", "deleted", 1e9, 1e9, "was there once"),
+    ]
+    (stocked.cache / ".goproxy-recheck").write_text(json.dumps(rows))
+    proxy = stocked(upstream="off")
+    (link,) = [one for one in page_of(proxy, "q=QUOTE").links() if one.endswith("quote")]
+    page = page_of(proxy, f"{link[1:]}&version=v1.0.0")
+    assert "go get example.com/quote@v1.0.0" in page.text
+    assert "module example.com/quote\n" in page.text.partition("go.mod of v1.0.0")[2]
+    assert all(word in page.text for word in ("a bug & more", "use v2", "was there once"))
+    assert [one for one in page.links() if one.endswith("version=v1.0.0")]
+    missing_page = proxy.get("?module=example.com/none")
+    assert (missing_page.status, "stored here" in Shown(missing_page).text) == (404, True)
+
+
+def test_failures_are_shown_with_their_reason(run: Run, refused: str) -> None:
+    proxy = run(upstream=refused, private="git.test/x", private_auth="client")
+    assert [proxy.get(MOD).status for _ in range(3)] == [502] * 3
+    assert proxy.get("git.test/x/@v/v1.0.0.mod").status == 401
+    told = page_of(proxy).text.partition("Failures of the last hour")[2]
+    assert all(word in told for word in ("3 times", "502", "example.com/quote v1.0.0", "refused"))
+    assert "git.test" not in page_of(proxy).text
+
+
+def test_nothing_that_others_wrote_becomes_a_tag(stocked: Run, upstream: Upstream) -> None:
+    canary = "\"'><b id=canary>&lt;{0}</style></pre>"
+    rows = [("example.com/quote", version, "changed", 1e9, 1e9, canary) for version in ("", canary)]
+    (stocked.cache / ".goproxy-recheck").write_text(json.dumps(rows))
+    mod = stocked.cache / MOD
+    mod.write_bytes(b"module example.com/quote // " + canary.encode())
+    proxy = stocked(upstream=upstream.url("403"))
+    told = urllib.parse.quote(canary)
+    proxy.get("example.com/other/@v/v1.0.0.mod")
+    for query in ("", f"?q={told}", f"?module={told}", f"?module=example.com/quote&version={told}"):
+        page = Shown(proxy.get(query))
+        assert [held for _, held in page.tags if held.get("id") == "canary"] == []
+    page = page_of(proxy, "module=example.com/quote&version=v1.0.0")
+    assert page.text.count(canary) == 3
+
+
+def test_the_page_names_only_what_may_be_had(stocked: Run, users: Path) -> None:
+    hidden, name = "github.com/BurntSushi", "toml"
+    cases: list[dict[str, Any]] = [
+        {"private": hidden, "private_auth": "client"}, {"exclude": hidden}
+    ]  # fmt: skip
+    for told in cases:
+        proxy = stocked(upstream="off", **told)
+        proxy.get(f"{SHOUT}.zip")
+        for query in ("", "?q=github", f"?module={hidden}/{name}", f"?q={name}"):
+            page = Shown(proxy.get(query))
+            asked = page.text.count(name) if name in query else 0
+            assert (page.text.count(name), any(name in one for one in page.links())) == (
+                asked,
+                False,
+            )
+
+
+def test_the_page_names_to_a_user_only_what_is_theirs(stocked: Run, users: Path) -> None:
+    name = "toml"
+    guarded = stocked(upstream="off", auth=users)
+    assert guarded.get("").status == guarded.get("?q=a").status == 401
+    assert guarded.get(MOD, Authorization=ALICE).status == 200
+    theirs = page_of(guarded, Authorization=basic("bob", "bob"))
+    assert name in theirs.text
+    assert "machine 127.0.0.1 login USER" in theirs.text
+    assert not [one for one in theirs.links() if re.search("quote(?!%2Fv2)", one)]
+    assert guarded.get("?module=example.com/quote", Authorization=basic("bob", "bob")).status == 404
+
+
+def test_the_page_is_at_the_root_alone(shared: Shared) -> None:
+    assert go_import(shared.proxy, "") == "404"
+    assert [shared.proxy.get(path).status for path in ("%2e", "x", "index.html")] == [404] * 3
+    assert shared.proxy.get("", method="HEAD").body == b""
+    assert shared.proxy.get("", method="POST").status == 405
 
 
 # =============================================================================
