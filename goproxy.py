@@ -3663,6 +3663,9 @@ class NoSpan:
 NO_SPAN = NoSpan()
 
 
+TRACE_FIELDS = ("traceparent", "tracestate")
+
+
 class Span(NoSpan):
     """One piece of work in a trace (OpenTelemetry specification, "Span"), and what others are told
     of it (W3C Trace Context): ids in lower-case hex, `begun` and `ended` monotonic. As a context
@@ -3715,7 +3718,8 @@ class Span(NoSpan):
     def headers(self) -> list[tuple[str, str]]:
         """What a server is told that is asked in the course of it."""
         parent = f"00-{self.trace_id}-{self.span_id}-{'01' if self.is_sampled else '00'}"
-        return [("traceparent", parent), *([("tracestate", self.state)] if self.state else [])]
+        told = zip(TRACE_FIELDS, (parent, self.state))
+        return [(name, value) for name, value in told if value]
 
     def encoded(self) -> dict[str, Any]:
         """As OTLP has it in JSON: ids in hex, 64-bit numbers as text."""
@@ -5236,9 +5240,7 @@ class Client:
         proxy = self._dialer.forward_proxy(request.url)
         host = METER.host(request.url.authority)
         with _traced(request) as span, _metered(host):
-            headers = TRACER.current.headers() if TRACER.current else []
-            request = request._replace(headers=[*request.headers, *headers])
-            response = self._send(request, proxy, patience, until)
+            response = self._send(_with_trace(request), proxy, patience, until)
             span.note("http.response.status_code", response.status)
             if response.status >= 400 and response.status not in _ANSWERS:
                 span.fail(str(response.status), f"answered {response.status}")
@@ -5356,6 +5358,15 @@ def _traced(request: Outgoing) -> NoSpan:
         "url.full": str(url).partition("?")[0],
     }
     return TRACER.span(request.method, attributes, Span.CLIENT)
+
+
+def _with_trace(request: Outgoing) -> Outgoing:
+    """The request with the trace that it is part of, in the place of one that it came with."""
+    if TRACER.current is None:
+        return request
+    ours = TRACER.current.headers()
+    kept = [line for line in request.headers if line[0].lower() not in TRACE_FIELDS]
+    return request._replace(headers=[*kept, *ours])
 
 
 @contextlib.contextmanager
@@ -14234,12 +14245,14 @@ class Registry:
         reader = draft.reader()
         if is_new:
             self._fills.do(functools.partial(self._fill, call, store, draft))
-        reader.settle()
+        with self._flights.waiting(call.digest, is_new):
+            reader.settle()
         return reader
 
     def _fill(self, call: Call, store: LayerStore, draft: Draft) -> None:
         try:
-            is_news = self._download(call, store, draft)
+            with TRACER.span("fetch", {"goproxy.name": call.digest}):
+                is_news = self._download(call, store, draft)
             draft.finish()
             if is_news:
                 self._keep(call.digest, store, draft)

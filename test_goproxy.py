@@ -6803,6 +6803,20 @@ def test_the_check_asks_the_collector(
     assert re.fullmatch(f"{verdict} +collector +{collector.base}/v1/traces +{words}\n", ended.out)
 
 
+def test_a_trace_takes_the_place_of_the_one_that_a_request_came_with(
+    tracer: goproxy.Tracer,
+) -> None:
+    script = Script((b"\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"))
+    lines = [("Host", "x"), ("Traceparent", CALLER), ("tracestate", "a=1")]
+    with Peer(script) as peer, contextlib.closing(goproxy.Client(dialer(), {})) as client:
+        url = goproxy.parse_url(f"http://127.0.0.1:{peer.port}/v2/")
+        with tracer.apart("one", {}) as span:
+            client.send(goproxy.Passed("GET", url, lines), goproxy.METADATA, soon())
+    assert isinstance(span, goproxy.Span)
+    (told,) = re.findall("traceparent: 00-([0-9a-f]{32})-", script.heard.decode().lower())
+    assert told == span.trace_id and b"tracestate" not in script.heard
+
+
 def test_spans_that_are_left_are_sent_at_the_end(collector: Collector) -> None:
     with exporting(collector.base):
         tell("last")
@@ -14089,25 +14103,32 @@ def test_a_real_collector_takes_traces(run: Run, upstream: Upstream) -> None:
 
 
 @pytest.mark.parametrize("name", ["open_socks", "squid"])
-def test_traces_go_through_the_proxy_as_everything_does(
+def test_traces_and_a_registry_are_behind_the_proxy_as_everything_is(
     journey: Journey, collector: Collector, name: str
 ) -> None:
+    given: dict[str, Any] = {"trace": collector.base, "upstream": journey.upstream.url()}
     way = journey.way(name)
-    proxy = journey.start(proxy=way, upstream=journey.upstream.url(), trace=collector.base)
-    assert proxy.get(INFO).body == SITE[INFO]
-    assert journey.ports(proxy) == {port_of(way)}
+    with scripted(lambda heard: Said(200, {}, b"{}")) as registry:
+        proxy = journey.start(proxy=way, registry=registry.base, **given)
+        assert proxy.get(INFO).body == SITE[INFO]
+        assert proxy.get("v2/", traceparent=CALLER).body == b"{}"
+        assert journey.ports(proxy) == {port_of(way)}
+        assert CALLER_TRACE in registry.seen[0].headers["traceparent"]
     assert collector.named("GET info")
+    assert any(span["parentSpanId"] == CALLER_SPAN for span in collector.spans)
 
 
-def test_traces_do_not_go_around_a_dead_proxy(
+def test_traces_and_a_registry_do_not_go_around_a_dead_proxy(
     journey: Journey, collector: Collector, closed: int
 ) -> None:
-    dead = f"socks5://127.0.0.1:{closed}"
-    proxy = journey.start(proxy=dead, upstream=journey.upstream.url(), trace=collector.base)
-    assert proxy.get(INFO).status == 502
-    proxy.logged("traces are lost")
-    assert journey.ports(proxy) == {closed}
-    assert collector.heard == []
+    given: dict[str, Any] = {"trace": collector.base, "upstream": journey.upstream.url()}
+    with scripted(lambda heard: Said(200, {}, b"{}")) as registry:
+        dead = f"socks5://127.0.0.1:{closed}"
+        proxy = journey.start(proxy=dead, registry=registry.base, **given)
+        assert [proxy.get(path).status for path in (INFO, "v2/")] == [502, 502]
+        proxy.logged("traces are lost")
+        assert journey.ports(proxy) == {closed}
+        assert (collector.heard, registry.seen, journey.upstream.seen) == ([], [], [])
 
 
 def test_athens_pages_are_there(shared: Shared) -> None:
