@@ -2634,6 +2634,20 @@ class GoMod(NamedTuple):
     prunes: bool
 
 
+_RELEASE_LINE = re.compile(
+    r"^\s*(?:go\s+(1\.[0-9]+(?:\.[0-9]+|rc[0-9]+))|toolchain\s+go(1\.[0-9.a-z]+))\s*(?://.*)?$",
+    re.M,
+)
+
+
+def go_release(raw: bytes) -> list[str]:
+    """The Go that a go.mod asks for, as go1.25.0: that of its toolchain line, or else of its go
+    line where that names a release (Go reference, "Go toolchains"); none before 1.21."""
+    found = _RELEASE_LINE.findall(raw.decode("utf-8", "replace"))
+    names = [toolchain for _, toolchain in found if toolchain] or [line for line, _ in found]
+    return [f"go{name}" for name in names[:1] if int(re.split(r"\D", name)[1]) >= 21]
+
+
 _GO_LINE = re.compile(r"go\s+1\.([0-9]{1,3})\b")
 
 
@@ -5937,7 +5951,7 @@ class Finding(NamedTuple):
 CheckStep = tuple[str, Callable[[], str]]  # what, and doing it: returns details, raises ProxyError
 
 
-def examine(label: str, where: Url, steps: Iterable[CheckStep]) -> Finding:
+def examine(label: str, where: object, steps: Iterable[CheckStep]) -> Finding:
     """Takes the steps in turn, with timings, until one fails."""
     words: list[str] = []
     for what, work in steps:
@@ -6276,24 +6290,31 @@ class AwsProfile:
             for section in (self._name, before + self._name):
                 if parser.has_section(section):
                     values.update(parser.items(section))
+            session = f"sso-session {values.get('sso_session')}"
+            if parser.has_section(session):
+                values.update(parser.items(session))
         return values
 
 
 _ROLE_HOSTS = ("127.0.0.1", "169.254.170.2", "169.254.170.23", "::1", "fd00:ec2::23", "localhost")
-_ROLE_PATIENCE = Patience(2.0, 2.0, 4.0)
+_ROLE_PATIENCE, _SERVICE_PATIENCE = Patience(2.0, 2.0, 4.0), Patience(5.0, 10.0, 15.0)
 
 
 class AwsKeyChain:
-    """The keys of whoever runs us: variables, shared files, the container's role, the machine's
-    role, in this order; those that expire are renewed before.
+    """The keys of whoever runs us: variables, the role of a web identity, shared files, a sign-in,
+    the container's role, the machine's role, in this order; those that expire are renewed before.
 
-    Roles are asked on a link of the machine itself, so never through a proxy."""
+    Container and machine are asked on a link of the machine itself, so never through a proxy."""
 
     _EARLY, _PAUSE = 300.0, 10.0  # seconds before the end, and between two attempts
 
-    def __init__(self, environ: Mapping[str, str], resolver: Resolver) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], resolver: Resolver, way_out: Dialer | None = None
+    ) -> None:
+        """`way_out` leads to the services of AWS; without it they are asked directly."""
         self._environ = environ
         self._dialer = Dialer(resolver, ProxyRoute())
+        self._way_out = way_out or self._dialer
         self._profile = AwsProfile(environ)
         self._keys: AwsKeys | None = None
         self._failure: _NoKeys | None = None
@@ -6336,11 +6357,14 @@ class AwsKeyChain:
 
     def _find(self) -> AwsKeys:
         try:
-            for provider in (self._from_variables, self._from_files, self._from_container):
-                keys = provider()
-                if keys:
-                    return keys
-            return self._from_machine()
+            return (
+                self._from_variables()
+                or self._from_web_identity()
+                or self._from_files()
+                or self._from_sign_in()
+                or self._from_container()
+                or self._from_machine()
+            )
         except (BadUpstream, OSError, UsageError) as error:
             raise _NoKeys(f"s3: no AWS keys: {error}") from None
 
@@ -6348,6 +6372,61 @@ class AwsKeyChain:
         get = self._environ.get
         access, secret = get("AWS_ACCESS_KEY_ID"), get("AWS_SECRET_ACCESS_KEY")
         return AwsKeys(access, secret, get("AWS_SESSION_TOKEN", "")) if access and secret else None
+
+    def _from_web_identity(self) -> AwsKeys | None:
+        """A token of Kubernetes, or of a CI service, for the keys of a role (AWS STS API Reference,
+        "AssumeRoleWithWebIdentity")."""
+        get = self._environ.get
+        file, role = get("AWS_WEB_IDENTITY_TOKEN_FILE"), get("AWS_ROLE_ARN")
+        if not file or not role:
+            return None
+        with open(file, encoding="ascii", errors="replace") as token:
+            form = {
+                "Action": "AssumeRoleWithWebIdentity",
+                "RoleArn": role,
+                "RoleSessionName": get("AWS_ROLE_SESSION_NAME") or "goproxy",
+                "Version": "2011-06-15",
+                "WebIdentityToken": token.read().strip(),
+            }
+        region = (
+            get("AWS_REGION") or get("AWS_DEFAULT_REGION") or self._profile.read().get("region")
+        )
+        url = self._service("STS", "sts", region or "us-east-1", "/")
+        kind = [("Content-Type", "application/x-www-form-urlencoded")]
+        raw = self._ask("POST", url, kind, urllib.parse.urlencode(form).encode(), away=True)
+        return _web_identity_keys(raw)
+
+    def _service(self, name: str, host: str, region: str, path: str) -> Url:
+        china = ".cn" if region.startswith("cn-") else ""
+        base = self._environ.get(f"AWS_ENDPOINT_URL_{name}")
+        return _role_url(
+            (base or f"https://{host}.{region}.amazonaws.com{china}").rstrip("/") + path
+        )
+
+    def _from_sign_in(self) -> AwsKeys | None:
+        """What `aws sso login` has left (AWS IAM Identity Center Portal API Reference,
+        "GetRoleCredentials")."""
+        settings = self._profile.read()
+        if "sso_account_id" not in settings:
+            return None
+        session = settings.get("sso_session") or settings.get("sso_start_url", "")
+        name = hashlib.sha1(session.encode()).hexdigest()  # as the AWS tools name it
+        try:
+            with open(
+                os.path.expanduser(f"~/.aws/sso/cache/{name}.json"), encoding="utf-8"
+            ) as file:
+                token = str(json.load(file)["accessToken"])
+            account, role = settings["sso_account_id"], settings["sso_role_name"]
+            query = urllib.parse.urlencode({"account_id": account, "role_name": role})
+            path = f"/federation/credentials?{query}"
+            url = self._service("SSO", "portal.sso", settings["sso_region"], path)
+            raw = self._ask("GET", url, [("x-amz-sso_bearer_token", token)], away=True)
+            found = json.loads(raw)["roleCredentials"]
+            access, secret = str(found["accessKeyId"]), str(found["secretAccessKey"])
+            ends = float(found["expiration"]) / 1000
+            return AwsKeys(access, secret, str(found["sessionToken"]), ends)
+        except (FileNotFoundError, KeyError, TypeError, ValueError, RecursionError):
+            raise BadUpstream("sso: no sign-in that counts: run aws sso login") from None
 
     def _from_files(self) -> AwsKeys | None:
         get = self._profile.read().get
@@ -6382,15 +6461,25 @@ class AwsKeyChain:
         role = urllib.parse.quote(listed.split()[0] if listed.split() else "", safe="")
         return _role_keys(self._ask("GET", dataclasses.replace(url, path=path + role), proof))
 
-    def _ask(self, method: str, url: Url, headers: Sequence[tuple[str, str]]) -> bytes:
-        body = bytes_body(b"") if method == "PUT" else None
-        until = time.monotonic() + _ROLE_PATIENCE.total
+    def _ask(
+        self,
+        method: str,
+        url: Url,
+        headers: Sequence[tuple[str, str]],
+        data: bytes = b"",
+        away: bool = False,
+    ) -> bytes:
+        body = None if method == "GET" else bytes_body(data)
+        patience = _SERVICE_PATIENCE if away else _ROLE_PATIENCE
         request = Outgoing(method, url, headers, body)
-        with contextlib.closing(Client(self._dialer, {})) as client:
-            response = client.send(request, _ROLE_PATIENCE, until)
-            if response.status != 200:
-                raise BadUpstream(f"{url.authority} answered {response.status}")
-            return response.read_all(64 * 1024)
+        with contextlib.closing(Client(self._way_out if away else self._dialer, {})) as client:
+            response = client.send(request, patience, time.monotonic() + patience.total)
+            raw = response.read_all(64 * 1024)
+        if response.status != 200:
+            code = re.search(rb"<Code>(\w{1,60})<", raw)
+            words = f" {code[1].decode()}" if code else ""
+            raise BadUpstream(f"{url.authority} answered {response.status}{words}")
+        return raw
 
 
 def _role_url(text: str) -> Url:
@@ -6413,6 +6502,15 @@ def _role_keys(raw: bytes) -> AwsKeys:
         return AwsKeys(str(access), str(secret), str(token), iso_seconds(found["Expiration"]))
     except (KeyError, TypeError, ValueError, RecursionError):
         raise BadUpstream("the role's answer holds no keys") from None
+
+
+def _web_identity_keys(raw: bytes) -> AwsKeys:
+    try:
+        said = {element.tag: element.text or "" for element in parse_xml(raw).iter()}
+        access, secret, token = said["AccessKeyId"], said["SecretAccessKey"], said["SessionToken"]
+        return AwsKeys(access, secret, token, iso_seconds(said["Expiration"]))
+    except (KeyError, ValueError):
+        raise BadUpstream("sts: the answer holds no keys") from None
 
 
 def iso_seconds(text: str) -> float:
@@ -8439,7 +8537,8 @@ class S3Storage(RemoteStorage):
 
     def _make(self) -> tuple[Bucket, Client]:
         client = Client(self._means.dialer, {})
-        chain = AwsKeyChain(self._means.environ, self._means.dialer.resolver)
+        dialer = self._means.dialer
+        chain = AwsKeyChain(self._means.environ, dialer.resolver, dialer)
         return Bucket(self._place, chain, client, self._means.say), client
 
     def _fetch(self, name: str) -> Blob:
@@ -18446,8 +18545,8 @@ def run_serve(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Prints a line for each server that the settings name; 1 if the first upstream fails.
-    Raises UsageError."""
+    """Prints a line for each server that the settings name, and one for the store; 1 if that or
+    the first upstream fails. Raises UsageError."""
     dialer = open_way_out(settings, environ)
     client = Client(dialer, read_credentials(environ)[0])
     with contextlib.closing(dialer.resolver), contextlib.closing(client):
@@ -18466,7 +18565,9 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
         traces = TraceVariables(environ).plan(settings.trace)
         if traces:
             print(TraceLine(client, traces).check(), flush=True)
-    return status
+        store = _store_finding(settings, Means(settings.max_size, dialer, environ, QuietLog().line))
+        print(store, flush=True)
+    return status or int(not store.good)
 
 
 def run_health(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -18515,6 +18616,33 @@ def _way_findings(settings: Settings, dialer: Dialer, ca_file: str | None) -> It
             yield Finding("dns", str(server), True, "not asked: the proxy looks up every name")
 
 
+def _store_finding(settings: Settings, means: Means) -> Finding:
+    """Opens what -cache names; something small is put there, read, and removed. A folder is not
+    made for this. Raises UsageError."""
+    folder = os.path.abspath(settings.cache.text)
+    if settings.cache.kind == "folder" and not os.path.exists(folder):
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        may = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+        words = f"not there, and {'can' if may else 'cannot'} be made in {folder}"
+        return Finding("cache", str(settings.cache), may, words)
+    name = f"{OWN_MARK}check-{secrets.token_hex(8)}"
+    with contextlib.ExitStack() as stack:
+
+        def attempt() -> str:
+            storage = stack.enter_context(contextlib.closing(open_store(settings, means)))
+            storage.put(name, name.encode())
+            try:
+                with contextlib.closing(storage.open(name)) as blob:
+                    if blob.read(1024) != name.encode():
+                        raise StoreDown("it gives back other bytes")
+            finally:
+                storage.remove(name)
+            return ""
+
+        return examine("cache", settings.cache, [("put, read and remove", attempt)])
+
+
 def _git_finding(label: str, git: tuple[int, ...]) -> Finding:
     words = ".".join(map(str, git)) or "not on the PATH"
     return Finding(label, "git", git >= OLDEST_GIT, words)
@@ -18553,7 +18681,8 @@ class QuietLog(Log):
 def run_fetch(settings: Settings, environ: Mapping[str, str]) -> int:
     """Fills the store with what the words on the command line build with; 1 if anything is
     missing. Raises UsageError, StartError."""
-    wishes = [_wish(word) for word in settings.given[_WISHES.name]]
+    platforms = settings.given[_TOOLCHAINS.name].replace(",", " ").split()
+    wishes = [_wish(word, platforms) for word in settings.given[_WISHES.name]]
     if not wishes:
         raise UsageError(f"fetch: want {_WISHES.text}")
     progress = Progress("fetch", settings.given[_AS_JSON.name])
@@ -18618,7 +18747,12 @@ _AS_JSON = Argument("-json", "prints a JSON object per line", False)
 _WISHES = Argument("WANTED...", "go.mod or go.sum files, MODULE@VERSION, or - for stdin")
 
 
-def _wish(word: str) -> Callable[[Gatherer], None]:
+_TOOLCHAINS = Argument(
+    "-toolchains", "platforms (linux-amd64, by commas): also the Go that go.mod files name", ""
+)
+
+
+def _wish(word: str, platforms: Sequence[str]) -> Callable[[Gatherer], None]:
     """What a word stands for: the path of a go.mod or go.sum, MODULE@VERSION, or - for stdin,
     which is one of these files or a list of MODULE@VERSION. Raises UsageError."""
     path, _, version = word.rpartition("@")
@@ -18629,7 +18763,8 @@ def _wish(word: str) -> Callable[[Gatherer], None]:
             file = sys.stdin.buffer if word == "-" else stack.enter_context(open(word, "rb"))
             raw = file.read()
         if module_path(raw):
-            return lambda gatherer: gatherer.want_mod(raw)
+            toolchains = [f"v0.0.1-{go}.{each}" for go in go_release(raw) for each in platforms]
+            return lambda gatherer: _want_project(gatherer, raw, toolchains)
         modules = [line.rpartition("@") for line in raw.decode().split("\n") if line.strip()]
         if all(name and " " not in name for name, _, _ in modules):
             return lambda gatherer: _want_all(gatherer, modules)
@@ -18639,6 +18774,12 @@ def _wish(word: str) -> Callable[[Gatherer], None]:
     except BadUpstream as error:
         raise UsageError(f"fetch: {word}: neither a go.mod nor a go.sum: {error}") from None
     return lambda gatherer: gatherer.want_sums(sums)
+
+
+def _want_project(gatherer: Gatherer, go_mod: bytes, toolchains: Iterable[str]) -> None:
+    gatherer.want_mod(go_mod)
+    for version in toolchains:
+        gatherer.want_module("golang.org/toolchain", version)
 
 
 def _want_all(gatherer: Gatherer, modules: Iterable[Sequence[str]]) -> None:
@@ -18962,7 +19103,7 @@ COMMANDS = {
     "fetch": Command(
         run_fetch,
         "Fills the store with all that go.mod and go.sum files, or module versions, build with.",
-        (_AS_JSON, _WISHES),
+        (_AS_JSON, _TOOLCHAINS, _WISHES),
     ),
     "gc": Command(run_gc, "Removes from the store what nobody can use.", _GC_ARGUMENTS),
     "health": Command(run_health, "Asks a running server whether it is well, for containers."),

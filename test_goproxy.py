@@ -2523,6 +2523,20 @@ def test_module_path_like_go(ask_go: Ask) -> None:
         assert ours == theirs, text
 
 
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        ("go 1.20", []),
+        ("go 1.25", []),
+        ("go 1.25.3 // why", ["go1.25.3"]),
+        ("go 1.23.0\n\ntoolchain go1.26rc1", ["go1.26rc1"]),
+        ("go 1.23rc2\ntoolchain default", ["go1.23rc2"]),
+    ],
+)
+def test_the_go_that_a_go_mod_asks_for(lines: str, wanted: list[str]) -> None:
+    assert goproxy.go_release(f"module x.y/z\n\n{lines}\n".encode()) == wanted
+
+
 def test_check_go_mod_size() -> None:
     start = b"module x.y/z\n"
     goproxy.check_go_mod(start.ljust(goproxy.MAX_GO_MOD))
@@ -5833,10 +5847,13 @@ def test_a_bad_way_out_is_one_line_and_status_2(
 
 
 def checked(folder: Path, *arguments: str, **variables: str) -> tuple[int, str]:
-    """The status of a check of nothing else, and its lines with every time as n."""
+    """The status of a check of nothing else, and its lines with every time as n, but for that of
+    the cache."""
     ended = finish(folder, "check", "-sumdb=off", *arguments, environ=variables)
     assert ended.err == "" and list(folder.iterdir()) == []
-    return ended.status, re.sub(r"\d+ ms", "n ms", ended.out)
+    cache = f"ok    cache  ./cache  not there, and can be made in {folder}\n"
+    assert ended.out.endswith(cache)
+    return ended.status, re.sub(r"\d+ ms", "n ms", ended.out[: -len(cache)])
 
 
 def test_check_tells_the_steps_with_their_times(
@@ -5948,10 +5965,22 @@ def test_what_a_container_file_names_exists(name: str) -> None:
     assert set(re.findall(r'"-m", "goproxy", "([a-z]+)"', text)) == {"health"}
 
 
+def test_check_tries_the_store(tmp_path: Path) -> None:
+    arguments = ["check", "-upstream=off", "-sumdb=off"]
+    for cache in ("memory:", "sqlite:db", str(tmp_path)):
+        ended = finish(tmp_path, *arguments, f"-cache={cache}")
+        assert re.fullmatch(f"ok    cache  {cache}  put, read and remove [0-9]+ ms\n", ended.out)
+    assert [str(path) for path in tmp_path.rglob("*check-*")] == []
+    (tmp_path / "file").write_bytes(b"")
+    for cache in ("file/cache", "s3://modules?endpoint=http://127.0.0.1:9"):
+        ended = finish(tmp_path, *arguments, f"-cache={cache}")
+        assert (ended.status, ended.out[:13], ended.err) == (1, "FAIL  cache  ", "")
+
+
 def test_check_looks_for_git_where_it_is_needed(tmp_path: Path) -> None:
     arguments = ["check", "-upstream=direct", "-private=git.test", "-sumdb=off"]
     told = finish(tmp_path, *arguments)
-    assert (told.status, told.out.count("ok  ")) == (0, 2)
+    assert (told.status, told.out.count("ok  ")) == (0, 3)
     told = finish(tmp_path, *arguments, environ={"PATH": str(tmp_path)})
     assert (told.status, told.out.count("FAIL")) == (1, 2)
 
@@ -6207,6 +6236,84 @@ def test_a_token_of_the_container_never_leaves_the_machine_in_clear_text() -> No
     url = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://192.0.2.1/keys"}
     with pytest.raises(goproxy.StoreDown, match="only https leaves this machine"):
         keys_of(url)
+
+
+def keys_service(heard: Heard) -> Said:
+    """STS and the portal of IAM Identity Center, as far as we need them."""
+    ends = time.time() + 3600
+    if heard.method == "POST":
+        form = urllib.parse.parse_qs(heard.body.decode())
+        good = (form["WebIdentityToken"], form["RoleArn"]) == (["jwt"], ["arn:aws:iam::1:role/r"])
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends))
+        names = {
+            "AccessKeyId": "W",
+            "SecretAccessKey": "s",
+            "SessionToken": "t",
+            "Expiration": moment,
+        }
+        keys = "".join(f"<{name}>{value}</{name}>" for name, value in names.items())
+        document = f"<R xmlns='x'><Credentials>{keys}</Credentials></R>"
+        return Said(200, {}, document.encode()) if good else fault_of_sts()
+    assert heard.headers["x-amz-sso_bearer_token"] == "signed-in"
+    assert heard.path == "/federation/credentials?account_id=1&role_name=Dev"
+    names = {"accessKeyId": "S", "secretAccessKey": "s", "sessionToken": "t"}
+    return Said(
+        200, {}, json.dumps({"roleCredentials": {**names, "expiration": ends * 1000}}).encode()
+    )
+
+
+def fault_of_sts() -> Said:
+    return Said(400, {}, b"<E><Error><Code>InvalidIdentityToken</Code></Error></E>")
+
+
+def test_keys_come_from_the_role_of_a_web_identity(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("jwt\n")
+    with scripted(keys_service) as server:
+        environ = {
+            "AWS_ENDPOINT_URL_STS": server.base,
+            "AWS_ROLE_ARN": "arn:aws:iam::1:role/r",
+            "AWS_WEB_IDENTITY_TOKEN_FILE": str(token),
+        }
+        keys = keys_of(environ)
+        assert (keys.access, keys.token, keys.expires > time.time()) == ("W", "t", True)
+        token.write_text("old")
+        with pytest.raises(goproxy.StoreDown, match="answered 400 InvalidIdentityToken"):
+            keys_of(environ)
+        assert [heard.path for heard in server.seen] == ["/", "/"]
+
+
+SIGNED_IN = """
+[profile dev]
+sso_session = corp
+sso_account_id = 1
+sso_role_name = Dev
+[sso-session corp]
+sso_region = eu-west-1
+sso_start_url = https://corp.awsapps.test/start
+"""
+
+
+def test_keys_come_from_a_sign_in(tmp_path: Path) -> None:
+    cache = tmp_path / ".aws" / "sso" / "cache"
+    cache.mkdir(parents=True)
+    (tmp_path / ".aws" / "config").write_text(SIGNED_IN)
+    chain = "goproxy.AwsKeyChain(os.environ, goproxy.SystemResolver(9.0))"
+    words = f"import goproxy, os; print({chain}.keys().access)"
+    with scripted(keys_service) as server:
+        told = {"AWS_PROFILE": "dev", "AWS_ENDPOINT_URL_SSO": server.base, "HOME": str(tmp_path)}
+        environ = {**os.environ, **told, "PYTHONPATH": str(HERE)}
+        assert "run aws sso login" in keys_by(words, environ)
+        name = hashlib.sha1(b"corp").hexdigest()
+        (cache / f"{name}.json").write_text('{"accessToken": "signed-in"}')
+        assert keys_by(words, environ) == "S\n"
+
+
+def keys_by(words: str, environ: Mapping[str, str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", words], env=environ, capture_output=True, text=True
+    )
+    return done.stdout or done.stderr
 
 
 def metadata(lives: Iterator[float]) -> Callable[[Heard], Said]:
@@ -16334,6 +16441,17 @@ def test_fetch_without_a_network_tells_what_is_missing(fetch: Fetch, upstream: U
 def test_fetch_tells_what_it_cannot_understand(fetch: Fetch, word: list[str]) -> None:
     ended = fetch(*word).ended
     assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+
+
+def test_fetch_brings_the_go_that_a_go_mod_names(fetch: Fetch, run: Run) -> None:
+    go_mod = run.folder / "go.mod"
+    go_mod.write_text("module example.com/x\n\ngo 1.99.1\n")
+    assert fetch(str(go_mod)).ended.status == 0
+    assert run.stored() == []
+    assert fetch(str(go_mod), "-toolchains=linux-amd64").ended.status == 0
+    assert "golang.org/toolchain/@v/v0.0.1-go1.99.1.linux-amd64.zip" in run.stored()
+    missing_one = fetch(str(go_mod), "-toolchains", "linux-amd64,plan9-386").ended
+    assert (missing_one.status, "plan9-386" in missing_one.out) == (1, True)
 
 
 def test_fetch_speaks_json(fetch: Fetch) -> None:
