@@ -12729,7 +12729,7 @@ class Catalogue:
     later is added as it comes; what others have stored and removed is seen by another walk, when
     somebody asks and a minute, or 50 times as long as a walk takes, is over."""
 
-    _PATIENCE, _PAUSE, _SHARE = 2.0, 60.0, 50
+    _PATIENCE, _QUICK, _PAUSE, _SHARE = 2.0, 1.0, 60.0, 50
     _NEWS, _REMARK_SECONDS = 100_000, 10.0
     _TABLES = """
         CREATE TABLE modules (id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE);
@@ -12757,20 +12757,23 @@ class Catalogue:
         self._table: Any = None
         self._news: collections.deque[tuple[str, int, float]] = collections.deque(maxlen=self._NEWS)
         self._walks = 0
-        self._walk_at = self._until = self._floor = 0.0
-        self._complete, self._ended = threading.Event(), threading.Event()
+        self._walk_at = self._until = self._floor = self._length = 0.0
+        self._walked, self._ended = threading.Event(), threading.Event()
         self._remarks: tuple[float, dict[str, list[Remark]]] = (-self._REMARK_SECONDS, {})
 
     def is_complete(self) -> bool:
-        """Whether all is in it, after two seconds of patience while it is made. Begins to make or
-        to renew it, if that is due. Raises UnknownMethod where there are no means."""
+        """Whether all is in it. Begins to make or to renew it, if that is due, and waits for two
+        seconds if that has never taken long. Raises UnknownMethod where there are no means."""
         with self._mutex:
             now = time.monotonic()
             if now >= self._walk_at:
                 self._open()
-                self._walk_at, self._until = math.inf, now + self._PATIENCE
+                self._walk_at = math.inf
+                self._until = now + (self._PATIENCE if self._length <= self._QUICK else 0.0)
+                self._walked.clear()
                 threading.Thread(target=self._renew, name="catalogue", daemon=True).start()
-        return self._complete.wait(max(0.0, self._until - time.monotonic()))
+        self._walked.wait(max(0.0, self._until - time.monotonic()))
+        return self._floor > 0
 
     def _open(self) -> None:
         if self._table is None:
@@ -12788,8 +12791,9 @@ class Catalogue:
             self._walk()
         except Exception as error:
             self._log.error(f"catalogue: {error}")
-        pause = self._SHARE * (time.monotonic() - began)
-        self._walk_at = time.monotonic() + max(self._PAUSE, pause)
+        self._length = time.monotonic() - began
+        self._walk_at = time.monotonic() + max(self._PAUSE, self._SHARE * self._length)
+        self._walked.set()
 
     def _walk(self) -> None:
         began = time.time()
@@ -12804,7 +12808,6 @@ class Catalogue:
             left = "SELECT module FROM versions"
             self._table.execute(f"DELETE FROM modules WHERE id NOT IN ({left})")
         self._floor = began
-        self._complete.set()
 
     def _see(self, path: str, versions: Mapping[str, list[Item]], is_own: int) -> None:
         """Takes what is new as no older than the last walk: who follows by time has been there."""
@@ -15617,7 +15620,9 @@ def _version_row(entry: Entry, remarks: Sequence[Remark]) -> Markup:
 
 def _mark(remark: Remark) -> Markup:
     return _filled(
-        '<span><b class="mark {0}">{0}</b> {1}</span> ', remark.what, remark.words[:_MAX_WORDS]
+        '<span><b class="mark {0}">{0}</b> {1}</span> ',
+        remark.what,
+        printable(remark.words[:_MAX_WORDS]),
     )
 
 
@@ -15626,7 +15631,8 @@ def _stored_text(app: App, request: Request, artifact: Artifact) -> str:
         answer = app.policy.admit(artifact.path, request.asker).small(artifact, Reach.STORED)
     except ProxyError:
         return ""
-    return answer.data[:_MAX_SHOWN].decode("utf-8", "replace")
+    lines = answer.data[:_MAX_SHOWN].decode("utf-8", "replace").expandtabs(4).split("\n")
+    return "\n".join(map(printable, lines))
 
 
 def _plural(count: int, noun: str) -> str:
@@ -15842,7 +15848,7 @@ def _note(app: App, groups: Mapping[str, str], error: ProxyError) -> None:
     """Remembers what was wrong with a module, unless that is with who asked for it."""
     if "module" in groups and not isinstance(error, (BadName, NotHere, Unauthorized)):
         path, version = unescape_path(groups["module"]), groups.get("version", "")
-        words = str(error)[:_MAX_WORDS]
+        words = printable(str(error)[:_MAX_WORDS])
         app.failed(Trouble(error.status, path, version, words, time.time()))
 
 
@@ -17799,11 +17805,12 @@ class Reporter:
     """Tells the process that fetches which stored files this one has given out: in batches, and
     what cannot be sent now is sent with the next ones."""
 
-    _SECONDS, _BATCH = 5.0, 200
+    _SECONDS, _BATCH, _TROUBLES = 5.0, 200, 40
 
     def __init__(self, fetcher: socket.socket) -> None:
         """Starts a thread."""
         self.uses = Uses()
+        self._troubles: collections.deque[Trouble] = collections.deque(maxlen=self._TROUBLES)
         self._fetcher = fetcher
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="reporter", daemon=True).start()
@@ -17812,7 +17819,15 @@ class Reporter:
         while not self._ended.wait(self._SECONDS):
             self.report()
 
+    def failed(self, trouble: Trouble) -> None:
+        """Tells of a failure, too; of many only the last ones."""
+        self._troubles.append(trouble)
+
     def report(self) -> None:
+        while self._troubles:
+            with contextlib.suppress(OSError):
+                line = "\n" + json.dumps(self._troubles.popleft())
+                self._fetcher.send(line.encode(), socket.MSG_DONTWAIT)
         names = self.uses.take()
         for start in range(0, len(names), self._BATCH):
             batch = "\n".join(["", *names[start : start + self._BATCH]])
@@ -17843,11 +17858,7 @@ def _noting(
     """All that watches what happens: here, or in the process that fetches."""
     if fetcher:
         reporter = Reporter(fetcher)
-
-        def tell(trouble: Trouble) -> None:
-            reporter.uses.note(json.dumps(trouble))
-
-        return Noting(reporter.uses.note, tell, None, [reporter.close])
+        return Noting(reporter.uses.note, reporter.failed, None, [reporter.close])
     catalogue = Catalogue(found.cache.storage, OwnModules(settings.modules), log)
     chronicle = Chronicle(catalogue.settle)
     overview = Overview(catalogue, chronicle)

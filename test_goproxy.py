@@ -15629,6 +15629,16 @@ def test_failures_are_shown_with_their_reason(run: Run, refused: str) -> None:
     assert "git.test" not in page_of(proxy).text
 
 
+def test_failures_of_all_workers_are_added_up(stocked: Run, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    proxy = stocked(upstream="off", modules=tmp_path / "own", workers=2)
+    shutil.rmtree(tmp_path / "own")
+    assert [proxy.get(MOD).status for _ in range(9)] == [503] * 9
+    deadline = soon()
+    while "9 times" not in page_of(proxy).text:  # other workers tell now and then
+        assert time.monotonic() < deadline
+
+
 def test_nothing_that_others_wrote_becomes_a_tag(stocked: Run, upstream: Upstream) -> None:
     canary = "\"'><b id=canary>&lt;{0}</style></pre>"
     rows = [("example.com/quote", version, "changed", 1e9, 1e9, canary) for version in ("", canary)]
