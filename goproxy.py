@@ -5971,6 +5971,8 @@ _CHECK_SECONDS = 10.0
 class _Visit:
     """The steps to a server, up to its answer to a GET of `path` below its URL."""
 
+    GOOD: Sequence[int] = (200, 404, 410)  # from a server that works to a question it does not know
+
     def __init__(self, url: Url, path: str, dialer: Dialer, client: Client) -> None:
         self._url = url
         self._question = dataclasses.replace(url, path=f"{url.path}/{path}")
@@ -6007,12 +6009,11 @@ class _Visit:
         return f"{secure.version()}, certificate until {certificate.get('notAfter')}"
 
     def _ask(self) -> str:
-        """An answer is good if a server that works may give it to a question it does not know."""
         with contextlib.closing(
             self._client.get(self._question, METADATA, (), self._until)
         ) as said:
             phrase = BaseHTTPRequestHandler.responses.get(said.status, ("Unknown", ""))[0]
-            if said.status not in (200, 404, 410):
+            if said.status not in self.GOOD:
                 raise Unreachable(f"{said.peer} answered {said.status} {phrase}")
             return f"{said.status} {phrase}"
 
@@ -6021,11 +6022,23 @@ class _Visit:
             sock.close()
 
 
+class _Ping(_Visit):
+    """That of a registry, which may ask who it is."""
+
+    GOOD = (200, 401)
+
+
 def check_server(label: str, url: Url, path: str, dialer: Dialer, client: Client) -> Finding:
     """Looks up (unless the proxy does), connects, checks the certificate of https, and asks for
     `path` below the URL."""
     with contextlib.closing(_Visit(url, path, dialer, client)) as visit:
         return examine(label, url, visit.steps())
+
+
+def check_registry(url: Url, dialer: Dialer, client: Client) -> Finding:
+    """The same, and asks for /v2/. `client` has no credentials."""
+    with contextlib.closing(_Ping(url, "v2/", dialer, client)) as visit:
+        return examine("registry", url, visit.steps())
 
 
 def check_proxy(label: str, proxy: Url, dialer: Dialer) -> Finding:
@@ -14406,7 +14419,8 @@ def _shares_credentials(call: Call, host: str) -> bool:
     it has asked, whatever the port, and to those below (net/http, shouldCopyHeaderOnRedirect)."""
     told = [_value(call.lines, name) for name in ("host", "x-forwarded-host")]
     names = [re.sub(r":[0-9]*$", "", name).strip("[]").lower() for name in told]
-    return any(name and f".{host}".endswith(f".{name}") for name in names)
+    names = list(filter(None, names))
+    return not names or any(f".{host}".endswith(f".{name}") for name in names)
 
 
 def _size_in(store: LayerStore, digest: str) -> int | None:
@@ -14635,7 +14649,7 @@ def parse_request(head: bytes, passed: str = "\0") -> Request:
     options = fields.tokens("connection")
     query = match[2].decode().partition("?")[2]
     target = _target(match[2].decode(), fields, is_new)
-    is_passed = target.startswith(passed)
+    is_passed = f"{target}/".startswith(passed)
     return Request(
         method=_method(match[1].decode()),
         target=target,
@@ -18576,6 +18590,8 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
         traces = TraceVariables(environ).plan(settings.trace)
         if traces:
             print(TraceLine(client, traces).check(), flush=True)
+        for finding in _registry_findings(settings, dialer, environ):
+            print(finding, flush=True)
         store = _store_finding(settings, Means(settings.max_size, dialer, environ, QuietLog().line))
         print(store, flush=True)
     return status or int(not store.good)
@@ -18637,11 +18653,28 @@ def _store_finding(settings: Settings, means: Means) -> Finding:
         may = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
         words = f"not there, and {'can' if may else 'cannot'} be made in {folder}"
         return Finding("cache", str(settings.cache), may, words)
+    return _tried("cache", settings.cache, lambda: open_store(settings, means))
+
+
+def _registry_findings(
+    settings: Settings, dialer: Dialer, environ: Mapping[str, str]
+) -> Iterator[Finding]:
+    """The registry, and the bucket for its layers."""
+    if settings.registry:
+        with contextlib.closing(Client(dialer, {})) as nobody:
+            yield check_registry(settings.registry, dialer, nobody)
+    layers = open_layers(settings, dialer, environ, QuietLog())
+    if layers:
+        yield _tried("layers", layers.peer, lambda: layers)
+
+
+def _tried(label: str, what: object, open_it: Callable[[], Storage]) -> Finding:
+    """Puts something small into a store, reads and removes it."""
     name = f"{OWN_MARK}check-{secrets.token_hex(8)}"
     with contextlib.ExitStack() as stack:
 
         def attempt() -> str:
-            storage = stack.enter_context(contextlib.closing(open_store(settings, means)))
+            storage = stack.enter_context(contextlib.closing(open_it()))
             storage.put(name, name.encode())
             try:
                 with contextlib.closing(storage.open(name)) as blob:
@@ -18651,7 +18684,7 @@ def _store_finding(settings: Settings, means: Means) -> Finding:
                 storage.remove(name)
             return ""
 
-        return examine("cache", settings.cache, [("put, read and remove", attempt)])
+        return examine(label, what, [("put, read and remove", attempt)])
 
 
 def _git_finding(label: str, git: tuple[int, ...]) -> Finding:

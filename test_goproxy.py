@@ -12394,9 +12394,13 @@ def harbour_in(folder: Path, auth: str, **settings: object) -> Iterator[Harbour]
 def harbour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harbour]:
     """One for all tests that use repositories and blobs of their own."""
     folder = tmp_path_factory.mktemp("harbour")
-    (folder / "htpasswd").write_text(HTPASSWD)
-    with harbour_in(folder, f"{{htpasswd: {{realm: r, path: {folder}/htpasswd}}}}") as made:
+    with harbour_in(folder, with_passwords(folder)) as made:
         yield made
+
+
+def with_passwords(folder: Path) -> str:
+    (folder / "htpasswd").write_text(HTPASSWD)
+    return f"{{htpasswd: {{realm: r, path: {folder}/htpasswd}}}}"
 
 
 def run_tool(folder: Path, *command: str, **variables: str) -> str:
@@ -12655,6 +12659,29 @@ def test_many_who_want_a_cold_layer_cost_one_fetch(harbour: Harbour) -> None:
     assert harbour.blob("team/cold", digest_of(data)).status == 307
 
 
+def taken(harbour: Harbour, path: str) -> int:
+    """How many bytes a client gets, that keeps none of them."""
+    asked = urllib.request.Request(harbour.proxy.url + path, headers={"Authorization": SHOWN})
+    with urllib.request.urlopen(asked, timeout=PATIENCE * 4) as response:
+        return sum(map(len, iter(lambda: response.read(1 << 18), b"")))
+
+
+@pytest.mark.soak
+def test_fifty_clients_of_a_big_cold_layer_cost_one_fetch_and_little_memory(tmp_path: Path) -> None:
+    data = random.Random(12).randbytes(1 << 20) * 200
+    with harbour_in(tmp_path, with_passwords(tmp_path), workers=1) as harbour:
+        assert harbour.push("team/big", data).status == 201
+        process, path = harbour.proxy.process.pid, f"/v2/team/big/blobs/{digest_of(data)}"
+        Path(f"/proc/{process}/clear_refs").write_text("5")  # the peak begins anew
+        sizes = together(50, lambda _: taken(harbour, path))
+        when_there(harbour.proxy, harbour.bucket / digest_of(data))
+        status = Path(f"/proc/{process}/status").read_text()
+        peak = int(re.findall(r"VmHWM:\s+([0-9]+) kB", status)[0])
+        print(f"peak {peak} kB")
+        assert (set(sizes), peak < 96 << 10) == ({len(data)}, True)
+        assert len(harbour.registry.asked("GET", "team/big/blobs/")) == 1
+
+
 def test_a_link_is_for_one_layer_and_five_minutes(harbour: Harbour) -> None:
     data = random.Random(8).randbytes(100_000)
     harbour.push("team/link", data)
@@ -12862,6 +12889,39 @@ def test_without_a_bucket_layers_come_from_the_registry(run: Run, refused: str) 
         assert (answer.body, answer.headers["docker-content-digest"]) == (play.blob, "as told")
 
 
+def test_a_layer_that_cannot_be_kept_is_given_all_the_same(run: Run, s3_place: str) -> None:
+    def read_only(port: int, heard: Heard) -> Said:
+        return (
+            Said(403, {}, fault("AccessDenied"))
+            if heard.method == "PUT"
+            else handed_on(port, heard)
+        )
+
+    play = Play(PLAYED)
+    with scripted(play.answer) as registry, fronted(s3_place, read_only) as (_, place):
+        proxy = run(upstream="off", registry=registry.base, registry_blobs=place)
+        for times in (1, 2):
+            assert proxy.get(play.path).body == PLAYED
+            proxy.logged(f"{digest_of(PLAYED)} is not kept: ", times)
+        assert [heard.method for heard in registry.seen] == ["HEAD", "GET"] * 2
+        figures = proxy.get("metrics").text
+        assert 'goproxy_registry_blobs_total{result="fetched"} 2\n' in figures
+        assert 'goproxy_registry_bytes_total{result="fetched"} 600000\n' in figures
+        assert "goproxy_registry_fills_total 0\n" in figures
+        proxy.stop()
+
+
+def test_check_asks_the_registry_and_its_bucket(run: Run, s3_place: str, refused: str) -> None:
+    with scripted(lambda heard: Said(401)) as registry:
+        words = ["check", "-upstream=off", "-sumdb=off", f"-registry-blobs={s3_place}"]
+        ended = finish(run.folder, *words, f"-registry={registry.base}", environ=AWS)
+        assert (ended.status, registry.seen[0].path) == (0, "/v2/")
+        assert re.search("ok +registry .*401 Unauthorized", ended.out)
+        assert re.search("ok +layers .*put, read and remove", ended.out)
+    assert "refused" in finish(run.folder, *words, f"-registry={refused}", environ=AWS).out
+    assert in_bucket(run) == []
+
+
 def test_a_registry_that_is_away_is_told_as_registries_tell_it(run: Run, refused: str) -> None:
     proxy = run(upstream="off", registry=refused)
     answer = proxy.get("v2/")
@@ -12872,7 +12932,7 @@ def test_a_registry_that_is_away_is_told_as_registries_tell_it(run: Run, refused
 
 
 def test_below_v2_is_nothing_without_a_registry(shared: Shared) -> None:
-    assert shared.proxy.get("v2/").status == 404
+    assert {shared.proxy.get(path).status for path in ("v2", "v2/", "v2/a/tags/list")} == {404}
 
 
 @contextlib.contextmanager
