@@ -7191,7 +7191,7 @@ class TraceExporter:
     cannot be asked to take, is lost. The log tells when that begins and when it ends, once for all
     processes."""
 
-    _EVERY, _LONGEST, _FAREWELL = 1.0, 60.0, 1.0  # seconds
+    _EVERY, _LONGEST, _FAREWELL = 1.0, 60.0, 0.5  # seconds
     _BATCH, _BATCHES, _AT_ONCE, _GIVE_WAY = 512, 5, 16, 0.001
 
     def __init__(self, line: TraceLine, sampler: Sampler, log: Log) -> None:
@@ -7260,7 +7260,7 @@ class TraceExporter:
                 self._log.line("the collector takes traces again")
 
     def close(self) -> None:
-        """Sends what there is, in a second at most."""
+        """Sends what there is, if that takes no longer than a moment."""
         self._ended.set()
         self._thread.join(self._FAREWELL)
 
