@@ -3039,7 +3039,7 @@ class OpenBytes(OpenFile):
 
 
 class _Reading(io.RawIOBase):
-    """Reads an open file by offset, beside whoever else reads it."""
+    """Reads an open file by offset, beside whoever else reads it. Raises StoreDown."""
 
     def __init__(self, file: OpenFile, size: int) -> None:
         self._file = file
@@ -3058,7 +3058,10 @@ class _Reading(io.RawIOBase):
         return self._offset
 
     def readinto(self, buffer: Any) -> int:
-        data = self._file.read_at(len(buffer), self._offset)
+        try:
+            data = self._file.read_at(len(buffer), self._offset)
+        except OSError as error:  # a disk that dies between writing and reading
+            raise StoreDown(f"a file cannot be read back: {error.strerror}") from None
         buffer[: len(data)] = data
         self._offset += len(data)
         return len(data)

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import email.utils
 import errno
+import fcntl
 import functools
 import getpass
 import gzip
@@ -73,6 +74,7 @@ import goproxy
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "goproxy.py"
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 PATIENCE = 30.0  # seconds that anything may take before its test is a failure
 SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "10"))  # of what runs as long as one likes
 SOAK_REQUESTS = int(os.environ.get("SOAK_REQUESTS", "100000"))
@@ -633,8 +635,12 @@ class Upstream:
         return [one.path for one in list(self.seen)]
 
     @property
+    def port(self) -> int:
+        return self._server.server_port
+
+    @property
     def base(self) -> str:
-        return f"{self.scheme}://127.0.0.1:{self._server.server_port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
     def url(self, fault: str = "good") -> str:
         return f"{self.base}/{fault}"
@@ -3035,7 +3041,7 @@ print(verdict, used.ru_utime + used.ru_stime, int(peak) // 1024, sep="\\n")
 
 
 @pytest.mark.soak
-@pytest.mark.skipif("not Path('/proc/self/status').exists()", reason="needs Linux's /proc")
+@needs_proc
 @pytest.mark.parametrize(
     ("kind", "verdict"),
     [("bomb", "h1:"), ("many", "h1:"), ("overlap", "overlap"), ("too many", "too many entries")],
@@ -3199,6 +3205,12 @@ def grown(draft: goproxy.Draft, data: bytes) -> goproxy.Draft:
 
 def drafted(folder: Path, length: int) -> goproxy.Draft:
     return grown(goproxy.Draft(str(folder)), bytes(length))
+
+
+def test_a_file_that_cannot_be_read_back_is_no_bug(tmp_path: Path) -> None:
+    unreadable = goproxy.OpenFile(os.open(tmp_path, os.O_RDONLY))  # a folder is
+    with pytest.raises(goproxy.StoreDown, match="cannot be read back"):
+        unreadable.reading_of(9).read()
 
 
 def test_the_end_of_a_draft_is_hidden_until_it_is_finished(tmp_path: Path) -> None:
@@ -7679,18 +7691,22 @@ def balanced(folder: Path, ports: Iterable[int]) -> Iterator[int]:
         yield front
 
 
+def asked_once(port: int, path: str) -> Answer | None:
+    """What a server answers, if it lives so long."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    failing = contextlib.suppress(http.client.HTTPException, OSError)
+    with contextlib.closing(connection), failing:
+        return ask(connection, "GET", f"/{path}", {})
+    return None
+
+
 def read_at_last(port: int, path: str) -> bytes:
     """The whole body, asked for again like the go command's user would, until it comes."""
     end = soon()
     while time.monotonic() < end:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-        with (
-            contextlib.closing(connection),
-            contextlib.suppress(http.client.HTTPException, OSError),
-        ):
-            answer = ask(connection, "GET", f"/{path}", {})
-            if answer.status == 200 and answer.whole:
-                return answer.body
+        answer = asked_once(port, path)
+        if answer and answer.status == 200 and answer.whole:
+            return answer.body
     raise AssertionError(f"{path} never came")
 
 
@@ -7942,6 +7958,94 @@ def test_replicas_over_one_bucket_give_one_hash_per_name(
     run.stop()
 
 
+class Nemesis:
+    """Replicas over one bucket, each behind a network of its own to it; one after another is
+    killed or cut off, while clients read. `seen` has the hashes that came whole, by path and by
+    whether they came out of the store."""
+
+    def __init__(
+        self, run: Run, place: str, networks: Sequence[Toxiproxy], upstream: Upstream, fault: str
+    ) -> None:
+        (port,) = re.findall(r":(\d+)", place)
+        self._networks, self._dice = networks, random.Random(6)
+        self._starts = [
+            functools.partial(run, cache=place.replace(port, str(each.port)), port=free_port(),
+                              upstream=upstream.url(fault))
+            for each in networks
+        ]  # fmt: skip
+        self._proxies = [start() for start in self._starts]
+        self._ports = [proxy.port for proxy in self._proxies]
+        self.seen: dict[tuple[str, bool], set[str]] = {}
+        self.reads, self._mutex = 0, threading.Lock()
+        self.kills = self.cuts = 0
+
+    def read(self, paths: Sequence[str], end: float, seconds: float) -> None:
+        """Asks for what is new by then and for what is old, of any replica."""
+        dice = random.Random(threading.get_ident())
+        while time.monotonic() < end:
+            newest = int((1 - (end - time.monotonic()) / seconds) * len(paths))
+            path = paths[dice.choice([dice.randint(0, newest), newest]) % len(paths)]
+            port = dice.choice(self._ports)
+            answer = asked_once(port, path)
+            if answer and answer.whole:
+                self._note(path, answer)
+
+    def _note(self, path: str, answer: Answer) -> None:
+        assert answer.status in (200, 502, 503), answer  # 502: others were first, with other bytes
+        key = (path, answer.headers.get("x-cache") == "HIT")
+        if answer.status == 200:
+            with self._mutex:
+                self.seen.setdefault(key, set()).add(hashlib.sha256(answer.body).hexdigest())
+                self.reads += 1
+
+    def trouble(self) -> None:
+        """One more trouble of some seconds."""
+        victim, pause = self._dice.randrange(len(self._proxies)), threading.Event()
+        if self._dice.random() < 0.4:
+            self._proxies[victim].kill()
+            self._proxies[victim] = self._starts[victim]()
+            self.kills += 1
+        else:
+            kind, attributes = self._dice.choice([("down", {}), ("timeout", {"timeout": 0})])
+            with self._networks[victim].spoiling(kind, **attributes):
+                pause.wait(self._dice.uniform(0.5, 4))
+            self.cuts += 1
+        pause.wait(self._dice.uniform(0, 2))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fault", ["good", "vary"])
+def test_replicas_agree_through_kills_and_partitions(
+    run: Run, upstream: Upstream, s3_place: str, fault: str,
+    network_before: Callable[[int], Toxiproxy],
+) -> None:  # fmt: skip
+    """Each name has one hash ever; if the upstream gives other bytes each time, then out of the
+    store: a replica that is cut off from it only hands on what upstream says."""
+    seconds = float(os.environ.get("SOAK_SECONDS", "300"))
+    modules = {f"example.com/name{number}@v1.0.0": MODULES[QUOTE] for number in range(1000)}
+    upstream.files.update(site(modules))
+    paths = [f"{name[:-7]}/@v/v1.0.0.{kind}" for name in modules for kind in ("zip", "mod")]
+    (port,) = re.findall(r":(\d+)", s3_place)
+    networks = [network_before(int(port)) for _ in range(3)]
+    nemesis, end = Nemesis(run, s3_place, networks, upstream, fault), soon(seconds)
+    with ThreadPoolExecutor(8) as pool:
+        readers = [pool.submit(nemesis.read, paths, end, seconds) for _ in range(8)]
+        while time.monotonic() < end:
+            nemesis.trouble()
+    assert [reader.result() for reader in readers] == [None] * 8
+    check_agreement(nemesis, fault)
+
+
+def check_agreement(nemesis: Nemesis, fault: str) -> None:
+    hashes: dict[str, set[str]] = {}
+    for (path, is_stored), found in nemesis.seen.items():
+        if is_stored or fault == "good":
+            hashes.setdefault(path, set()).update(found)
+    assert hashes and {path: found for path, found in hashes.items() if len(found) > 1} == {}
+    told = f"{nemesis.kills} kills, {nemesis.cuts} partitions, {nemesis.reads} whole reads"
+    print(f"{fault}: {told} of {len(hashes)} names, one hash each")
+
+
 # --- a folder ----------------------------------------------------------------
 
 
@@ -8165,6 +8269,181 @@ def test_a_process_killed_at_any_change_of_its_store_does_no_harm(
                 kills += 1
     print(f"{store}, {kind}: {kills} kills")
     assert kills > 3
+
+
+class Clients:
+    """Eight who ask for zips in any order, and what they got; `wrong` is what nobody may get."""
+
+    def __init__(self, port: int, bodies: Mapping[str, bytes]) -> None:
+        self._port, self._bodies, self._ended = port, bodies, threading.Event()
+        self.right, self.short = itertools.count(), itertools.count()
+        self.wrong: list[str] = []
+        self._threads = [threading.Thread(target=self._ask, args=(seed,)) for seed in range(8)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, seed: int) -> None:
+        dice = random.Random(seed)
+        while not self._ended.wait(0.02):
+            path = dice.choice(list(self._bodies))
+            answer = asked_once(self._port, path)
+            if answer:
+                self._judge(path, answer)
+
+    def _judge(self, path: str, answer: Answer) -> None:
+        if not answer.whole:
+            next(self.short)
+        elif (answer.status, answer.body) == (200, self._bodies[path]):
+            next(self.right)
+        else:
+            self.wrong.append(f"{path}: {answer.status}, {len(answer.body)} bytes")
+
+    def end(self) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def unheld(drafts: Path) -> set[str]:
+    """The drafts that no living process holds."""
+    found = {str(each.stat().st_ino): each.name for each in drafts.iterdir()}
+    held = re.findall(r"FLOCK .*:(\d+) 0 EOF", Path("/proc/locks").read_text())
+    return {name for inode, name in found.items() if inode not in held}
+
+
+@pytest.mark.soak
+@needs_proc
+def test_a_process_killed_500_times_under_load_does_no_harm(run: Run, upstream: Upstream) -> None:
+    """Of what is stored, a part goes after each kill, so that there is always more to fetch."""
+    modules: dict[str, Files] = {f"example.com/h{n}@v1.0.0": {"n": NOISE * 50} for n in range(6)}
+    bodies = {path: body for path, body in site(modules).items() if path.endswith(".zip")}
+    upstream.files.update(bodies)
+    dice, moment, port = random.Random(4), threading.Event(), free_port()
+    clients = Clients(port, bodies)
+    for _ in range(500):
+        proxy = run(port=port, upstream=upstream.url(), environ={"TMPDIR": str(run.folder)})
+        drafts = run.cache / ".goproxy-drafts"
+        left = unheld(drafts) if drafts.exists() else set()
+        moment.wait(dice.uniform(0, 1))
+        assert not left & unheld(drafts) and not clients.wrong
+        proxy.kill()
+        (run.cache / dice.choice(list(bodies))).unlink(missing_ok=True)
+    clients.end()
+    proxy = run(port=port, upstream=upstream.url())
+    assert not unheld(drafts) and not [*run.folder.glob("tmp*")]
+    assert all(proxy.get(path).body == body for path, body in bodies.items())
+    print(f"500 kills: {next(clients.right)} whole and right, {next(clients.short)} cut short")
+
+
+class Disk:
+    """A file system of its own, whose power can be cut: what is not on the disk is lost."""
+
+    _SHUTDOWN, _NO_FLUSH = 0x8004587D, 2  # EXT4_IOC_SHUTDOWN, as tests of file systems use it
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._image = folder / "disk", folder / "image"
+        self.folder.mkdir()
+        with open(self._image, "wb") as file:
+            file.truncate(256 << 20)
+        subprocess.run([installed("mkfs.ext4"), "-q", str(self._image)], check=True)
+        self.mount()
+
+    def mount(self) -> None:
+        mount = ["mount", "-o", "loop", str(self._image), str(self.folder)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            missing("leave to mount")
+
+    def cut(self) -> None:
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        fcntl.ioctl(descriptor, self._SHUTDOWN, struct.pack("I", self._NO_FLUSH))
+        os.close(descriptor)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", str(self.folder)], check=True)
+
+
+@pytest.fixture
+def disk(run: Run) -> Iterator[Disk]:
+    made = Disk(run.folder)
+    yield made
+    try:
+        run.stop()
+    finally:
+        made.unmount()
+
+
+class Cuts:
+    """Proxies over a disk; their answers, until its power is cut."""
+
+    def __init__(self, run: Run, upstream: Upstream, disk: Disk, place: str) -> None:
+        self._upstream, self._disk, self._numbers = upstream, disk, itertools.count()
+        self._start = functools.partial(run, cache=place.format(disk.folder))
+        self._dice = random.Random(8)
+
+    def lost(self, prefix: Sequence[str] = ()) -> tuple[int, int]:
+        """How many answers were complete before a cut, and how many of them are gone or wrong
+        after it. Nothing is found that is wrong."""
+        proxy = self._start(upstream=self._upstream.url(), prefix=prefix)
+        paths, answered, moment = self._paths(), list[str](), threading.Event()
+        count = self._dice.randrange(10, len(paths))
+
+        def one(path: str) -> None:
+            if proxy.get(path).body == self._upstream.files[path] and not moment.is_set():
+                answered.append(path)
+            if len(answered) >= count:
+                moment.set()
+
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(one, path) for path in paths]
+            moment.wait(PATIENCE)
+            before = list(answered)
+            self._disk.cut()
+            assert all(each.exception() is None for each in asked)
+        proxy.kill()
+        return len(before), self._missing(before)
+
+    def _paths(self) -> list[str]:
+        number = next(self._numbers)
+        modules: dict[str, Files] = {
+            f"example.com/p{number}n{each}@v1.0.0": {"n": NOISE[: each * 5000]}
+            for each in range(20)
+        }
+        made = {path: body for path, body in site(modules).items() if "1.0.0" in path}
+        self._upstream.files.update(made)
+        return sorted(made, key=lambda _: self._dice.random())
+
+    def _missing(self, names: Sequence[str]) -> int:
+        self._disk.unmount()
+        self._disk.mount()
+        proxy = self._start(offline="true")
+        answers = [proxy.get(name) for name in names]
+        proxy.stop()
+        right = [answer.body == self._upstream.files[name] for name, answer in zip(names, answers)]
+        assert all(good or each.status == 404 for good, each in zip(right, answers))
+        return right.count(False)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("place", ["{}/cache", "sqlite:{}/store.db"])
+def test_a_power_cut_loses_nothing_that_was_answered(
+    run: Run, upstream: Upstream, disk: Disk, place: str
+) -> None:
+    cuts = Cuts(run, upstream, disk, place)
+    found = [cuts.lost() for _ in range(30)]
+    print(f"{place}: 30 cuts, {sum(kept for kept, _ in found)} answers before them")
+    assert sum(lost for _, lost in found) == 0
+
+
+@pytest.mark.soak
+def test_a_power_cut_would_lose_what_is_not_synced(
+    run: Run, upstream: Upstream, disk: Disk
+) -> None:
+    """So what the test above finds is worth something."""
+    calls = "fsync,fdatasync"
+    idle = ["-f", "-qq", "-o", os.devnull, "-e", f"trace={calls}", "-e", f"inject={calls}:retval=0"]
+    kept, lost = Cuts(run, upstream, disk, "{}/cache").lost([installed("strace"), *idle])
+    print(f"without fsync: {lost} of {kept} answers lost")
+    assert lost > 0
 
 
 # =============================================================================
@@ -10438,59 +10717,71 @@ def test_latest_is_made_from_the_store_when_offline(proxy: Proxy, run: Run) -> N
 
 
 class Toxiproxy:
-    """A real proxy between us and the upstream, which spoils what goes through it."""
+    """A real proxy before a server, at first one that spoils nothing."""
 
-    def __init__(self, port: int, upstream: Upstream) -> None:
-        self._api, self._port, self.upstream = port, free_port(), upstream
-        where = urllib.parse.urlsplit(upstream.base).netloc
-        listen = f"127.0.0.1:{self._port}"
-        self._post("proxies", {"name": "up", "listen": listen, "upstream": where})
+    _numbers = itertools.count()
 
-    def _post(self, path: str, body: object) -> None:
-        data = json.dumps(body).encode()
-        url = f"http://127.0.0.1:{self._api}/{path}"
-        urllib.request.urlopen(urllib.request.Request(url, data), timeout=PATIENCE).close()
+    def __init__(self, api: int, server: int) -> None:
+        self.port, self._api, self._name = free_port(), api, f"number{next(self._numbers)}"
+        where = {"listen": f"127.0.0.1:{self.port}", "upstream": f"127.0.0.1:{server}"}
+        self._tell("", {"name": self._name, **where})
 
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/good"
+    def _tell(self, path: str, body: object, method: str = "POST") -> None:
+        data, url = json.dumps(body).encode(), f"http://127.0.0.1:{self._api}/proxies{path}"
+        order = urllib.request.Request(url, data, method=method)
+        urllib.request.urlopen(order, timeout=PATIENCE).close()
 
     @contextlib.contextmanager
     def spoiling(self, kind: str, **attributes: int) -> Iterator[None]:
+        """Meanwhile it does what a kind of toxic does, or is down."""
+        name = f"/{self._name}"
         if kind == "down":
-            self._post("proxies/up", {"enabled": False})
+            self._tell(name, {"enabled": False})
+            yield
+            self._tell(name, {"enabled": True})
         else:
-            self._post("proxies/up/toxics", {"type": kind, "attributes": attributes})
-        yield
-        self._post("reset", {})
+            self._tell(f"{name}/toxics", {"name": "it", "type": kind, "attributes": attributes})
+            yield
+            self._tell(f"{name}/toxics/it", {}, "DELETE")
+
+
+@pytest.fixture(name="network_before")
+def make_network() -> Iterator[Callable[[int], Toxiproxy]]:
+    """Puts a network that may fail before a port."""
+    api = free_port()
+    with program(api, go_tool("toxiproxy-server"), "-port", str(api)):
+        yield functools.partial(Toxiproxy, api)
 
 
 @pytest.fixture
-def toxiproxy(upstream: Upstream) -> Iterator[Toxiproxy]:
-    port = free_port()
-    with program(port, go_tool("toxiproxy-server"), "-port", str(port)):
-        yield Toxiproxy(port, upstream)
+def spoiled(
+    run: Run, upstream: Upstream, network_before: Callable[[int], Toxiproxy]
+) -> Iterator[Spoiled]:
+    yield Spoiled(run, upstream, network_before(upstream.port))
+    run.stop()
 
 
 class Spoiled:
     """A proxy whose upstream and checksum database are behind a network that fails. `answers` are
     those of all kinds of artifacts, of a module that nobody asked for before."""
 
-    def __init__(self, run: Run, network: Toxiproxy) -> None:
-        self._network, self._numbers = network, itertools.count()
-        self._proxy = run(upstream=network.url(), sumdb=f"sum.test {network.url()}", ttl="0s")
+    def __init__(self, run: Run, upstream: Upstream, network: Toxiproxy) -> None:
+        self._files, self._network, self._numbers = upstream.files, network, itertools.count()
+        url = f"http://127.0.0.1:{network.port}/good"
+        self._proxy = run(upstream=url, sumdb=f"sum.test {url}", ttl="0s")
 
     def _paths(self) -> list[str]:
         number = next(self._numbers)
-        module, files = f"example.com/t{number}", self._network.upstream.files
+        module = f"example.com/t{number}"
         made = site({f"{module}@v1.0.0": {"go.mod": f"module {module}\n", "n": NOISE[:100_000]}})
         record = DATABASE["lookup/example.com/quote@v1.0.0"]
         record = record.replace(b"example.com/quote", module.encode())
         sums = {f"lookup/{module}@v1.0.0": record, f"tile/8/0/{number:03}": TREE}
-        files.update({**made, **sums})
+        self._files.update({**made, **sums})
         return [*made, *(f"sumdb/sum.test/{path}" for path in sums)]
 
     def _right(self, path: str) -> bytes:
-        return self._network.upstream.files[path.replace("sumdb/sum.test/", "")]
+        return self._files[path.replace("sumdb/sum.test/", "")]
 
     def statuses(self, kind: str, **attributes: int) -> set[int]:
         """What a network spoiled like this makes of them all, 0 for a body that ends too early;
@@ -10517,23 +10808,22 @@ TOXICS: list[tuple[str, dict[str, int], int]] = [
 ]
 
 
-def test_a_network_that_fails_spoils_nothing_that_is_kept(run: Run, toxiproxy: Toxiproxy) -> None:
-    spoiled = Spoiled(run, toxiproxy)
+def test_a_network_that_fails_spoils_nothing_that_is_kept(spoiled: Spoiled) -> None:
     seen = [spoiled.statuses(kind, **attributes) for kind, attributes, _ in TOXICS]
     assert seen == [{status} for _, _, status in TOXICS]
 
 
 @pytest.mark.soak
-def test_a_network_that_swallows_everything_is_an_outage(run: Run, toxiproxy: Toxiproxy) -> None:
-    assert Spoiled(run, toxiproxy).statuses("timeout", timeout=0) == {504}
+def test_a_network_that_swallows_everything_is_an_outage(spoiled: Spoiled) -> None:
+    assert spoiled.statuses("timeout", timeout=0) == {504}
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.soak)])
 def test_a_network_that_cuts_answers_spoils_nothing_that_is_kept(
-    run: Run, toxiproxy: Toxiproxy, count: int
+    spoiled: Spoiled, count: int
 ) -> None:
     """After so many bytes each: of the first kilobyte, and of all."""
-    spoiled, dice = Spoiled(run, toxiproxy), random.Random(9)
+    dice = random.Random(9)
     limits = [dice.choice([1000, 10_000, 105_000]) for _ in range(count)]
     seen = [spoiled.statuses("limit_data", bytes=dice.randrange(limit)) for limit in limits]
     assert set().union(*seen) <= {0, 200, 502}
@@ -13991,9 +14281,6 @@ def children_of(process: int) -> list[int]:
     return [
         int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()
     ]
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 
 
 # --- figures -----------------------------------------------------------------
