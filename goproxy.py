@@ -9280,8 +9280,10 @@ class _GitFailed(Exception):
 
 class _Order(NamedTuple):
     """What a git is to do: its arguments, variables besides the fixed ones, and seconds at most.
-    `feed` is its input, at most a pipe's fill. `aloud`: complaints are part of its output. `lock`
+    `feed` is its input, at most a pipe's fill. `aloud`: it uses the network, takes no input, and
+    complaints are part of its output. `lock`
     is a descriptor that it inherits: what that locks stays locked while it lives, even without us.
+    `largest` is the size of a file that it may write, in bytes.
     """
 
     arguments: tuple[str, ...]
@@ -9290,6 +9292,15 @@ class _Order(NamedTuple):
     feed: bytes = b""
     aloud: bool = False
     lock: int | None = None
+    largest: int | None = None
+
+
+# Limits the files that git may write, in units of 512 bytes as POSIX has it, and ends git with all
+# that it began as soon as its input ends: ours is held open as long as we live.
+_LEASHED = (
+    "exec {leash}<&0; (read -r _ <&{leash}; kill -9 0) >/dev/null 2>&1 & "
+    'ulimit -f {blocks}; exec git "$@" {leash}<&- </dev/null'
+)
 
 
 class _Git:
@@ -9326,6 +9337,8 @@ class _Git:
         status = self._process.wait()
         self._timer.cancel()
         self.out.close()
+        if self._process.stdin:
+            self._process.stdin.close()  # which ends what watches over it
         return status
 
 
@@ -9351,6 +9364,7 @@ _GIT_OPTIONS = (
     "core.fsmonitor=false",
     "core.hooksPath=" + os.devnull,
     "fetch.recurseSubmodules=false",
+    "fetch.unpackLimit=1",
     "gc.autoDetach=false",
     "http.lowSpeedLimit=1000",
     "http.lowSpeedTime=30",
@@ -9380,8 +9394,10 @@ def git_version(search_path: str) -> tuple[int, ...]:
 
 class GitRunner:
     """Runs git so that nothing of a repository is executed, nothing of this machine's settings
-    counts, nothing asks questions, and no more than eight run at once."""
+    counts, nothing asks questions, and no more than eight run at once. Those that use the network
+    end with this process, however it ends, and cannot fill the disk."""
 
+    LARGEST = 8 << 30  # bytes of a pack
     _AT_ONCE = 8
     _QUEUE_SECONDS = 60.0
     _LIMIT = 64 << 20  # of bytes that git may say
@@ -9414,9 +9430,14 @@ class GitRunner:
 
     def _spawn(self, order: _Order) -> subprocess.Popen[bytes]:
         options = [word for option in _GIT_OPTIONS for word in ("-c", option)]
+        program = ["git"]
+        if order.aloud:
+            blocks = (order.largest or self.LARGEST) // 512
+            leash = 3 if order.lock != 3 else 4
+            program = ["sh", "-c", _LEASHED.format(leash=leash, blocks=blocks), "git"]
         try:
             process = subprocess.Popen(
-                ["git", *options, *order.arguments],
+                [*program, *options, *order.arguments],
                 env={**self._fixed, **order.variables},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -9427,8 +9448,9 @@ class GitRunner:
         except OSError as error:
             raise BadUpstream(f"git cannot be run: {error.strerror}") from None
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-            stdin.write(order.feed)
+        if not order.aloud:
+            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+                stdin.write(order.feed)
         return process
 
     def run(self, order: _Order) -> bytes:
@@ -9489,6 +9511,8 @@ class Commit(NamedTuple):
 
 class BareRepository:
     """A bare repository of ours that is filled from one URL. To read it needs no lock."""
+
+    _BLOCK = 4096  # bytes that git writes at once
 
     def __init__(self, git: GitRunner, folder: str, network: Callable[[], Mapping[str, str]]):
         """`network` gives the variables for the gits that may use the network."""
@@ -9575,13 +9599,25 @@ class BareRepository:
             self._sweep()
         with open(self._unfinished, "wb"):
             pass
+        # All that run at once together leave room on the disk.
+        largest = min(self._git.LARGEST, shutil.disk_usage(self._folder).free // 8)
+        order = _Order(words, variables, TRANSFER.total, aloud=True, lock=lock, largest=largest)
         try:
-            self._git.run(_Order(words, variables, TRANSFER.total, aloud=True, lock=lock))
+            self._git.run(order)
         except _GitFailed as error:
+            if self._outgrew(largest):
+                self._sweep()
+                raise BadUpstream(f"more than {shown_size(largest)} for one fetch") from None
             if error.status > 0:  # it was not killed
                 os.unlink(self._unfinished)
             raise
         os.unlink(self._unfinished)
+
+    def _outgrew(self, largest: int) -> bool:
+        """Whether a pack has been cut at its limit; git does not say so."""
+        folder = os.path.join(self._folder, "objects", "pack")
+        sizes = [each.stat().st_size for each in os.scandir(folder) if each.name.startswith("tmp_")]
+        return max(sizes, default=0) > largest - 2 * self._BLOCK
 
     @property
     def is_shallow(self) -> bool:

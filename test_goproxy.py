@@ -8812,6 +8812,38 @@ def test_a_proxy_that_ends_leaves_no_git(run: Run, quote: Origin, tmp_path: Path
     assert not is_alive(pid)
 
 
+def test_a_proxy_that_is_killed_leaves_no_git(run: Run, quote: Origin, tmp_path: Path) -> None:
+    """Nor what that has begun, such as the one that is awaited here."""
+    begun = tmp_path / "begun"
+    os.mkfifo(begun)
+    script = (
+        f'case "$note" in ls-remote*) sh -c "echo \\$\\$ > {begun}; exec sleep 600" & wait;; esac'
+    )
+    path = {"PATH": NotingGit(tmp_path / "bin", script).path}
+    vcs = f"{ACME_QUOTE}={quote.url}"
+    proxy = run(path, vcs=vcs, private=ACME_QUOTE, upstream="off", workers=1)
+    request = goproxy.in_thread(lambda: proxy.get(f"{ACME_QUOTE}/@v/list"))
+    ends = os.pidfd_open(int(begun.read_text()))
+    proxy.kill()
+    assert request.exception(PATIENCE)
+    assert select.select([ends], [], [], PATIENCE)[0] == [ends]
+    os.close(ends)
+
+
+class NarrowRunner(goproxy.GitRunner):
+    LARGEST = len(NOISE) // 2
+
+
+def test_a_repository_that_would_fill_the_disk_is_an_error(quote: Origin, tmp_path: Path) -> None:
+    quote.add(Step({"noise": NOISE}, "v1.2.0"))
+    kept, path = tmp_path / "kept", os.environ["PATH"]
+    with pytest.raises(goproxy.BadUpstream, match=r"more than .* for one fetch"):
+        goproxy.Repository(NarrowRunner(path), str(kept), quote.url, lambda url: {}).find("v1.2.0")
+    assert [*kept.rglob("tmp_*")] == []
+    wide = goproxy.Repository(goproxy.GitRunner(path), str(kept), quote.url, lambda url: {})
+    assert wide.find("v1.2.0").name == "v1.2.0"
+
+
 def test_a_module_of_more_than_500_mib_is_refused_before_it_is_packed(tmp_path: Path) -> None:
     origin = Origin(tmp_path / "quote", [Step({"go.mod": GIT_MOD, "a": bytes(1 << 20)})])
     big = origin("rev-parse", "main:a").strip()
