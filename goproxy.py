@@ -8557,7 +8557,7 @@ class S3Storage(RemoteStorage):
         chain = AwsKeyChain(self._means.environ, dialer.resolver, dialer)
         return Bucket(self._place, chain, client, self._means.say), client
 
-    def _fetch(self, name: str) -> Blob:
+    def _fetch(self, name: str) -> BucketObject:
         if name in self._damaged or len(name.encode()) > self._MAX_KEY:
             raise NotFound("not in the store")
         return self._bucket.open(name, functools.partial(self._damaged.add, name))
@@ -14194,10 +14194,17 @@ class LayerStore(S3Storage):
         return self._bucket.public_host
 
     def size(self, digest: str) -> int:
-        """In bytes. Raises NotFound, StoreDown."""
+        """In bytes. Raises NotFound, StoreDown, and Spoiled for what was stored as another."""
         if digest in self._damaged:
             raise NotFound("not in the store")
-        return self._bucket.find(digest).size
+        return self._checked(digest, self._bucket.find(digest)).size
+
+    @staticmethod
+    def _checked(digest: str, found: ObjectHead) -> ObjectHead:
+        algorithm, _, wanted = digest.partition(":")
+        if algorithm == "sha256" and found.sha256 not in ("", wanted):
+            raise Spoiled(f"{digest}: it is sha256:{found.sha256}")
+        return found
 
     def link_to(self, digest: str) -> str:
         """By which whoever has it may GET that blob for some minutes; so it is secret."""
@@ -14208,8 +14215,15 @@ class LayerStore(S3Storage):
         self._damaged.add(digest)
 
     def stream(self, digest: str) -> Blob:
-        """Its bytes, from the bucket. Raises NotFound, StoreDown."""
-        return self._fetch(digest)
+        """Its bytes, from the bucket. Raises as `size`."""
+        blob = self._fetch(digest)
+        try:
+            self._checked(digest, blob.found)
+        except Spoiled:
+            blob.close()
+            self.distrust(digest)
+            raise
+        return blob
 
     def mark(self, digest: str) -> None:
         """A client has been permitted to have it."""
@@ -14340,6 +14354,8 @@ class Registry:
             return self._counted("refused", self._line.relay(call))
         self._marks.do(functools.partial(self._mark, store, call.digest))
         if size is not None and permit.size not in (None, size):
+            if not call.may_wait:
+                raise MustWait
             self._log.error(f"{call.digest}: {size} bytes in the bucket, {permit.size} in truth")
             store.distrust(call.digest)
             size = None

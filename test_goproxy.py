@@ -13213,6 +13213,38 @@ def test_without_a_bucket_layers_come_from_the_registry(run: Run, refused: str) 
         assert (answer.body, answer.headers["docker-content-digest"]) == (play.blob, "as told")
 
 
+@pytest.mark.soak
+def test_a_registry_that_never_answers_is_504(run: Run) -> None:
+    gate = threading.Event()
+
+    def silent(heard: Heard) -> Said:
+        gate.wait(PATIENCE * 3)
+        return Said(0)
+
+    with scripted(silent) as registry:
+        proxy = run(upstream="off", registry=registry.base)
+        with contextlib.closing(proxy.connect()) as connection:
+            connection.timeout = PATIENCE * 3
+            answer = ask(connection, "GET", "/v2/", {})
+        gate.set()
+        assert (answer.status, json.loads(answer.body)["errors"][0]["code"]) == (504, "UNAVAILABLE")
+
+
+def test_an_object_that_is_something_else_is_replaced(run: Run, s3_place: str) -> None:
+    with open_bucket(s3_place) as (bucket, _):
+        bucket.put(digest_of(PLAYED), as_body("something else"), once=True)
+    play = Play(PLAYED)
+    with scripted(play.answer) as registry:
+        place = s3_place.replace("127.0.0.1", "localhost")
+        proxy = run(upstream="off", registry=registry.base, registry_blobs=place)
+        assert proxy.get(play.path).body == PLAYED
+        end = soon()
+        while proxy.get(play.path).status != 307:
+            assert time.monotonic() < end, proxy.log
+    file = run.folder / "s3/modules/go" / digest_of(PLAYED)
+    assert file.read_bytes() == PLAYED
+
+
 def test_a_layer_that_cannot_be_kept_is_given_all_the_same(run: Run, s3_place: str) -> None:
     def read_only(port: int, heard: Heard) -> Said:
         return (
@@ -13329,10 +13361,13 @@ def test_verify_removes_layers_that_have_changed(run: Run, s3_place: str) -> Non
         assert "0 bad, 0 failed" in finish(run.folder, *words, environ=AWS).out
         with file.open("r+b") as opened:
             opened.write(b"changed")
+        with open_bucket(s3_place) as (bucket, _):
+            bucket.put(f"sha256:{'0' * 64}", as_body("something else"), once=True)
         ended = finish(run.folder, *words, environ=AWS)
         assert (ended.status, file.exists()) == (1, False)
         assert f"{digest_of(PLAYED)}: it is sha256:" in ended.out
-        assert "1 bad, 0 failed" in ended.out
+        assert "2 bad, 0 failed" in ended.out
+        assert [name for name in in_bucket(run) if name.startswith("sha")] == []
 
 
 def aged_layers(run: Run, place: goproxy.LayersPlace) -> tuple[goproxy.LayerStore, dict[str, str]]:
