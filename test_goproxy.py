@@ -6734,7 +6734,7 @@ def test_a_share_is_from_none_to_all(argument: str) -> None:
 
 def spans_in(body: bytes) -> list[dict[str, Any]]:
     """The spans of a request that the schema of OTLP admits."""
-    if not importlib.util.find_spec("opentelemetry.proto"):
+    if not importlib.util.find_spec("opentelemetry"):
         missing("opentelemetry-proto")
     service = importlib.import_module(
         "opentelemetry.proto.collector.trace.v1.trace_service_pb2"
@@ -6760,7 +6760,7 @@ class Collector:
     def __init__(self) -> None:
         self.said = [Said(200, {"Content-Type": "application/json"}, b'{"partialSuccess":{}}')]
         self.heard: list[tuple[float, Heard]] = []
-        self.spans: list[dict[str, Any]] = []
+        self._taken: list[bytes] = []
         self._changed = threading.Condition()
         self._server = Scripted(self._answer)
         self.base, self.close = self._server.base, self._server.close
@@ -6769,9 +6769,13 @@ class Collector:
         with self._changed:
             said = self.said.pop(0) if len(self.said) > 1 else self.said[0]
             self.heard.append((time.monotonic(), heard))
-            self.spans += spans_in(heard.body) if said.status == 200 else []
+            self._taken += [heard.body] if said.status == 200 else []
             self._changed.notify_all()
         return said
+
+    @property
+    def spans(self) -> list[dict[str, Any]]:
+        return [span for body in self._taken for span in spans_in(body)]
 
     def wait(self, done: Callable[[Collector], bool]) -> None:
         with self._changed:
@@ -14495,11 +14499,12 @@ def test_a_trace_leads_from_the_client_to_the_upstream(
     assert heard["tracestate"] == "a=1,b=2"
 
 
+@pytest.mark.parametrize("workers", [1, 3])
 def test_each_request_is_told_once_however_many_processes_see_it(
-    run: Run, upstream: Upstream, collector: Collector
+    run: Run, upstream: Upstream, collector: Collector, workers: int
 ) -> None:
     paths = [INFO, MOD, ZIP, BIG, LIST, "example.com/none/@latest"]
-    proxy = run(upstream=upstream.url(), trace=collector.base, workers=3)
+    proxy = run(upstream=upstream.url(), trace=collector.base, workers=workers)
     for path in [*paths, *[INFO, BIG] * 3]:
         proxy.get(path)
     proxy.stop()
