@@ -15499,6 +15499,7 @@ def _front_page(app: App, request: Request, overview: Overview, sees: Sees) -> M
             _how_to(app, request),
             _filled('<div class="grid">{}{}</div>', charts, _store_bar(app, catalogue.totals())),
             _filled('<div class="grid">{}</div>', _joined(columns)),
+            _remarks_table(catalogue.remarks(), sees),
             _troubles_table("Failures of the last hour", failed),
             _troubles_table("Not found in the last hour", absent),
         ]
@@ -15623,16 +15624,34 @@ def _troubles_table(title: str, troubles: Sequence[Trouble]) -> Markup:
     return _filled("<section><h2>{}</h2>{}</section>", title, table)
 
 
+def _remarks_table(remarks: Mapping[str, list[Remark]], sees: Sees) -> Markup:
+    """What re-checks have found last."""
+    theirs = (each for path, several in remarks.items() if sees(path, 0) for each in several)
+    last = heapq.nlargest(_TOP, theirs, key=lambda each: each.since)
+    rows = [
+        _filled(
+            "<tr><td class=size>{}</td><td>{}</td><td>{}</td></tr>",
+            _when(each.since),
+            _link(each.path, each.version),
+            _mark(each),
+        )
+        for each in last
+    ]
+    table = _table(("found", "module", "remark"), rows)
+    return _filled("<section><h2>News from upstream</h2>{}</section>", table) if last else Markup()
+
+
 def _found_modules(found: Sequence[Holding], words: str) -> Markup:
     rows = [
         _filled(
             "<tr><td>{}</td><td>{}</td><td class=size>{}</td><td>{}</td></tr>",
-            _link(one.path), one.versions, shown_size(one.size), _when(one.stored / 1e6),
+            _link(one.path), _plural(one.versions, "version"), shown_size(one.size),
+            _when(one.stored / 1e6),
         )
         for one in found[:_ROWS]
     ]  # fmt: skip
     count = f"More than {_ROWS}" if len(found) > _ROWS else f"{len(found) or 'No'}"
-    table = _table(("module", "versions", "size", "last stored"), rows) if found else Markup()
+    table = _table(("module", "stored", "size", "the last one"), rows) if found else Markup()
     text = f"{count} stored {'module' if len(found) == 1 else 'modules'} with “{words}”"
     return _filled(
         "<h1>{}</h1>{}", text, _filled("<section>{}</section>", table) if found else table

@@ -16044,6 +16044,8 @@ def test_a_module_has_a_page(stocked: Run) -> None:
     ]
     (stocked.cache / ".goproxy-recheck").write_text(json.dumps(rows))
     proxy = stocked(upstream="off")
+    news = page_of(proxy).text.partition("News from upstream")[2]
+    assert all(word in news for word in ("a bug & more", "use v2", "was there once"))
     (link,) = [one for one in page_of(proxy, "q=QUOTE").links() if one.endswith("quote")]
     page = page_of(proxy, f"{link[1:]}&version=v1.0.0")
     assert "go get example.com/quote@v1.0.0" in page.text
