@@ -163,6 +163,21 @@ class ProxyError(Exception):
         return [] if self.retry_after is None else [("Retry-After", str(self.retry_after))]
 
 
+_E = TypeVar("_E", bound=BaseException)
+
+
+def unframed(error: _E) -> _E:
+    """An error of ours without the frames it has passed. Whoever keeps or shares an error would
+    keep all that they hold with it, open files too."""
+    if not isinstance(error, ProxyError):
+        return error  # a bug, whose frames tell where it is
+    found = type(error).__new__(type(error))
+    found.args = error.args
+    found.__dict__.update(error.__dict__)
+    error.__traceback__ = error.__context__ = None
+    return found
+
+
 class BadRequest(ProxyError):
     status = 400
 
@@ -3231,7 +3246,7 @@ class Draft:
 
     def _end(self, error: BaseException | None) -> None:
         with self._mutex:
-            self.error = error
+            self.error = error and unframed(error)
             self._ended = True
         self._wake()
 
@@ -3247,7 +3262,7 @@ class Draft:
         if self._visible > offset:
             return self._visible - offset
         if self.error is not None:
-            raise self.error
+            raise unframed(self.error)
         return None if ended else 0
 
     def when_ready(self, offset: int, wake: Callable[[], None]) -> None:
@@ -5893,7 +5908,7 @@ class DnsResolver(CachingResolver):
                     self._transports[self._best], name, _share(until, count - turn)
                 )
             except BadUpstream as error:
-                failures.append(error)
+                failures.append(unframed(error))
         raise type(failures[-1])("; ".join(map(str, failures)))
 
     def _ask_both(self, transport: DnsTransport, name: str, until: float) -> DnsAnswer:
@@ -9012,9 +9027,9 @@ def first_of(attempts: Iterable[tuple[Callable[[], T], bool]]) -> T:
         try:
             return attempt()
         except NotFound as error:
-            absence = absence or error
+            absence = absence or unframed(error)
         except ProxyError as error:
-            trouble = trouble or error
+            trouble = trouble or unframed(error)
             if not any_error:
                 break
     raise trouble or absence or NotFound("no upstream is configured")
@@ -10863,7 +10878,7 @@ class Cache:
         self._log = log
         self.on_stored: Callable[[str, int], None] = lambda name, size: None
         self._absent: TtlCache[NotFound] = TtlCache(self._REMEMBERED)
-        self._failed: TtlCache[ProxyError] = TtlCache(self._REMEMBERED)
+        self._failed: TtlCache[bool] = TtlCache(self._REMEMBERED)
         self._fetches: Flights[Future[bytes]] = Flights()
         self._drafts: Flights[Draft] = Flights()
         self._download_lane = Lane("download", self._DOWNLOADS)
@@ -10958,9 +10973,9 @@ class Cache:
     def _ours(self, name: str, error: BaseException) -> ProxyError:
         """An error that readers in other threads can be given; a bug is told in the log."""
         if isinstance(error, NotFound):
-            return self._outage(name) or error
+            return unframed(self._outage(name) or error)
         if isinstance(error, ProxyError):
-            return error
+            return unframed(error)
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         self._log.error(f"{name}: {''.join(lines)}")
         return ProxyError("internal error")
@@ -10977,9 +10992,9 @@ class Cache:
 
     def _remember(self, name: str, error: ProxyError) -> None:
         if isinstance(error, NotFound):
-            self._absent.put(name, error, _NEGATIVE_SECONDS)
+            self._absent.put(name, unframed(error), _NEGATIVE_SECONDS)
         else:
-            self._failed.put(name, error, min(self._ttl, _NEGATIVE_SECONDS))
+            self._failed.put(name, True, min(self._ttl, _NEGATIVE_SECONDS))
             self._log.error(f"{name}: {error}", status=error.status)
 
     def keep(self, name: str, data: bytes, replace: bool) -> bool:
@@ -11472,7 +11487,7 @@ class Generated(Modules):
             error = (
                 caught if isinstance(caught, ProxyError) else BadUpstream(f"-generate: {caught}")
             )
-            self._failed.put(artifact.name, error, self._FAILURE_SECONDS)
+            self._failed.put(artifact.name, unframed(error), self._FAILURE_SECONDS)
             self._flights.land(artifact.name)
             flight.set_exception(error)
         else:
