@@ -14603,8 +14603,14 @@ class Upload(Blob):
         return data
 
 
-class ChunkedUpload(Upload):
-    """The same in chunks, whose length nobody knows (RFC 9112, section 7.1)."""
+class PassedUpload(Upload):
+    """The same for the registry: a client may have to compress a lot that comes to little."""
+
+    _STALL, _RATE = 60.0, 1 << 10
+
+
+class ChunkedUpload(PassedUpload):
+    """That in chunks, whose length nobody knows (RFC 9112, section 7.1)."""
 
     _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
 
@@ -14697,7 +14703,8 @@ def with_upload(request: Request, sock: socket.socket, ahead: bytes) -> Request:
     awaits = request.chunks and "expect" in request.fields
     if request.body < 0:
         return request._replace(upload=ChunkedUpload(sock, ahead, awaits))
-    return request._replace(upload=Upload(sock, ahead, request.body, awaits))
+    kind = PassedUpload if request.is_passed else Upload
+    return request._replace(upload=kind(sock, ahead, request.body, awaits))
 
 
 def parse_request(head: bytes, passed: str = "\0") -> Request:

@@ -12962,6 +12962,16 @@ def test_a_malformed_chunk_ends_a_push(harbour: Harbour, kind: str) -> None:
     assert json.loads(answer.body)["errors"][0]["message"].startswith("malformed chunk")
 
 
+def test_a_push_may_be_slower_than_a_module() -> None:
+    patience = goproxy.PassedUpload, goproxy.ChunkedUpload
+    assert {(kind._STALL, kind._RATE) for kind in patience} == {(60.0, 1024)}
+    head = f"PATCH /v2/a HTTP/1.1\r\nHost: x\r\nContent-Length: {1 << 40}".encode()
+    near, far = socket.socketpair()
+    with near, far:
+        request = goproxy.with_upload(goproxy.parse_request(head, "/v2/"), near, b"")
+        assert type(request.upload) is goproxy.PassedUpload
+
+
 def test_who_asks_whether_to_send_is_told_to(harbour: Harbour) -> None:
     begun = send(
         harbour.proxy.port, "POST", "/v2/team/ask/blobs/uploads/", b"", Authorization=SHOWN
