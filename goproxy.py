@@ -9248,11 +9248,21 @@ def open_own(folder: str) -> DiskStorage:
         raise StartError(f"cannot write to the folder for modules: {reason}") from None
 
 
+def _drop_beside(storage: Storage, artifact: Artifact) -> None:
+    """Removes what a removal left that was cut short after the zip: it belongs to that one. Should
+    a zip come meanwhile, it is whole without."""
+    for kind in ("info", "ziphash", "mod"):
+        with contextlib.suppress(NotFound):
+            storage.remove(artifact._replace(kind=kind).name)
+
+
 def publish(storage: Storage, artifact: Artifact, draft: Draft, sums: Sums) -> bool:
     """Stores a checked zip with what belongs to it; False if that very version is there already.
     Raises Conflict if another one is, and StoreDown. The zip comes first, because the first one
     wins, and because a version without the others is whole (see OwnModules)."""
     taken = storage.stamp(artifact.name) is not None
+    if not taken:
+        _drop_beside(storage, artifact)
     storage.adopt(artifact.name, draft)
     with contextlib.closing(storage.open(artifact.name)) as blob:
         modified = blob.modified
@@ -12529,6 +12539,18 @@ class Attic:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
+    def has_other(self, name: str) -> bool:
+        """Whether a file of that name is here with other bytes than the one where it was; the same
+        ones are there after a move that was cut short. Raises NotFound, StoreDown."""
+        with contextlib.closing(self._storage.open(name)) as there:
+            try:
+                here = self._storage.open(self.PLACE + name)
+            except NotFound:
+                return False
+            with contextlib.closing(here):
+                pairs = itertools.zip_longest(pieces_of(here), pieces_of(there))
+                return any(one != other for one, other in pairs)
+
     def put_away(self, path: str, version: str) -> None:
         """Moves a version here. Raises StoreDown; then it is still where it was."""
         for item in files_of(self._storage, path, version):
@@ -15211,9 +15233,10 @@ def serve_delete(app: App, request: Request, module: str, version: str, kind: st
     with contextlib.closing(app.own.writable()) as storage:
         if storage.stamp(artifact.name) is None:
             raise NotFound("not in the first folder of -modules")
-        if storage.stamp(Attic.PLACE + artifact.name) is not None:
+        attic = Attic(storage)
+        if attic.has_other(artifact.name):
             raise Conflict(f"an older one is in {Attic.PLACE} there: it has to go first")
-        Attic(storage).put_away(artifact.path, artifact.version)
+        attic.put_away(artifact.path, artifact.version)
     app.log.line(f"{artifact.path}@{artifact.version}: moved aside by {request.user}")
     return Reply(204, None, headers=(_NO_STORE,))
 

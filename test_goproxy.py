@@ -14870,12 +14870,16 @@ def put(proxy: Proxy, path: str, body: Any, shown: str = PAUL, **fields: str) ->
             return answer_from(response)
 
 
+PRESS_USERS = f"""\
+paul publisher example.com/ours {goproxy.hash_token("p")}
+ada admin * {goproxy.hash_token("a")}
+""" + QUICK_USERS.replace("/...", "")
+
+
 @pytest.fixture
 def press(run: Run, upstream: Upstream, users: Path, modules: Path) -> Proxy:
     """A proxy that takes versions from paul, and lets ada remove them."""
-    lines = [f"paul publisher example.com/ours {goproxy.hash_token('p')}"]
-    lines += [f"ada admin * {goproxy.hash_token('a')}", ""]
-    users.write_text("\n".join(lines) + QUICK_USERS.replace("/...", ""))
+    users.write_text(PRESS_USERS)
     return run(upstream=upstream.url(), auth=users, modules=modules)
 
 
@@ -15056,6 +15060,76 @@ def test_an_admin_moves_a_version_aside(press: Proxy, modules: Path) -> None:
     put(press, path, CHANGED_ZIP)
     assert press.get(path, "DELETE", Authorization=ADA).status == 409
     assert press.get(path, Authorization=ADA).body == CHANGED_ZIP
+
+
+def test_a_removal_that_was_cut_short_may_be_repeated(press: Proxy, modules: Path) -> None:
+    put(press, f"{OURS}.zip", OUR_ZIP)
+    (modules / ".goproxy-removed" / OURS).parent.mkdir(parents=True)
+    (modules / ".goproxy-removed" / f"{OURS}.zip").write_bytes(OUR_ZIP)
+    assert press.get(f"{OURS}.zip", "DELETE", Authorization=ADA).status == 204
+    assert press.get(f"{OURS}.zip", Authorization=ADA).status == 404
+
+
+def test_what_a_removal_left_is_not_part_of_the_next_version(press: Proxy, modules: Path) -> None:
+    put(press, f"{OURS}.zip", OUR_ZIP)
+    (modules / f"{OURS}.info").unlink()
+    (modules / f"{OURS}.zip").unlink()
+    assert put(press, f"{OURS}.zip", CHANGED_ZIP).status == 201
+    assert press.get(f"{OURS}.mod", Authorization=PAUL).text.endswith("go 1.21\n")
+    assert (modules / f"{OURS}.ziphash").read_text() == hash1(CHANGED_ZIP)
+
+
+@pytest.mark.soak
+def test_a_publication_and_a_removal_may_be_killed_anywhere(
+    run: Run, upstream: Upstream, users: Path, modules: Path
+) -> None:
+    """At each change; the version is whole or not there then, and may be published or removed."""
+    users.write_text(PRESS_USERS)
+    start = functools.partial(run, upstream=upstream.url(), auth=users, modules=modules)
+    proxy, kills = start(), 0
+    for method, calls in itertools.product(["PUT", "DELETE"], CHANGES["folder"]):
+        for number in itertools.count(1):
+            shutil.rmtree(modules / ".goproxy-removed", ignore_errors=True)
+            with killing(proxy.process.pid, calls, number):
+                change_ours(proxy, method)
+                if proxy.process.poll() is None:
+                    proxy.signal(signal.SIGTERM)
+                killed = proxy.wait() != 0
+            proxy = start()
+            check_ours(proxy, modules)
+            kills += killed
+            if not killed:
+                break
+    print(f"publishing and removing: {kills} kills")
+
+
+def change_ours(proxy: Proxy, method: str) -> None:
+    """Publishes the version, or removes it and publishes another one in its place."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        if method == "DELETE":
+            put(proxy, f"{OURS}.zip", OUR_ZIP)
+            proxy.get(f"{OURS}.zip", "DELETE", Authorization=ADA)
+        put(proxy, f"{OURS}.zip", CHANGED_ZIP if method == "DELETE" else OUR_ZIP)
+
+
+def check_ours(proxy: Proxy, modules: Path) -> None:
+    """What is there is whole; it can be removed, another one published, and that removed."""
+    path = f"{OURS}.zip"
+    for body in (OUR_ZIP, CHANGED_ZIP, OUR_ZIP):
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:
+            go_mod = archive.read("example.com/ours@v1.0.0/go.mod")
+        found = proxy.get(path, Authorization=ADA)
+        if found.status == 404:
+            assert put(proxy, path, body).status == 201
+        elif found.body != body:
+            continue
+        assert proxy.get(path, Authorization=ADA).body == body
+        assert proxy.get(f"{OURS}.mod", Authorization=ADA).body == go_mod
+        assert proxy.get(path, "DELETE", Authorization=ADA).status in (204, 409)
+        shutil.rmtree(modules / ".goproxy-removed")
+        proxy.get(path, "DELETE", Authorization=ADA)
+        shutil.rmtree(modules / ".goproxy-removed", ignore_errors=True)
+    assert [*modules.rglob(".goproxy-drafts/*")] == []
 
 
 @pytest.mark.parametrize("given", ["modules", "auth", "quiet"])
