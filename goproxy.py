@@ -9324,7 +9324,7 @@ class _Order(NamedTuple):
 # that it began as soon as its input ends: ours is held open as long as we live.
 _LEASHED = (
     "exec {leash}<&0; (read -r _ <&{leash}; kill -9 0) >/dev/null 2>&1 & "
-    'ulimit -f {blocks}; exec git "$@" {leash}<&- </dev/null'
+    'ulimit -f {blocks} 2>/dev/null; exec git "$@" {leash}<&- </dev/null'
 )
 
 

@@ -17727,6 +17727,45 @@ def test_go_installs_a_real_command(public: Public, make_safe_go: GoMaker) -> No
     assert (go.folder / "gopath/bin/tomlv").exists()
 
 
+def as_repositories(public: Public, folder: Path, count: int) -> tuple[list[str], list[str]]:
+    """Small modules of a real project, each as a repository of what its zip has: the rules that
+    lead there, and the modules' names."""
+    rules: list[str] = []
+    names: list[str] = []
+    for name in sorted(public.sums):
+        path, version = name.split("/@v/")
+        root = re.sub("/v[0-9]+$", "", path)
+        lone = not any(other.startswith(root + "/") for other in public.sums if other != name)
+        if "!" in name or goproxy.is_pseudo(version) or not lone or len(names) == count:
+            continue
+        data = public.proxy.get(f"{name}.zip").body
+        if len(data) > 200_000:
+            continue
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            start = len(f"{path}@{version}/")
+            files = {each[start:]: archive.read(each) for each in archive.namelist()}
+        tag = version.replace("+incompatible", "")
+        rules.append(f"{root}={Origin(folder / str(len(names)), [Step(files, tag)]).url}")
+        names.append(name)
+    return rules, names
+
+
+@needs_go
+@pytest.mark.network
+def test_real_modules_as_repositories_have_the_sums_of_the_database(
+    public: Public, run: Run, tmp_path: Path
+) -> None:
+    rules, names = as_repositories(public, tmp_path, 6)
+    private = ",".join(rule.partition("=")[0] for rule in rules)
+    proxy = run(private=private, vcs=",".join(rules), upstream="off")
+    for name in names:
+        path, version = name.split("/@v/")
+        record = public.proxy.get(f"sumdb/sum.golang.org/lookup/{path}@{version}").text
+        assert f"\n{path} {version} {hash1(proxy.get(f'{name}.zip').body)}\n" in record
+        assert f"/go.mod {hash_of_mod(proxy.get(f'{name}.mod').body)}\n" in record
+    assert len(names) == 6
+
+
 @needs_go
 @pytest.mark.network
 def test_go_downloads_a_toolchain(public: Public, make_safe_go: GoMaker) -> None:
