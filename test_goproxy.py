@@ -3712,13 +3712,15 @@ def soon(seconds: float = PATIENCE) -> float:
 
 
 def free_port() -> int:
-    """A port free for TCP and UDP."""
+    """A port free for TCP and UDP, of those that the kernel gives nobody on its own: tests run side
+    by side, and what is bound to port 0 next could get it before the server it is meant for."""
     while True:
-        with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-            tcp.bind(("127.0.0.1", 0))
-            with contextlib.suppress(OSError):  # somebody else has it for UDP
-                udp.bind(tcp.getsockname())
-                return int(tcp.getsockname()[1])
+        where = ("127.0.0.1", random.SystemRandom().randrange(10_000, 30_000))
+        tcp, udp = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with tcp, udp, contextlib.suppress(OSError):  # somebody has it
+            tcp.bind(where)
+            udp.bind(where)
+            return where[1]
 
 
 @pytest.fixture
@@ -17148,6 +17150,15 @@ def test_a_size_is_shown_with_its_unit(size: int, text: str) -> None:
 
 GO = shutil.which("go") or shutil.which("go", path=f"{sys.prefix}/bin") or ""
 needs_go = pytest.mark.skipif(not GO, reason="no go on PATH nor in this environment's bin")
+
+
+def one_public(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that uses the `public` fixture: all run in one process, so that one is made."""
+    grouped: Callable[..., None] = pytest.mark.xdist_group("public")(test)
+    marked: Callable[..., None] = pytest.mark.network(grouped)
+    return marked
+
+
 DEAD_END = "http://127.0.0.1:1"  # whoever bypasses the proxy under test ends here
 PROJECT = "github.com/charmbracelet/glow/v2@v2.1.1"  # 132 modules in its graph, 97 MB in all
 TOOLCHAINS = ["go1.24.1", "go1.24.2"]  # one of them is not the local one
@@ -17591,7 +17602,7 @@ rsc.io/sampler v1.3.0/go.mod h1:T1hPZKmBbMNahiBKFy5HrXp6adAjACjK9JXDnKaTXpA=
 
 
 @needs_go
-@pytest.mark.network
+@one_public
 def test_a_real_build_passes_behind_an_air_gap(
     public: Public, behind_the_gap: Callable[..., Ended]
 ) -> None:
@@ -17656,7 +17667,7 @@ def make_safe_go(make_go: GoMaker) -> GoMaker:
 
 
 @needs_go
-@pytest.mark.network
+@one_public
 def test_a_real_project_builds_from_an_empty_cache(public: Public) -> None:
     assert len(public.sums) >= 100
     kept = {name: (public.run.cache / f"{name}.ziphash").read_text() for name in public.sums}
@@ -17665,7 +17676,7 @@ def test_a_real_project_builds_from_an_empty_cache(public: Public) -> None:
 
 
 @needs_go
-@pytest.mark.network
+@one_public
 def test_a_real_project_builds_from_a_full_cache(public: Public, make_safe_go: GoMaker) -> None:
     misses = public.proxy.log.count("[CACHE MISS]")
     assert build(make_safe_go(public.proxy.url), public.source) == public.sums
@@ -17673,7 +17684,7 @@ def test_a_real_project_builds_from_a_full_cache(public: Public, make_safe_go: G
 
 
 @needs_go
-@pytest.mark.network
+@one_public
 def test_a_real_project_builds_while_the_upstream_is_down(
     public: Public, make_safe_go: GoMaker, refused: str
 ) -> None:
@@ -17683,13 +17694,13 @@ def test_a_real_project_builds_while_the_upstream_is_down(
 
 
 @needs_go
-@pytest.mark.network
+@one_public
 def test_a_real_project_builds_from_the_cache_folder(public: Public, make_safe_go: GoMaker) -> None:
     assert build(make_safe_go(f"file://{public.run.cache}"), public.source) == public.sums
 
 
 @needs_go
-@pytest.mark.network
+@one_public
 @pytest.mark.parametrize(
     ("module", "query"),
     [
@@ -17713,14 +17724,14 @@ def test_go_gets_a_real_module(
 
 
 @needs_go
-@pytest.mark.network
+@one_public
 def test_go_lists_the_versions_of_a_real_module(public: Public, make_safe_go: GoMaker) -> None:
     listed = make_safe_go(public.proxy.url)("list", "-m", "-versions", "github.com/pkg/errors")
     assert {"v0.8.0", "v0.9.1"} <= set(listed.split())
 
 
 @needs_go
-@pytest.mark.network
+@one_public
 def test_go_installs_a_real_command(public: Public, make_safe_go: GoMaker) -> None:
     go = make_safe_go(public.proxy.url)
     go("install", "github.com/BurntSushi/toml/cmd/tomlv@v1.4.0")
@@ -17767,7 +17778,7 @@ def test_real_modules_as_repositories_have_the_sums_of_the_database(
 
 
 @needs_go
-@pytest.mark.network
+@one_public
 def test_go_downloads_a_toolchain(public: Public, make_safe_go: GoMaker) -> None:
     local = make_safe_go(public.proxy.url)("env", "GOVERSION").strip()
     wanted = next(name for name in TOOLCHAINS if name != local)
