@@ -15008,7 +15008,7 @@ def begin_upload(proxy: Proxy, *fields: str) -> socket.socket:
 
 
 def test_who_asks_is_told_to_go_on(press: Proxy) -> None:
-    with begin_upload(press, "Expect: 100-continue") as client:
+    with begin_upload(press, "Expect: 100-continue", "Connection: close") as client:
         assert exactly(client, 25) == b"HTTP/1.1 100 Continue\r\n\r\n"
         client.sendall(OUR_ZIP)
         assert read_all(client).startswith(b"HTTP/1.1 201 ")
