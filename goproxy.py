@@ -13511,11 +13511,16 @@ class TarTarget(Target):
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
 
+    @staticmethod
+    def head_of(name: str, blob: Blob) -> bytes:
+        """What stands before the bytes of a file."""
+        head = tarfile.TarInfo(name)
+        head.size, head.mtime, head.mode = blob.size or 0, int(blob.modified), 0o644
+        return head.tobuf(tarfile.PAX_FORMAT)
+
     def add(self, name: str, blob: Blob) -> str:
         assert blob.size is not None
-        head = tarfile.TarInfo(name)
-        head.size, head.mtime, head.mode = blob.size, int(blob.modified), 0o644
-        self._out.write(head.tobuf(tarfile.PAX_FORMAT))
+        self._out.write(self.head_of(name, blob))
         digest, left = hashlib.sha256(), blob.size
         for piece in pieces_of(blob):
             digest.update(piece)
@@ -13530,6 +13535,29 @@ class TarTarget(Target):
         """Writes the mark at the end."""
         self._out.write(bytes(2 * tarfile.BLOCKSIZE))
         self._out.flush()
+
+
+class ResumedTar(TarTarget):
+    """The same in a file that may hold the beginning of an archive, of an export that was ended:
+    as far as it is what would be written now, it is not written again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._length = file.seek(0, io.SEEK_END)
+        file.seek(0)
+
+    def add(self, name: str, blob: Blob) -> str:
+        start, head, size = self._out.tell(), self.head_of(name, blob), blob.size or 0
+        body = start + len(head)
+        end = body + size + -size % tarfile.BLOCKSIZE
+        if end <= self._length and self._out.read(len(head)) == head:
+            digest = digest_of(_Piece(self._out, body, size))
+            self._out.seek(end)
+            return digest
+        self._length = 0
+        self._out.seek(start)
+        self._out.truncate()
+        return super().add(name, blob)
 
 
 class FolderTarget(Target):
@@ -19132,11 +19160,12 @@ def run_export(settings: Settings, environ: Mapping[str, str]) -> int:
         if place == "-":
             out = sys.stdout.buffer
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-            target: Target = stack.enter_context(_ended_tar(out))
+            target: Target = stack.enter_context(_ended_tar(TarTarget(out)))
         elif place.endswith("/") or os.path.isdir(place):
             target = FolderTarget(place)
         else:
-            target = stack.enter_context(_ended_tar(stack.enter_context(_new_file(place))))
+            file = stack.enter_context(_new_file(place))
+            target = stack.enter_context(_ended_tar(ResumedTar(file)))
         progress = Progress("export", settings.given[_AS_JSON.name])
         exporter = Exporter(storage, choice, target, progress)
         exporter.run()
@@ -19145,27 +19174,25 @@ def run_export(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 @contextlib.contextmanager
-def _ended_tar(out: BinaryIO) -> Iterator[TarTarget]:
-    target = TarTarget(out)
+def _ended_tar(target: TarTarget) -> Iterator[TarTarget]:
     yield target
     target.end()
 
 
 @contextlib.contextmanager
 def _new_file(path: str) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole, and goes if it never is."""
+    """A file that gets its name when it is whole; until then it is PATH.part, which stays for the
+    next run. Raises StartError."""
     part = f"{path}.part"
     try:
-        with open(part, "wb") as file:
+        with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             yield file
+            file.truncate()
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise StartError(f"{path}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
 
 
 _EXPORT_ARGUMENTS = (

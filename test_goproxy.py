@@ -11879,13 +11879,18 @@ def filled(storage: goproxy.Storage) -> goproxy.Storage:
 def exported(storage: goproxy.Storage, *words: str, sums: bytes = b"") -> bytes:
     """A tar archive of what is chosen; all of it must be there."""
     out = io.BytesIO()
-    target = goproxy.TarTarget(out)
+    export_to(goproxy.TarTarget(out), storage, *words, sums=sums)
+    return out.getvalue()
+
+
+def export_to(
+    target: goproxy.TarTarget, storage: goproxy.Storage, *words: str, sums: bytes = b""
+) -> None:
     choice = goproxy.Choice(words, goproxy.read_sums(sums))
     exporter = goproxy.Exporter(storage, choice, target, goproxy.Progress("export", False))
     exporter.run()
     target.end()
     assert exporter.failures == 0
-    return out.getvalue()
 
 
 def imported(storage: goproxy.Storage, archive: bytes) -> goproxy.Importer:
@@ -12126,6 +12131,42 @@ def test_an_export_to_a_folder_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for line in (tmp_path / "out" / goproxy.MANIFEST).read_text().splitlines():
         data = (tmp_path / "out" / line[66:]).read_bytes()
         assert line[:64] == hashlib.sha256(data).hexdigest()
+
+
+class Rewritten(io.BytesIO):
+    """Counts the bytes written."""
+
+    count = 0
+
+    def write(self, data: Any, /) -> int:
+        self.count += len(data)
+        return super().write(data)
+
+
+def members(archive: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
+        return {name: opened.extractfile(name).read() for name in opened.getnames()}  # type: ignore[union-attr]
+
+
+def test_an_archive_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    storage = filled(goproxy.DiskStorage(str(tmp_path)))
+    whole = exported(storage)
+    largest = max(len(data) for data in members(whole).values())
+    for cut in [*range(0, len(whole), 499), len(whole)]:
+        file = Rewritten(whole[:cut] + bytes(cut % 2))
+        export_to(goproxy.ResumedTar(file), storage)
+        file.truncate()
+        assert members(file.getvalue()) == members(whole), cut
+        assert file.count <= len(whole) - cut + largest + 4096, cut
+
+
+def test_what_an_archive_has_of_another_export_is_replaced(tmp_path: Path) -> None:
+    storage = filled(goproxy.DiskStorage(str(tmp_path / "cache")))
+    (tmp_path / "air.tar.part").write_bytes(exported(storage)[:-2000] + bytes(9999))
+    assert finish(tmp_path, "export", "air.tar", "example.com/quote").status == 0
+    expected = members(exported(storage, "example.com/quote"))
+    assert members((tmp_path / "air.tar").read_bytes()) == expected
+    assert not (tmp_path / "air.tar.part").exists()
 
 
 @pytest.mark.parametrize("place", ["air.tar", "-", "air/"])
