@@ -13270,6 +13270,17 @@ def test_without_a_bucket_layers_come_from_the_registry(run: Run, refused: str) 
         assert (answer.body, answer.headers["docker-content-digest"]) == (play.blob, "as told")
 
 
+def test_modules_and_layers_come_from_one_port(run: Run, upstream: Upstream, s3_place: str) -> None:
+    play = Play(PLAYED * 9)
+    with scripted(play.answer) as registry:
+        proxy = run(upstream=upstream.url(), registry=registry.base, registry_blobs=s3_place)
+        for path in (LIST, INFO, MOD, ZIP, BIG):
+            assert proxy.get(path).body == SITE[path]
+            assert proxy.get(play.path).status in (200, 307)
+    assert {INFO, MOD, ZIP, BIG} <= set(run.stored())
+    assert not any("/v2/" in path for path in upstream.asked)
+
+
 @pytest.mark.soak
 def test_a_registry_that_never_answers_is_504(run: Run) -> None:
     gate = threading.Event()
