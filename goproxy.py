@@ -9256,13 +9256,18 @@ def _drop_beside(storage: Storage, artifact: Artifact) -> None:
             storage.remove(artifact._replace(kind=kind).name)
 
 
-def publish(storage: Storage, artifact: Artifact, draft: Draft, sums: Sums) -> bool:
+def publish(
+    storage: Storage, artifact: Artifact, draft: Draft, sums: Sums, info: bytes = b""
+) -> bool:
     """Stores a checked zip with what belongs to it; False if that very version is there already.
     Raises Conflict if another one is, and StoreDown. The zip comes first, because the first one
-    wins, and because a version without the others is whole (see OwnModules)."""
+    wins, and because a version without the others is whole (see OwnModules); only an `info` that
+    does not tell the zip's time is there before."""
     taken = storage.stamp(artifact.name) is not None
     if not taken:
         _drop_beside(storage, artifact)
+        if info:
+            storage.put(artifact._replace(kind="info").name, info, replace=False)
     storage.adopt(artifact.name, draft)
     with contextlib.closing(storage.open(artifact.name)) as blob:
         modified = blob.modified
@@ -10735,8 +10740,7 @@ class Maker:
                     sums = check_module_zip(draft, artifact.path, artifact.version)
                     if sums.go_mod != before:
                         raise BadUpstream("-generate: go.mod has changed, which clients have read")
-                    storage.put(artifact._replace(kind="info").name, info, replace=False)
-                    publish(storage, artifact, draft, sums)
+                    publish(storage, artifact, draft, sums, info)
             except (BadRequest, OSError) as error:
                 raise BadUpstream(f"-generate: {error}") from None
 
