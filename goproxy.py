@@ -12883,7 +12883,8 @@ class Catalogue:
         try:
             self._walk()
         except Exception as error:
-            self._log.error(f"catalogue: {error}")
+            if not self._ended.is_set():
+                self._log.error(f"catalogue: {error}")
         self._length = time.monotonic() - began
         self._walk_at = time.monotonic() + max(self._PAUSE, self._SHARE * self._length)
         self._walked.set()
@@ -13025,8 +13026,11 @@ class Catalogue:
         return found
 
     def close(self) -> None:
-        """Ends a walk."""
+        """Ends a walk, and the table."""
         self._ended.set()
+        with self._mutex:
+            if self._table is not None:
+                self._table.close()
 
 
 FINDINGS = ("deleted", "retracted", "deprecated", "changed")  # what clients are told of
