@@ -16536,12 +16536,10 @@ class Courier:
         return False
 
     def dismiss(self) -> None:
-        """Ends it if it is idle, unless its request has come or is about to: a client that has
-        just been let in has a moment for it."""
+        """Ends it in a moment if it is idle: a request may be on its way, and the answer to that
+        tells the client that it is the last one."""
         self.on_event()
-        if self.served and self.is_idle():
-            self.close()
-        elif self.is_idle():
+        if self.is_idle():
             self.loop.allow(self, _LINGER_SECONDS)
 
     def resume(self) -> None:

@@ -16438,6 +16438,26 @@ def test_an_idle_connection_does_not_delay_the_end(
         proxy.stop()
 
 
+def is_answered_after_a_signal(proxy: Proxy) -> bool:
+    with contextlib.closing(proxy.connect()) as connection:
+        assert ask(connection, "GET", f"/{INFO}", {}).status == 200
+        proxy.signal(signal.SIGTERM)
+        proxy.logged("hutting down")
+        try:
+            answer = ask(connection, "GET", f"/{INFO}", {})
+        except ConnectionError:
+            return False
+        assert (answer.body, answer.headers["connection"]) == (SITE[INFO], "close")
+        return proxy.wait() == 0
+
+
+def test_a_connection_that_is_kept_has_a_moment_for_its_next_request(
+    run: Run, upstream: Upstream
+) -> None:
+    # The moment is short, and this machine may be busy.
+    assert any(is_answered_after_a_signal(run(upstream=upstream.url())) for _ in range(5))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_second_signal_ends_at_once(run: Run, upstream: Upstream, workers: int) -> None:
     proxy = run(upstream=upstream.url("hold"), workers=workers)
