@@ -14605,6 +14605,9 @@ def test_a_client_that_joins_a_download_is_linked_to_who_began_it(
 ) -> None:
     proxy = run(upstream=upstream.url("hold"), trace=collector.base)
     with proxy.begin(BIG) as first, proxy.begin(BIG) as second:
+        end = soon()
+        while proxy.log.count(f"GET {BIG}") < 2:
+            assert proxy.get("version").status == 200 and time.monotonic() < end
         upstream.gate.set()
         assert len(read_all(first)) > 0 and len(read_all(second)) > 0
     proxy.stop()
@@ -14618,7 +14621,7 @@ def test_what_is_read_ahead_is_a_trace_of_its_own(
 ) -> None:
     proxy = run(upstream=upstream.url(), trace=collector.base, read_ahead=True)
     proxy.get(INFO)
-    upstream.wait_asked(MOD)
+    collector.wait(lambda server: bool(server.named("read ahead mod")))
     proxy.stop()
     (ahead,), (asked,) = collector.named("read ahead mod"), collector.named("GET info")
     assert ahead["links"][0]["traceId"] == asked["traceId"] != ahead["traceId"]
@@ -14665,6 +14668,7 @@ def test_object_storage_is_told_without_its_signatures(
 ) -> None:
     proxy = run(cache=s3_place, upstream=upstream.url(), trace=collector.base)
     assert [proxy.get(INFO).status for _ in range(2)] == [200, 200]
+    collector.wait(lambda server: INFO in json.dumps(server.named("s3 PUT")))
     proxy.stop()
     (put,) = [span for span in collector.named("s3 PUT") if INFO in json.dumps(span)]
     (sent,) = [one for one in collector.spans if one["parentSpanId"] == put["spanId"]]
