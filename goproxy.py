@@ -5109,6 +5109,77 @@ class Response(Blob):
             self._wire.close()  # the rest of the body is in the way of the next exchange
 
 
+class LongBody(Blob):
+    """A body that outlives cut connections: the rest is asked for with Range, and where a server
+    starts again from the beginning, what was delivered before must be the same bytes."""
+
+    TRIES = 3
+
+    def __init__(
+        self, response: Response, passing: type[ProxyError], limit: float = math.inf
+    ) -> None:
+        """The rest is asked for after an error of the kind `passing`; the last of three such errors
+        is raised. `limit` is in bytes."""
+        self._response = response
+        self._passing = passing
+        self._limit = limit
+        self._tries = self.TRIES
+        self._delivered = 0  # bytes
+        self._digest = hashlib.sha256()  # of these
+        self.size = response.size
+
+    def _ask_rest(self, begins: tuple[str, str]) -> Response:
+        """A 206 for this Range, or a 200."""
+        raise NotImplementedError
+
+    def read(self, count: int) -> bytes:
+        data = self._next(count)
+        self._delivered += len(data)
+        self._digest.update(data)
+        promised = self._limit if self.size is None else self.size
+        if not self._delivered <= promised <= self._limit:
+            raise BadUpstream(f"{self._response.peer}: more bytes than promised or allowed")
+        return data
+
+    def _next(self, count: int) -> bytes:
+        broken = False
+        while True:
+            try:
+                if broken:
+                    self._resume()
+                return self._response.read(count)
+            except self._passing:
+                broken = True
+                self._tries -= 1
+                if self._tries <= 0:
+                    raise
+
+    def _resume(self) -> None:
+        self._response.close()
+        self._response = self._ask_rest(("Range", f"bytes={self._delivered}-"))
+        if self._response.status != 206:
+            self._skip()
+            return
+        begins = f"bytes {self._delivered}-"
+        if not self._response.fields.get("content-range", "").startswith(begins):
+            raise BadUpstream(f"{self._response.peer}: a range that was not asked for")
+
+    def _skip(self) -> None:
+        again = hashlib.sha256()
+        left = self._delivered
+        while left:
+            data = self._response.read(min(CHUNK, left))
+            if not data:
+                raise Unreachable(f"{self._response.peer}: a shorter body at the second try")
+            again.update(data)
+            left -= len(data)
+        if again.digest() != self._digest.digest():
+            raise BadUpstream(f"{self._response.peer}: other bytes at the second try")
+
+    def close(self) -> None:
+        self._response.close()
+
+
 HOP_FIELD = "X-Goproxy-Hop"
 HOP = secrets.token_hex(8)  # in each of our requests, and so in those that come back to us
 
@@ -6935,60 +7006,38 @@ def _fault_in(body: bytes) -> dict[str, str]:
     return texts
 
 
-class BucketObject(Blob):
-    """An object's bytes. A cut connection costs nothing: the rest of the same object is asked for.
-    Where its SHA-256 is known, a body that does not have it ends in Spoiled; `on_damage` is called
-    before that."""
+class BucketObject(LongBody):
+    """An object's bytes. Where its SHA-256 is known, a body that does not have it ends in Spoiled;
+    `on_damage` is called before that."""
 
     def __init__(self, bucket: Bucket, key: str, on_damage: Callable[[], None]) -> None:
         self._bucket = bucket
-        self._key = key
         self._on_damage = on_damage
-        self._tries = 3
-        self._digest = hashlib.sha256()
-        self._delivered = 0
-        self._response = bucket.ask(_Ask("GET", key, patience=_READ))
+        self._ask = _Ask("GET", key, patience=_READ)
+        response = bucket.ask(self._ask)
+        super().__init__(response, BadUpstream)
         try:
-            self.found = bucket.found(self._response)
+            self.found = bucket.found(response)
         except BaseException:
             self.close()
             raise
         self.size: int = self.found.size
         self.modified = self.found.modified
 
+    def _ask_rest(self, begins: tuple[str, str]) -> Response:
+        headers = (("If-Match", self.found.etag), begins)
+        return self._bucket.ask(self._ask._replace(headers=headers, wanted=(206,)))
+
     def read(self, count: int) -> bytes:
-        data = self._next(count)
-        self._delivered += len(data)
-        self._digest.update(data)
-        if self._delivered == self.size and self.found.sha256 not in ("", self._digest.hexdigest()):
+        try:
+            data = super().read(count)
+        except BadUpstream as error:
+            raise StoreDown(f"{self._bucket.peer}: {error}") from None
+        known = self.found.sha256 if self._delivered == self.size else ""
+        if known not in ("", self._digest.hexdigest()):
             self._on_damage()
-            raise Spoiled(f"{self._bucket.peer}: {self._key} does not have its SHA-256")
+            raise Spoiled(f"{self._bucket.peer}: {self._ask.key} does not have its SHA-256")
         return data
-
-    def _next(self, count: int) -> bytes:
-        broken = False
-        while True:
-            try:
-                if broken:
-                    self._resume()
-                return self._response.read(count)
-            except BadUpstream as error:
-                broken = True
-                self._tries -= 1
-                if self._tries <= 0:
-                    raise StoreDown(f"{self._bucket.peer}: {error}") from None
-
-    def _resume(self) -> None:
-        self._response.close()
-        begins = f"bytes {self._delivered}-"
-        headers = (("If-Match", self.found.etag), ("Range", begins.replace(" ", "=")))
-        ask = _Ask("GET", self._key, {}, headers, wanted=(206,), patience=_READ)
-        self._response = self._bucket.ask(ask)
-        if not self._response.fields.get("content-range", "").startswith(begins):
-            raise StoreDown(f"{self._bucket.peer}: a range that was not asked for")
-
-    def close(self) -> None:
-        self._response.close()
 
 
 class PartsUpload:
@@ -8753,13 +8802,12 @@ class Source(Protocol):
 
 LATEST = "latest"
 _MAX_LIST = 16 << 20
-_TRIES = 3
 
 
 def _again(work: Callable[[], T]) -> T:
     """Calls work up to three times while upstream is unreachable, with a random pause of at most
     a second between. The last error is raised."""
-    for attempt in range(1, _TRIES):
+    for attempt in range(1, LongBody.TRIES):
         try:
             return work()
         except Unreachable as error:
@@ -8859,19 +8907,15 @@ def query_name(path: str, query: str) -> str:
     return f"{escaped}/@latest" if query == LATEST else f"{escaped}/@v/{escape_version(query)}.info"
 
 
-class _Download(Blob):
-    """A long body that outlives cut connections: the rest is asked for with Range, and where an
-    upstream starts again from the beginning, what was delivered before must be the same bytes."""
+class _Download(LongBody):
+    """A zip from upstream. So much of it as is withheld from clients anyway is there at once:
+    having that, a failure can still go elsewhere."""
 
     def __init__(self, client: Client, url: Url) -> None:
         self._client = client
         self._url = url
-        self._tries = _TRIES
-        self._delivered = 0
-        self._digest = hashlib.sha256()
         self._until = time.monotonic() + TRANSFER.total
-        self._response = _again(self._first)
-        self.size = self._response.size
+        super().__init__(_again(lambda: self._ask([], (200,))), Unreachable, MAX_ZIP)
         self._etag = self._response.fields.get("etag", "")
         self._ahead = b""
         try:
@@ -8880,76 +8924,24 @@ class _Download(Blob):
             self.close()
             raise
 
-    def _look_ahead(self) -> None:
-        """So much is withheld from clients anyway; having it, a failure can still go elsewhere."""
-        if self.size is not None and self.size > MAX_ZIP:
-            raise BadUpstream(f"{self._url.authority}: zip longer than {MAX_ZIP} bytes")
-        while len(self._ahead) < WITHHELD:
-            data = self._next(CHUNK)
-            if not data:
-                break
-            self._ahead += data
-
-    def _first(self) -> Response:
-        response = self._client.get(self._url, TRANSFER, until=self._until)
-        _refuse(response)
+    def _ask(self, headers: Sequence[tuple[str, str]], wanted: Sequence[int]) -> Response:
+        response = self._client.get(self._url, TRANSFER, headers, self._until)
+        _refuse(response, wanted)
         return response
 
+    def _ask_rest(self, begins: tuple[str, str]) -> Response:
+        same = [("If-Range", self._etag)] if self._etag.startswith('"') else []
+        return self._ask([begins, *same], (200, 206))
+
+    def _look_ahead(self) -> None:
+        data = b"-"
+        while data and len(self._ahead) < WITHHELD:
+            data = super().read(CHUNK)
+            self._ahead += data
+
     def read(self, count: int) -> bytes:
-        if self._ahead:
-            data, self._ahead = self._ahead[:count], self._ahead[count:]
-            return data
-        return self._next(count)
-
-    def _next(self, count: int) -> bytes:
-        broken = False
-        while True:
-            try:
-                if broken:
-                    self._resume()
-                data = self._response.read(count)
-                break
-            except Unreachable:
-                broken = True
-                self._tries -= 1
-                if self._tries <= 0 or time.monotonic() > self._until:
-                    raise
-        self._delivered += len(data)
-        self._digest.update(data)
-        if self.size is not None and self._delivered > self.size:
-            raise BadUpstream(f"{self._url.authority}: more bytes than promised")
-        if self._delivered > MAX_ZIP:
-            raise BadUpstream(f"{self._url.authority}: zip longer than {MAX_ZIP} bytes")
-        return data
-
-    def _resume(self) -> None:
-        headers = [("Range", f"bytes={self._delivered}-")]
-        if self._etag.startswith('"'):
-            headers.append(("If-Range", self._etag))
-        self._response.close()
-        self._response = self._client.get(self._url, TRANSFER, headers, self._until)
-        _refuse(self._response, (200, 206))
-        if self._response.status != 206:
-            self._skip(self._response)
-            return
-        begins = f"bytes {self._delivered}-"
-        if not self._response.fields.get("content-range", "").startswith(begins):
-            raise BadUpstream(f"{self._url.authority}: a range that was not asked for")
-
-    def _skip(self, response: Response) -> None:
-        again = hashlib.sha256()
-        left = self._delivered
-        while left:
-            data = response.read(min(CHUNK, left))
-            if not data:
-                raise Unreachable(f"{self._url.authority}: a shorter body at the second try")
-            again.update(data)
-            left -= len(data)
-        if again.digest() != self._digest.digest():
-            raise BadUpstream(f"{self._url.authority}: other bytes at the second try")
-
-    def close(self) -> None:
-        self._response.close()
+        data, self._ahead = self._ahead[:count], self._ahead[count:]
+        return data or super().read(count)
 
 
 class Stored(Source):
