@@ -7795,6 +7795,36 @@ def _steps(name: str) -> Iterator[tuple[str, str]]:
         yield "".join(f"{parent}/" for parent in parts[:depth]), part
 
 
+def pour(
+    source: Blob, sink: weakref.ref[Draft], name: str, on_failure: Callable[[], object] = bool
+) -> None:
+    """Fills a draft as long as somebody reads it. What ends the source early ends the draft,
+    once `on_failure` has been called."""
+    with contextlib.closing(source):
+        try:
+            while _poured(source.read(CHUNK), sink(), name):
+                pass
+        except BaseException as caught:
+            on_failure()
+            draft, is_ours = sink(), isinstance(caught, ProxyError)
+            if draft:
+                draft.fail(caught if is_ours else StoreDown(f"internal error ({name})"))
+            if not is_ours:
+                raise
+
+
+def _poured(data: bytes, draft: Draft | None, name: str) -> bool:
+    """Whether there is more to do."""
+    if draft and data:
+        with store_errors(name):
+            draft.write(data)
+    elif draft and draft.size not in (None, draft.written):
+        raise StoreDown(f"the store gives less than it has ({name})")
+    elif draft:
+        draft.finish()
+    return bool(draft and data)
+
+
 class RemoteStorage(Storage):
     """A storage whose bytes are no local files. What is small comes whole; what is big runs
     through a nameless local file, from which it is given out as it arrives, and which all share
@@ -7863,38 +7893,11 @@ class RemoteStorage(Storage):
             spool = self._spools.setdefault(name, fresh)
             self._pour_lane = self._pour_lane or Lane("spool", self._POURS)
         if spool is fresh:
-            self._pour_lane.do(functools.partial(self._fill, name, blob, weakref.ref(fresh)))
+            forget = functools.partial(self._forget, name)
+            self._pour_lane.do(functools.partial(pour, blob, weakref.ref(fresh), name, forget))
         else:
             blob.close()
         return spool
-
-    def _fill(self, name: str, blob: Blob, spool: weakref.ref[Draft]) -> None:
-        with contextlib.closing(blob):
-            try:
-                while self._pour(name, blob.read(CHUNK), spool()):
-                    pass
-            except BaseException as caught:
-                self._forget(name)
-                draft = spool()
-                if draft:
-                    ours = isinstance(caught, ProxyError)
-                    draft.fail(caught if ours else StoreDown(f"the store fails ({name})"))
-                if not isinstance(caught, ProxyError):
-                    raise
-
-    @staticmethod
-    def _pour(name: str, data: bytes, spool: Draft | None) -> bool:
-        """Whether there is more to do: not at the end, nor when nobody reads it any more."""
-        if spool is None:
-            return False
-        if not data:
-            if spool.written != spool.size:
-                raise StoreDown(f"the store gives less than it has ({name})")
-            spool.finish()
-            return False
-        with store_errors(name):
-            spool.write(data)
-        return True
 
     def close(self) -> None:
         if self._pour_lane:
@@ -14188,7 +14191,7 @@ class RegistryLine:
     def _spooled(self, response: Response, name: str) -> FileBlob:
         draft = draft_in(tempfile.gettempdir(), named=False)
         reader = draft.reader()
-        self._pours.do(functools.partial(_pour_body, response, weakref.ref(draft), name))
+        self._pours.do(functools.partial(pour, response, weakref.ref(draft), name))
         reader.settle()
         reader.size = response.size
         return reader
@@ -14212,28 +14215,6 @@ class RegistryLine:
     def close(self) -> None:
         self._pours.close()
         self._client.close()
-
-
-def _pour_body(source: Blob, sink: weakref.ref[Draft], name: str) -> None:
-    """Fills a draft as long as somebody reads it."""
-    with contextlib.closing(source):
-        try:
-            while _poured(source.read(CHUNK), sink(), name):
-                pass
-        except ProxyError as error:
-            draft = sink()
-            if draft:
-                draft.fail(error)
-
-
-def _poured(data: bytes, draft: Draft | None, name: str) -> bool:
-    """Whether there is more to do."""
-    if draft and data:
-        with store_errors(name):
-            draft.write(data)
-    elif draft:
-        draft.finish()
-    return bool(draft and data)
 
 
 class LayerStore(S3Storage):
