@@ -11751,15 +11751,15 @@ class ReadAhead:
             self._follow(session, each)
 
     def after_zip(self, session: _Session, sight: Sight) -> None:
-        """Part of a download; or, without its .info first, of a build, which asks for .mod and
-        .info when it has it."""
+        """Part of a download; or, without its .info first, of a build, which asks for the .mod
+        when it has it, and for the .info of all of them at its end."""
         session.zips.add((sight.path, sight.version))
         if session.downloads:
             for ahead in self._next_asked(session, sight):
                 self._guess(session, ahead, self._WINDOW)
         elif sight.path != _TOOLCHAIN:
             self._guess(session, sight._replace(kind="mod"))
-            self._guess(session, sight._replace(kind="info"))
+            self._guess(session, sight._replace(kind="info"), len(session.zips))
             self._need(session, sight)
 
     def _need(self, session: _Session, sight: Sight) -> None:

@@ -11401,6 +11401,17 @@ def test_a_build_that_asks_a_zip_gets_its_mod_and_info_too(
     assert part_of("older", "mod") not in asked_by_then(ahead, upstream)
 
 
+def test_a_long_build_that_asks_infos_at_its_end_finds_them_all(
+    ahead: Proxy, upstream: Upstream
+) -> None:
+    wide = [f"example.com/wide{number}" for number in range(50)]
+    upstream.files.update(site({f"{path}@v1.0.0": {} for path in wide}))
+    for path in wide:
+        ahead.get(f"{path}/@v/v1.0.0.zip")
+    for path in wide:
+        upstream.wait_asked(f"{path}/@v/v1.0.0.info")
+
+
 def get_by_name(proxy: Proxy, module: str) -> None:
     """What `go get example.com/MODULE@latest` begins with."""
     proxy.get(f"example.com/{module}/@v/list")
