@@ -6718,8 +6718,10 @@ def body_sha256(body: Body) -> str:
     return digest.hexdigest()
 
 
-def _read_from(body: Body, start: int, count: int, offset: int) -> bytes:
-    return body.read_at(count, start + offset)
+def _part(body: Body, start: int, size: int) -> Body:
+    """At most so many bytes of a body, from there on."""
+    left = min(size, body.size - start)
+    return Body(left, lambda count, offset: body.read_at(count, start + offset))
 
 
 class BucketLine:
@@ -6948,31 +6950,45 @@ class Bucket(BucketLine):
         """Stores an object. With `once`, False and nothing stored if there is one already."""
         payload = body_sha256(body)
         if body.size > self._SPLIT:
-            return self._put_parts(key, body, payload, once)
+            size = self._part_size(body.size)
+            parts = (_part(body, start, size) for start in range(0, body.size, size))
+            return self.begin(key, payload).take(parts, once)
         note = ((_SHA256_NOTE, payload),)
         ask = _Ask("PUT", key, {}, note, body, payload, patience=_WRITE)
         return self.once(ask) if once else self.done(ask)
 
-    def _put_parts(self, key: str, body: Body, sha256: str, once: bool) -> bool:
-        if not self._swept:  # an upload costs its bytes until somebody aborts it
-            self._swept = True
-            with contextlib.suppress(ProxyError):
-                self.sweep(self._ABANDONED)
-        upload = self.begin(key, sha256)
-        size = max(self._PART, -(-body.size // 10_000))  # there may be so many parts
-        with contextlib.ExitStack() as undo:
-            undo.callback(upload.abort)
-            for start in range(0, body.size, size):
-                read = functools.partial(_read_from, body, start)
-                upload.add(Body(min(size, body.size - start), read))
-            stored = upload.finish(once)
-            if stored:
-                undo.pop_all()
-        return stored
+    def follow(self, key: str, draft: Draft, sha256: str, once: bool) -> bool:
+        """Stores what a draft becomes, once that is finished. What is longer than a part goes up
+        as it grows: nobody sees an object before its parts are put together. `sha256` is what it
+        will be, "" if nobody knows. Raises also what ends the draft."""
+        reader = draft.reader()
+        reader.offset = self._PART
+        if reader.wait():
+            with contextlib.suppress(StoreDown):  # it is away for a moment, or knows no parts
+                return self.begin(key, sha256).take(self._growing(draft), once)
+            reader.wait_for_end()
+        return self.put(key, Body(draft.written, draft.file.read_at), once)
+
+    def _growing(self, draft: Draft) -> Iterator[Body]:
+        """The parts of a draft, each once there is more; the last one when it is finished."""
+        reader, size = draft.reader(), self._part_size(draft.size or 0)
+        more: int | None = 1
+        while more:
+            start = reader.offset
+            reader.offset += size
+            more = reader.wait()
+            yield _part(Body(draft.written, draft.file.read_at), start, size)
+
+    def _part_size(self, size: int) -> int:
+        return max(self._PART, -(-size // 10_000))  # there may be so many parts
 
     def begin(self, key: str, sha256: str) -> PartsUpload:
         """An object that arrives in parts."""
-        note = ((_SHA256_NOTE, sha256),)
+        if not self._swept:  # an upload costs its bytes until somebody aborts it
+            self._swept = True
+            with contextlib.suppress(ProxyError):
+                self.sweep()
+        note = ((_SHA256_NOTE, sha256),) if sha256 else ()
         page = self.document(_Ask("POST", key, {"uploads": ""}, note, bytes_body(b"")))
         return PartsUpload(self, key, page.findtext("UploadId", ""))
 
@@ -6980,7 +6996,7 @@ class Bucket(BucketLine):
         """Takes an object away; it is fine if there is none."""
         self.done(_Ask("DELETE", key, wanted=(200, 202, 204)))
 
-    def sweep(self, age: float) -> None:
+    def sweep(self, age: float = _ABANDONED) -> None:
         """Aborts uploads below our prefix that were begun more than `age` seconds ago."""
         query = {"encoding-type": "url", "prefix": self._place.prefix, "uploads": ""}
         page = self.document(_Ask("GET", "", query))
@@ -7055,6 +7071,17 @@ class PartsUpload:
         ask = _Ask("PUT", self._key, query, (), body, body_sha256(body), patience=_WRITE)
         with contextlib.closing(self._bucket.ask(ask)) as response:
             self._etags.append(response.fields.get("etag", ""))
+
+    def take(self, parts: Iterable[Body], once: bool) -> bool:
+        """All of them, then as `finish`. Whatever ends them early aborts the upload."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.abort)
+            for part in parts:
+                self.add(part)
+            stored = self.finish(once)
+            if stored:
+                undo.pop_all()
+        return stored
 
     def finish(self, once: bool) -> bool:
         """Puts the parts together. With `once`, False if there is an object already."""
@@ -8630,14 +8657,20 @@ class S3Storage(RemoteStorage):
         return self._bucket.open(name, functools.partial(self._damaged.add, name))
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
-        return self._store(name, bytes_body(data), replace)
+        put = functools.partial(self._bucket.put, name, bytes_body(data))
+        return self._store(name, put, replace)
 
     def adopt(self, name: str, draft: Draft) -> bool:
-        return self._store(name, Body(draft.written, draft.file.read_at), replace=False)
+        body = Body(draft.written, draft.file.read_at)
+        return self._store(name, functools.partial(self._bucket.put, name, body))
 
-    def _store(self, name: str, body: Body, replace: bool) -> bool:
+    def follow(self, name: str, draft: Draft, sha256: str) -> bool:
+        """As `adopt`, for a draft that still grows (Bucket.follow)."""
+        return self._store(name, functools.partial(self._bucket.follow, name, draft, sha256))
+
+    def _store(self, name: str, put: Callable[[bool], bool], replace: bool = False) -> bool:
         with store_errors(name):
-            stored = self._bucket.put(name, body, not replace and name not in self._damaged)
+            stored = put(not replace and name not in self._damaged)
         self._damaged.discard(name)
         self._forget(name)
         return stored
@@ -14271,6 +14304,12 @@ class LayerStore(S3Storage):
             raise
         return blob
 
+    def sweep(self) -> None:
+        """Has the service forget what processes that were killed have uploaded in part: a day after
+        that began, for it may be another replica that still does."""
+        with contextlib.suppress(ProxyError):  # which needs a right of its own
+            self._bucket.sweep()
+
     def mark(self, digest: str) -> None:
         """A client has been permitted to have it."""
         if not self._marked.get(digest):
@@ -14322,6 +14361,7 @@ class Ageing:
 
     def turn(self) -> None:
         """Raises StoreDown."""
+        self._store.sweep()
         total = 0
 
         def counted() -> Iterator[Item]:
@@ -14375,6 +14415,7 @@ class Registry:
         self._away: TtlCache[bool] = TtlCache(1)
         self._flights: Flights[Draft] = Flights()
         self._fills = Lane("registry-fill", self._FILLS if store else 0)
+        self._keeps = Lane("registry-keep", self._FILLS if store else 0)
         self._marks = Lane("registry-mark", 1 if store else 0)
 
     def answer(self, call: Call) -> Relayed:
@@ -14466,51 +14507,74 @@ class Registry:
         return reader
 
     def _fill(self, call: Call, store: LayerStore, draft: Draft) -> None:
+        is_kept = False
         try:
             with TRACER.span("fetch", {"goproxy.name": call.digest}):
-                is_news = self._download(call, store, draft)
+                source, is_news = self._source(call, store)
+                draft.size = source.size
+                is_kept = is_news and self._begin_keep(call.digest, store, draft)
+                self._download(call.digest, source, draft)
             draft.finish()
-            if is_news:
-                self._keep(call.digest, store, draft)
-        except ProxyError as error:
-            self._log.error(f"{call.target.partition('?')[0]}: {error}")
-            draft.fail(error)
-        except BaseException:
-            draft.fail(ProxyError("internal error"))
-            raise
+        except BaseException as caught:
+            is_kept, is_ours = False, isinstance(caught, ProxyError)
+            self._log.error(f"{call.target.partition('?')[0]}: {caught}")
+            draft.fail(caught if is_ours else ProxyError("internal error"))
+            if not is_ours:
+                raise
         finally:
-            self._flights.land(call.digest)
+            if not is_kept:
+                self._flights.land(call.digest)
 
-    def _keep(self, digest: str, store: LayerStore, draft: Draft) -> None:
+    def _source(self, call: Call, store: LayerStore) -> tuple[Blob, bool]:
+        """A blob, and whether the bucket does not have it yet. It may: who looked there before may
+        come after the flight that brought it."""
         try:
-            store.adopt(digest, draft)
-            METER.add("goproxy_registry_fills_total")
-        except ProxyError as error:
-            self._log.error(f"{digest} is not kept: {error}")
-
-    def _download(self, call: Call, store: LayerStore, draft: Draft) -> bool:
-        """All bytes into the draft, checked; whether the bucket does not have them yet. It may: who
-        looked there before may come after the flight that brought them."""
-        is_news = False
-        try:
-            source = store.stream(call.digest)
+            return store.stream(call.digest), False
         except NotFound:
-            source, is_news = self._line.fetch(call), True
-        algorithm, _, wanted = call.digest.partition(":")
+            return self._line.fetch(call), True
+
+    def _download(self, name: str, source: Blob, draft: Draft) -> None:
+        """All bytes into the draft, checked."""
+        algorithm, _, wanted = name.partition(":")
         with contextlib.closing(source):
-            draft.size = source.size
             digest = draft.digest if algorithm == "sha256" else hashlib.sha512()
             for piece in pieces_of(source):
-                with store_errors(call.digest):
+                with store_errors(name):
                     draft.write(piece)
                 if digest is not draft.digest:
                     digest.update(piece)
         if digest.hexdigest() != wanted:
             raise BadUpstream(f"the registry sent {algorithm}:{digest.hexdigest()}: not kept")
-        return is_news
+
+    def _begin_keep(self, digest: str, store: LayerStore, draft: Draft) -> bool:
+        """Whether a blob goes to the bucket as it comes: a bucket that is slower than the registry
+        must not have more and more of them wait in temporary files."""
+        has_room = self._keeps.waiting < self._FILLS
+        if has_room:
+            self._keeps.do(functools.partial(self._keep, digest, store, draft))
+        else:
+            self._log.error(f"{digest} is not kept: too many wait for the bucket")
+        return has_room
+
+    def _keep(self, digest: str, store: LayerStore, draft: Draft) -> None:
+        """Lands the flight of a blob that is good: until then, who asks shares its draft."""
+        reader, failure = draft.reader(), None
+        try:
+            sha256 = digest.partition(":")[2] if digest.startswith("sha256:") else ""
+            store.follow(digest, draft, sha256)
+            METER.add("goproxy_registry_fills_total")
+        except ProxyError as error:
+            failure = error
+        finally:
+            with contextlib.suppress(ProxyError):
+                reader.wait_for_end()
+                self._flights.land(digest)
+        if failure and not draft.error:
+            self._log.error(f"{digest} is not kept: {failure}")
 
     def close(self) -> None:
         self._fills.close()
+        self._keeps.close()
         self._marks.close()
         self._line.close()
 

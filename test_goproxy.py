@@ -4267,11 +4267,13 @@ class Heard(NamedTuple):
 
 
 class Said(NamedTuple):
-    """An answer. Status 0 breaks the connection; a Content-Length beyond the body cuts it."""
+    """An answer. Status 0 breaks the connection; a Content-Length beyond the body cuts it. What
+    `rest` gives follows the body, when it gives it."""
 
     status: int
     headers: Mapping[str, str] = {}
     body: bytes = b""
+    rest: Callable[[], bytes] = bytes
 
 
 class _ScriptedExchange(BaseHTTPRequestHandler):
@@ -4299,7 +4301,9 @@ class _ScriptedExchange(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(said.body)
-            self.close_connection = int(fields["Content-Length"]) != len(said.body)
+            rest = said.rest()
+            self.wfile.write(rest)
+            self.close_connection = int(fields["Content-Length"]) != len(said.body + rest)
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: the witness is `Scripted.seen`."""
@@ -12720,6 +12724,7 @@ class Harbour(NamedTuple):
     proxy: Proxy
     registry: RealRegistry
     tap: Scripted
+    place: str
     bucket: Path
     folder: Path
     image: list[str]
@@ -12774,7 +12779,8 @@ def harbour_in(folder: Path, auth: str, **settings: object) -> Iterator[Harbour]
     with docker_registry(folder, auth) as registry, layers_bucket(folder) as (place, tap, bucket):
         given: dict[str, Any] = {"upstream": "off", "workers": 2, **settings}
         proxy = factory(registry=registry.url, registry_blobs=place, **given)
-        yield Harbour(proxy, registry, tap, bucket, folder, image)
+        bare = place.partition("&public")[0]
+        yield Harbour(proxy, registry, tap, bare, bucket, folder, image)
         factory.stop()
 
 
@@ -13057,9 +13063,9 @@ def test_many_who_want_a_cold_layer_cost_one_fetch(harbour: Harbour) -> None:
     assert harbour.blob("team/cold", digest_of(data)).status == 307
 
 
-def taken(harbour: Harbour, path: str) -> int:
+def taken(proxy: Proxy, path: str) -> int:
     """How many bytes a client gets, that keeps none of them."""
-    asked = urllib.request.Request(harbour.proxy.url + path, headers={"Authorization": SHOWN})
+    asked = urllib.request.Request(proxy.url + path, headers={"Authorization": SHOWN})
     with urllib.request.urlopen(asked, timeout=PATIENCE * 4) as response:
         return sum(map(len, iter(lambda: response.read(1 << 18), b"")))
 
@@ -13071,13 +13077,147 @@ def test_fifty_clients_of_a_big_cold_layer_cost_one_fetch_and_little_memory(tmp_
         assert harbour.push("team/big", data).status == 201
         process, path = harbour.proxy.process.pid, f"/v2/team/big/blobs/{digest_of(data)}"
         Path(f"/proc/{process}/clear_refs").write_text("5")  # the peak begins anew
-        sizes = together(50, lambda _: taken(harbour, path))
+        sizes = together(50, lambda _: taken(harbour.proxy, path))
         when_there(harbour.proxy, harbour.bucket / digest_of(data))
         status = Path(f"/proc/{process}/status").read_text()
         peak = int(re.findall(r"VmHWM:\s+([0-9]+) kB", status)[0])
         print(f"peak {peak} kB")
         assert (set(sizes), peak < 96 << 10) == ({len(data)}, True)
         assert len(harbour.registry.asked("GET", "team/big/blobs/")) == 1
+
+
+TWO_PARTS = 17 << 20  # bytes, of a layer that goes up in two parts
+
+
+@dataclasses.dataclass
+class Watch:
+    """A tap before a registry, which keeps the last byte of a blob back until the first part of
+    it is in the bucket and then gives what `last` makes of it; and one before the bucket, which
+    says what `refusal` says, if that is anything."""
+
+    data: bytes
+    last: Callable[[bytes], bytes] = bytes
+    refusal: Callable[[Watch, Heard], Said | None] = lambda watch, heard: None
+
+    def __post_init__(self) -> None:
+        self.has_part, self.has_aborted = threading.Event(), threading.Event()
+        self.digest = digest_of(self.data)
+        self.path = f"/v2/team/long/blobs/{self.digest}"
+
+    def registry(self, port: int, heard: Heard) -> Said:
+        said = handed_on(port, heard)
+        if heard.method != "GET" or not said.body:
+            return said
+        return said._replace(body=said.body[:-1], rest=self._rest)
+
+    def _rest(self) -> bytes:
+        assert self.has_part.wait(PATIENCE)
+        return self.last(self.data[-1:])
+
+    def bucket(self, port: int, heard: Heard) -> Said:
+        said = self.refusal(self, heard) or handed_on(port, heard)
+        if "partNumber=1&" in heard.path:
+            self.has_part.set()
+        elif (heard.method, "uploadId=" in heard.path) == ("DELETE", True):
+            self.has_aborted.set()
+        return said
+
+
+@contextlib.contextmanager
+def between(run: Run, harbour: Harbour, watch: Watch) -> Iterator[Callable[[], Proxy]]:
+    """Starts proxies between taps before the registry and the bucket of a harbour."""
+    assert harbour.push("team/long", watch.data).status == 201
+    before = (fronted(harbour.registry.url, watch.registry), fronted(harbour.place, watch.bucket))
+    with before[0] as (_, registry), before[1] as (_, blobs):
+        yield lambda: run(upstream="off", registry=registry, registry_blobs=blobs)
+        run.stop()
+
+
+def has_parts(harbour: Harbour, data: bytes) -> bool:
+    """Whether a blob has been uploaded in part."""
+    with open_bucket(harbour.place) as (bucket, _):
+        page = bucket.document(goproxy._Ask("GET", "", {"uploads": ""}))
+        return digest_of(data) in [upload.findtext("Key") for upload in page.iter("Upload")]
+
+
+def long_layer() -> bytes:
+    return os.urandom(TWO_PARTS)
+
+
+def test_a_layer_goes_up_while_it_comes(run: Run, harbour: Harbour) -> None:
+    watch = Watch(long_layer())
+    with between(run, harbour, watch) as start:
+        proxy = start()
+        assert set(together(20, lambda _: taken(proxy, watch.path))) == {TWO_PARTS}
+        assert when_there(proxy, harbour.bucket / watch.digest).read_bytes() == watch.data
+        assert len(harbour.registry.asked("GET", watch.path)) == 1
+        assert not has_parts(harbour, watch.data)
+        assert not watch.has_aborted.is_set()
+
+
+@pytest.mark.parametrize("last", [lambda byte: b"", lambda byte: bytes([byte[0] ^ 1])])
+def test_of_a_layer_that_turns_out_bad_no_part_stays(
+    run: Run, harbour: Harbour, last: Callable[[bytes], bytes]
+) -> None:
+    watch = Watch(long_layer(), last)
+    with between(run, harbour, watch) as start:
+        answer = start().get(watch.path[1:], Authorization=SHOWN)
+        assert (answer.status, answer.whole) == (200, False)
+        assert watch.has_aborted.wait(PATIENCE)
+        assert not has_parts(harbour, watch.data)
+        assert not (harbour.bucket / watch.digest).exists()
+
+
+def test_no_client_waits_for_a_bucket_that_hangs_and_dies(run: Run, harbour: Harbour) -> None:
+    gate = threading.Event()
+    held: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def refusal(watch: Watch, heard: Heard) -> Said | None:
+        if "uploadId=" not in heard.path:
+            return None
+        watch.has_part.set()
+        held.put(gate.wait(PATIENCE))
+        return Said(0)
+
+    watch = Watch(long_layer(), refusal=refusal)
+    with between(run, harbour, watch) as start:
+        proxy = start()
+        for _ in range(2):
+            assert proxy.get(watch.path[1:], Authorization=SHOWN).body == watch.data
+        gate.set()
+        assert held.get(timeout=PATIENCE)
+
+
+def test_a_bucket_that_knows_no_parts_gets_a_layer_whole(run: Run, harbour: Harbour) -> None:
+    def refusal(watch: Watch, heard: Heard) -> Said | None:
+        watch.has_part.set()
+        return Said(501, {}, fault("NotImplemented")) if "uploads=" in heard.path else None
+
+    watch = Watch(long_layer(), refusal=refusal)
+    with between(run, harbour, watch) as start:
+        proxy = start()
+        assert proxy.get(watch.path[1:], Authorization=SHOWN).body == watch.data
+        assert when_there(proxy, harbour.bucket / watch.digest).read_bytes() == watch.data
+
+
+def test_what_a_killed_process_has_uploaded_in_part_goes_after_a_day(
+    run: Run, harbour: Harbour
+) -> None:
+    killed = threading.Event()
+    watch = Watch(long_layer(), last=lambda byte: byte if killed.wait(PATIENCE) else b"")
+    with between(run, harbour, watch) as start:
+        proxy = start()
+        fetching = goproxy.in_thread(lambda: proxy.get(watch.path[1:], Authorization=SHOWN))
+        assert watch.has_part.wait(PATIENCE)
+        proxy.kill()
+        killed.set()
+        assert not fetching.result(PATIENCE).whole
+        assert has_parts(harbour, watch.data)
+        (key,) = harbour.bucket.glob(f".sgwtmp/multipart/{digest_of(watch.digest.encode())[7:]}/*")
+        os.utime(key, times=(time.time() - 90_000,) * 2)
+        start()
+        assert watch.has_aborted.wait(PATIENCE)
+        assert not has_parts(harbour, watch.data)
 
 
 def test_a_link_is_for_one_layer_and_five_minutes(harbour: Harbour) -> None:
