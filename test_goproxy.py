@@ -2365,7 +2365,7 @@ def test_what_the_readme_names_is_there() -> None:
     readme = (HERE / "README.md").read_text()
     others = {each.name for one in goproxy.COMMANDS.values() for each in one.arguments}
     flags_named = set(re.findall(r"`(-[a-z][a-z-]*)[ =`]", readme))
-    no_flags = {"-e", "-escaped", "-flag", "-help", "-shm", "-v", "-wal"}
+    no_flags = {"-e", "-flag", "-v"}
     assert flags_named - set(SETTINGS) - others == no_flags
     headings = [re.sub("[^a-z -]", "", one.lower()) for one in re.findall("^#+ (.+)", readme, re.M)]
     targets = re.findall(r"\]\(#([^)]+)\)", readme)
@@ -14664,13 +14664,10 @@ def test_promtool_finds_no_fault(run: Run, upstream: Upstream) -> None:
 def test_what_others_read_of_the_figures_is_there() -> None:
     families = set(goproxy.METRICS)
     families |= {f"goproxy_request_seconds_{part}" for part in ("bucket", "count", "sum")}
-    for file in ("grafana.json", "alerts.yml"):
-        words = re.findall(r"\b(?:goproxy|process)_[a-z_]+", (HERE / "deploy" / file).read_text())
+    for file in ("deploy/grafana.json", "deploy/alerts.yml", "README.md"):
+        words = re.findall(r"\b(?:goproxy|process)_[a-z_]+", (HERE / file).read_text())
         assert words and set(words) <= families
-    rows = re.findall(
-        r"^\| `((?:goproxy|process)_[a-z_]+)` \|", (HERE / "README.md").read_text(), re.M
-    )
-    assert set(rows) == set(goproxy.METRICS)
+    assert set(words) == set(goproxy.METRICS)  # the README names them all
 
 
 def test_figures_of_processes_add_up_and_are_kept_by_their_place() -> None:
@@ -16967,6 +16964,23 @@ def test_the_unit_files_are_good_and_tight() -> None:
     words = ["security", "--offline=true", "--threshold=15", units[0]]
     done = subprocess.run([analyze, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_what_lies_beside_the_units_is_taken_by_what_it_is_for(tmp_path: Path) -> None:
+    logins = goproxy.read_logins((HERE / "deploy" / "vcs-auth").read_text(), "-vcs-auth")
+    assert len(logins) == 7
+    assert len(json.loads((HERE / "deploy" / "s3-policy.json").read_text())["Statement"]) == 2
+    site = (HERE / "deploy" / "nginx.conf").read_text()
+    site = site.replace("listen 80;", f"listen 127.0.0.1:{free_port()};")
+    site = f"events {{}} pid {tmp_path}/pid; error_log stderr; http {{ access_log off; {site} }}"
+    (tmp_path / "nginx.conf").write_text(site)
+    balancer = str(HERE / "deploy" / "haproxy.cfg")
+    for words in (
+        ["haproxy", "-c", "-f", balancer],
+        ["nginx", "-t", "-c", f"{tmp_path}/nginx.conf"],
+    ):
+        done = subprocess.run([installed(words[0]), *words[1:]], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_health_is_asked_by_tls_where_that_is_served(run: Run, trust: Trust) -> None:
