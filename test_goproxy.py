@@ -2710,46 +2710,55 @@ def both(**told: int) -> dict[str, Any]:
 CORRUPT = [
     ("empty file", b"", "not a valid zip file"),
     ("no zip", b"<html>" * 99, "not a valid zip file"),
-    ("junk before", b"#!/bin/sh\n" + pack(A), "not a valid zip file"),
-    ("junk before, told", pack(A, before=b"#!/bin/sh\n"), "overlap or leave a gap"),
-    ("junk after", pack(A) + b"\n", "not a valid zip file"),
-    ("junk after comment", pack(A, comment=b"x") + b"\n", "not a valid zip file"),
-    ("end record in comment", pack(A, comment=b"PK\5\6" + bytes(30)), "not a valid zip file"),
-    ("junk before directory", pack(A._replace(trailer=b"x" * 30)), "overlap or leave a gap"),
-    ("junk, no entries", pack(before=b"junk"), "not a valid zip file"),
-    ("gap", pack(A, B._replace(central={"rest": [0, 0, 0, 0, 190]})), "overlap or leave a gap"),
+    ("comment cut", pack(A, comment=b"x")[:-1], "not a valid zip file"),
+    ("data shifted", pack(A._replace(trailer=b"x" * 30)), "checksum error"),
+    ("no entry there", pack(A, B._replace(central={"rest": [0, 0, 0, 0, 190]})), "not a valid zip"),
     ("too few", pack(A, B, count=1), "not a valid zip file"),
     ("too many", pack(A, B, count=3), "not a valid zip file"),
-    ("directory too short", pack(A, B, size=40), "not a valid zip file"),
     ("directory beyond", pack(A, offset=0xFFFFFFF), "not a valid zip file"),
     ("no zip64", pack(A, offset=0xFFFFFFFF), "not a valid zip file"),
-    ("overlap", pack(A, A._replace(name=PREFIX + "b", central={"rest": [0] * 5})), "overlap"),
-    ("local name", pack(A._replace(local={"name": PREFIX.encode() + b"b"})), "local header"),
-    ("local method", pack(A._replace(local={"method": 0})), "local header"),
-    ("local flags", pack(A._replace(local={"flags": 0})), "local header"),
-    ("local crc", pack(PLAIN_PART._replace(local={"crc": 1})), "checksum error"),
-    ("local size", pack(PLAIN_PART._replace(local={"size": 1})), "sizes differ"),
-    ("local packed", pack(PLAIN_PART._replace(local={"packed": 1})), "sizes differ"),
     ("crc", pack(A._replace(central={"crc": 1})), "checksum error"),
-    ("crc nought", pack(PLAIN_PART._replace(**both(crc=0))), "checksum error"),
+    ("crc nought, then told", pack(A._replace(central={"crc": 0})), "checksum error"),
     ("too large", pack(A._replace(central={"size": 99})), "larger than declared size (99 bytes)"),
     ("too small", pack(A._replace(central={"size": 101})), "unexpected EOF"),
     ("stored size", pack(A._replace(method=0, central={"size": 101})), "unexpected EOF"),
     ("packed short", pack(A._replace(central={"packed": 1})), "unexpected EOF"),
     ("packed none", pack(A._replace(central={"packed": 0})), "unexpected EOF"),
-    ("packed long", pack(A._replace(central={"packed": 0xFFFFFFF})), "after the end of"),
-    ("after stream", pack(PLAIN_PART._replace(trailer=b"x", **both(packed=7))), "after the end of"),
+    ("packed long", pack(A._replace(central={"packed": 0xFFFFFFF})), "checksum error"),
     ("no deflate", pack(PLAIN_PART._replace(method=0, **both(method=8))), "decompress"),
     ("method", pack(A._replace(method=99)), "unsupported compression algorithm"),
-    ("encrypted", pack(A._replace(flags=9)), "encrypted"),
-    ("strongly", pack(A._replace(flags=0x48)), "encrypted"),
-    ("masked", pack(A._replace(flags=0x2008)), "encrypted"),
-    ("encrypted, local", pack(A._replace(local={"flags": 9})), "encrypted"),
-    ("no descriptor", pack(A._replace(descriptor=None)), "overlap or leave a gap"),
-    ("folder with data", pack(Part(PREFIX + "a/", b"x")), "larger than declared"),
+    ("no descriptor", pack(A._replace(descriptor=None)), "checksum error"),
+    ("folder with data", pack(Part(PREFIX + "a/", b"x")), "unexpected EOF"),
     ("folder with size", pack(Part(PREFIX + "a/", central={"size": 1})), "unexpected EOF"),
-    ("zip64 size", pack(A._replace(central={"size": 0xFFFFFFFF})), "not a valid zip file"),
+    ("zip64 size", pack(A._replace(central={"size": 0xFFFFFFFF})), "too large"),
 ]
+
+# what is odd, the file, the files in it as archive/zip finds them
+ODD_ZIPS = [
+    ("junk before", b"#!/bin/sh\n" + pack(A), "a"),
+    ("junk before, told", pack(A, before=b"#!/bin/sh\n"), "a"),
+    ("junk before, no entries", pack(before=b"junk"), ""),
+    ("junk after", pack(A) + b"\n", "a"),
+    ("junk after comment", pack(A, comment=b"x") + b"\n", "a"),
+    ("end record in comment", pack(A, comment=b"PK\5\6" + bytes(30)), ""),
+    ("directory too short", pack(A, B, size=40), "ab"),
+    ("the same bytes", pack(A, A._replace(name=PREFIX + "c", central={"rest": [0] * 5})), "ac"),
+    ("local name", pack(A._replace(local={"name": PREFIX.encode() + b"b"})), "a"),
+    ("local method", pack(A._replace(local={"method": 0})), "a"),
+    ("local flags", pack(A._replace(local={"flags": 0})), "a"),
+    ("local crc", pack(PLAIN_PART._replace(local={"crc": 1})), "a"),
+    ("local sizes", pack(PLAIN_PART._replace(local={"size": 1, "packed": 1})), "a"),
+    ("crc nought", pack(PLAIN_PART._replace(**both(crc=0))), "a"),
+    ("after stream", pack(PLAIN_PART._replace(trailer=b"x", **both(packed=7))), "a"),
+    ("encrypted", pack(A._replace(flags=0x2049)), "a"),
+]
+
+
+@pytest.mark.parametrize(
+    ("data", "names"), [row[1:] for row in ODD_ZIPS], ids=[r[0] for r in ODD_ZIPS]
+)
+def test_check_zip_finds_what_go_finds(data: bytes, names: str) -> None:
+    assert hash_of(data) == dirhash({each: b"b" * 100 if each == "b" else A.data for each in names})
 
 
 @pytest.mark.parametrize(
@@ -2762,12 +2771,12 @@ def test_check_zip_corrupt(data: bytes, reason: str) -> None:
 
 
 def test_check_zip_descriptor() -> None:
+    """Of which the CRC counts: 32 or 64 bits of sizes, with a signature or not, are all in use."""
     for layout in ("<4sLLL", "<LLL", "<LQQ", "<4sLQQ"):
         good = pack(A._replace(descriptor=layout))
-        end = good.index(b"PK\1\2")
-        start = end - struct.calcsize(layout)
+        start = good.index(b"PK\1\2") - struct.calcsize(layout)
         assert accepts(hash_of, good)
-        for at in range(start, end):
+        for at in range(start, start + (8 if "s" in layout else 4)):
             assert not accepts(hash_of, good[:at] + b"\x77" + good[at + 1 :])
 
 
@@ -2805,18 +2814,12 @@ def test_check_zip_file_size() -> None:
 
 
 def test_check_zip_too_many() -> None:
-    data = pack64(A)
-    one, many = struct.pack("<2Q", 1, 1), struct.pack("<2Q", 1_000_001, 1_000_001)
-    assert data.count(one) == 1
+    start = pack(A._replace(central={"extra": bytes(65_000)}))
+    count = (64 << 20) // 65_000
+    directory = start[start.index(b"PK\1\2") : -22] * count
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(directory), 0, 0)
     with pytest.raises(goproxy.BadUpstream, match="too many entries"):
-        hash_of(data.replace(one, many))
-    start = pack(A)
-    length = 64 << 20
-    with pytest.raises(goproxy.BadUpstream, match="too many entries"):
-        hash_of(
-            bytes(length + 1) + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, length + 1, 0, 0)
-        )
-    assert accepts(hash_of, start)
+        hash_of(directory + end)
 
 
 @pytest.mark.parametrize("where", ["data", "start", "size", "signature", "disks"])
@@ -2844,10 +2847,11 @@ SMALL = {
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_check_zip_any_bit_flipped(kind: str) -> None:
-    """A flipped bit is found, or is in a time, a mode or the like: the content stays the same."""
+    """Before the directory: a flipped bit is found, or nobody reads it."""
     good = SMALL[kind]
     expected, kept = hash_of(good), 0
-    for at, bit in itertools.product(range(len(good)), range(8)):
+    end = good.index(b"PK\1\2")
+    for at, bit in itertools.product(range(end), range(8)):
         bad = bytearray(good)
         bad[at] ^= 1 << bit
         try:
@@ -2855,17 +2859,12 @@ def test_check_zip_any_bit_flipped(kind: str) -> None:
             kept += 1
         except goproxy.BadUpstream:
             pass
-    assert kept < len(good) * 4
+    assert kept < end * 7
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_check_zip_any_byte_cut_or_added(kind: str) -> None:
-    good = SMALL[kind]
-    for at in range(len(good)):
-        assert not accepts(hash_of, good[:at])
-        assert not accepts(hash_of, good[at + 1 :])
-        assert not accepts(hash_of, good[:at] + good[at + 1 :])
-        assert not accepts(hash_of, good[:at] + b"P" + good[at:])
+def test_check_zip_cut_anywhere(kind: str) -> None:
+    assert not any(accepts(hash_of, SMALL[kind][:at]) for at in range(len(SMALL[kind])))
 
 
 class Counting(io.BytesIO):
@@ -2975,37 +2974,64 @@ def zips_like_go(ask_go: Ask, folder: Path, zips: Sequence[bytes]) -> Iterator[t
                 yield "refused", theirs
 
 
-@pytest.mark.parametrize("count", [1500, pytest.param(12_000, marks=pytest.mark.soak)])
-def test_check_zip_like_go(ask_go: Ask, tmp_path: Path, count: int) -> None:
-    dice = random.Random(7)
-    lists = [[random_part(dice) for _ in range(dice.randint(0, 4))] for _ in range(count)]
+def odd_fields(dice: random.Random) -> dict[str, Any]:
+    """What a header may say that is not so."""
+    said: dict[str, Any] = {}
+    for name in ("crc", "flags", "method", "packed", "size"):
+        if dice.random() < 0.1:
+            ones = 0xFFFF if name in ("flags", "method") else 0xFFFFFFFF
+            said[name] = dice.choice([0, 1, 8, 9, 50, ones])
+    if dice.random() < 0.2:
+        length = dice.choice([0, 7, 8, 16, 24, 28])
+        field = struct.pack("<2H", dice.choice([1, 2]), length)
+        said["extra"] = dice.choice([b"", b"\2\0\0\0", b"?"]) + field + bytes(length)
+    return said
+
+
+def odd_zip(dice: random.Random) -> bytes:
+    """A zip whose parts may contradict each other."""
+    parts = []
+    for name in dice.sample(["a", "b/c", "go.mod", "d/", "e.go"], dice.randint(0, 3)):
+        central, local = odd_fields(dice), odd_fields(dice)
+        if dice.random() < 0.2:
+            central["rest"] = [0, 0, 0, 0, dice.choice([0, 10, 60, 80, 0xFFFFFFFF])]
+        part = random_part(dice)._replace(name=PREFIX + name, central=central, local=local)
+        if dice.random() < 0.1:
+            part = part._replace(descriptor=None, trailer=b"trailer")
+        parts.append(part)
+    facts = {"count": 65535, "offset": 70, "size": 0xFFFF}
+    ends = {name: facts[name] for name in facts if dice.random() < 0.1}
+    if dice.random() < 0.3:
+        return dice.choice([b"", b"before"]) + pack64(*parts, **ends)
+    before, comment = dice.choice([b"", b"", b"b", bytes(99)]), dice.choice([b"", b"", b"c" * 24])
+    return pack(*parts, before=before, comment=comment, **ends) + dice.choice([b"", b"", b"after"])
+
+
+def zips_to_judge(kind: str, dice: random.Random, count: int) -> Iterator[bytes]:
+    good = [*GOOD_ZIPS.values(), *SMALL.values()]
     packers = [lambda parts: pack(*parts), lambda parts: pack64(*parts)]
-    zips = [*GOOD_ZIPS.values(), *(dice.choice(packers)(parts) for parts in lists)]
+    for _ in range(count):
+        if kind == "generated":
+            yield dice.choice(packers)([random_part(dice) for _ in range(dice.randint(0, 4))])
+        elif kind == "odd":
+            yield odd_zip(dice)
+        else:
+            yield tampered(dice, dice.choice(good))
+
+
+@pytest.mark.parametrize("count", [1200, pytest.param(12_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", ["generated", "odd", "tampered"])
+def test_check_zip_like_go(ask_go: Ask, tmp_path: Path, kind: str, count: int) -> None:
+    """The same verdict, and the same hash, for all of them."""
+    zips = list(zips_to_judge(kind, random.Random(7), count))
+    zips += [*GOOD_ZIPS.values(), *SMALL.values(), *(row[1] for row in CORRUPT + ODD_ZIPS)]
+    zips += [pack(*map(Part, names)) for names, _ in BAD_NAMES]
     verdicts = list(zips_like_go(ask_go, tmp_path, zips))
     for number, (ours, theirs) in enumerate(verdicts):
-        assert ours == theirs.replace("corrupt", "refused"), f"{number}: {lists[number - 11]}"
-    assert sum(ours != "refused" for ours, _ in verdicts) > 300
-
-
-# In what a zip may be odd that Go passes, since each of its readers looks at one place alone.
-STRICTER = re.compile(
-    "local header differs|sizes differ|overlap or leave a gap|not a valid zip|too many entries|"
-    "encrypted|checksum error|after the end of|unexpected EOF|declared size|while decompressing"
-)
-
-
-@pytest.mark.parametrize("count", [3000, pytest.param(12_000, marks=pytest.mark.soak)])
-def test_check_zip_never_laxer_than_go(ask_go: Ask, tmp_path: Path, count: int) -> None:
-    dice = random.Random(8)
-    good = [*GOOD_ZIPS.values(), *SMALL.values()]
-    zips = [tampered(dice, dice.choice(good)) for _ in range(count)]
-    zips += [data for _, data, _ in CORRUPT]
-    zips += [pack(*map(Part, names)) for names, _ in BAD_NAMES]
-    for data, (ours, theirs) in zip(zips, zips_like_go(ask_go, tmp_path, zips)):
-        if ours != theirs:
-            with pytest.raises(goproxy.BadUpstream) as caught:
-                hash_of(data)
-            assert theirs in ("refused", "corrupt") or STRICTER.search(str(caught.value))
+        assert ours == theirs.replace("corrupt", "refused"), (number, zips[number])
+    passed = sum(ours != "refused" for ours, _ in verdicts)
+    print(f"{kind}: {len(zips)} zips, {passed} of them passed by both, 0 differ")
+    assert passed > count // 20
 
 
 def burden(kind: str, count: int) -> Iterator[bytes]:
@@ -3026,6 +3052,15 @@ def burden(kind: str, count: int) -> Iterator[bytes]:
     yield struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
 
 
+def shared_data(count: int) -> bytes:
+    """Files that all are the same MB, which packs nothing: as much to read as one likes."""
+    nothing = b"\0\0\0\xff\xff" * (1 << 18) + deflated(b"")
+    whole = {"method": 8, "packed": len(nothing), "rest": [0] * 5}
+    first = Part(PREFIX + "a", nothing, 0, 0, central={**whole, "crc": 0, "size": 0})
+    others = [first._replace(name=f"{PREFIX}b{number}", data=b"") for number in range(count)]
+    return pack(first, *others)
+
+
 WEIGHED = f"""
 import resource, sys
 sys.path.insert(0, {str(HERE)!r})
@@ -3044,7 +3079,13 @@ print(verdict, used.ru_utime + used.ru_stime, int(peak) // 1024, sep="\\n")
 @needs_proc
 @pytest.mark.parametrize(
     ("kind", "verdict"),
-    [("bomb", "h1:"), ("many", "h1:"), ("overlap", "overlap"), ("too many", "too many entries")],
+    [
+        ("bomb", "h1:"),
+        ("many", "h1:"),
+        ("overlap", "h1:"),
+        ("shared", "overlap"),
+        ("too many", "too many"),
+    ],
 )
 def test_a_zip_that_is_a_burden_costs_a_minute_and_150_mb_at_most(
     tmp_path: Path, kind: str, verdict: str
@@ -3054,6 +3095,8 @@ def test_a_zip_that_is_a_burden_costs_a_minute_and_150_mb_at_most(
     with open(file, "wb") as out:
         if kind == "bomb":
             out.write(pack(Part(PREFIX + "zeros", bytes(goproxy.MAX_ZIP))))
+        elif kind == "shared":
+            out.write(shared_data(600))
         else:
             out.writelines(burden(kind, 1_000_001 if kind == "too many" else 890_000))
     words = [sys.executable, "-c", WEIGHED, str(file)]
