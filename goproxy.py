@@ -7445,6 +7445,11 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
     return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+def _place_in_order(entry: os.DirEntry[str]) -> str:
+    """So that whole names are in order: a/b comes after a.b."""
+    return f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+
+
 class Folder(Shelf):
     """A folder laid out as GOMODCACHE/cache/download, only read."""
 
@@ -7476,21 +7481,22 @@ class Folder(Shelf):
             return []
 
     def walk(self, prefix: str = "") -> Iterator[Item]:
-        folders = [self._path(prefix)]
-        while folders:
-            for entry in self._entries(folders.pop()):
-                if entry.name.startswith(OWN_MARK):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif entry.is_file(follow_symlinks=False):
-                    with contextlib.suppress(FileNotFoundError):
-                        yield self._item(entry)
+        left = self._entries(self._path(prefix))
+        while left:
+            entry = left.pop()
+            if entry.name.startswith(OWN_MARK):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                left += self._entries(entry.path)
+            elif entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError):
+                    yield self._item(entry)
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """The last one first."""
         try:
             with store_errors(folder), os.scandir(folder) as entries:
-                return list(entries)
+                return sorted(entries, key=_place_in_order, reverse=True)
         except NotFound:
             return []
 
@@ -13368,54 +13374,179 @@ class Gatherer:
 _ALL_KINDS = ("info", "mod", "zip", "record")
 
 
-class Inspector:
+class Round:
+    """Looks at each of the items of a store, in parallel. What is done and what was found stands in
+    the store, so that a later round of the same kind goes on where this one ended, be it by a
+    SIGKILL. A store that does not name things in order is gone through from the beginning."""
+
+    _NAME, _LIMIT = OWN_MARK + "verify", 256 << 20
+    _FRESH, _PAUSE, _SHARE = 86400.0, 1.0, 20  # seconds, seconds, times as long as it took
+
+    def __init__(self, storage: Storage, kind: str, progress: Progress) -> None:
+        self.compared = 0  # with something else than the store
+        self._storage = storage
+        self._kind = kind
+        self._progress = progress
+        self._mutex = threading.Lock()
+        # Names, in order, with -1, or once they are done with how much was compared.
+        self._under_way: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._after = ""  # all up to here are done, but for those that failed
+        self._found: dict[str, dict[str, Any]] = {}
+        self._again: Set[str] = set()
+        self._writer = Lane("round", 1)
+        self._written = b""
+        self._may_write, self._ended = True, threading.Event()
+
+    def _items(self) -> Iterator[Item]:
+        """What there is."""
+        raise NotImplementedError
+
+    def _look(self, item: Item) -> int:
+        """How much was compared. Raises ProxyError for what is to be looked at again."""
+        raise NotImplementedError
+
+    def count(self, event: str) -> int:
+        """How many items are "bad", or have "failed"."""
+        return sum(found["event"] == event for found in self._found.values())
+
+    def go(self) -> None:
+        """Walks twice: for a bar one must know how much there is."""
+        self._take_up()
+        before = ""
+        for item in self._items():
+            self._may_write &= before < item.name
+            before = item.name
+            if self._is_left(item):
+                self._progress.expect(1, item.size)
+        threading.Thread(target=self._keep_writing, name="mark", daemon=True).start()
+        try:
+            Crew(self._fail).each(self._begun(), self._do, lambda _, __: ())
+        finally:
+            self._ended.set()
+            self._write()
+
+    def _is_left(self, item: Item) -> bool:
+        return item.name > self._after or item.name in self._again
+
+    def _begun(self) -> Iterator[Item]:
+        for item in filter(self._is_left, self._items()):
+            with self._mutex:
+                self._under_way[item.name] = -1
+            yield item
+
+    def _do(self, item: Item) -> None:
+        compared = self._look(item)
+        with self._mutex:
+            if self._found.get(item.name, {}).get("event") == "failed":  # the last time
+                del self._found[item.name]
+        self._end(item, compared)
+
+    def _fail(self, item: Item, error: ProxyError) -> None:
+        self._tell("failed", item, str(error), error=str(error))
+        self._end(item, 0)
+
+    def _end(self, item: Item, compared: int) -> None:
+        self._progress.advance(1, item.size)
+        with self._mutex:
+            self._under_way[item.name] = compared
+            while self._under_way:
+                first = next(iter(self._under_way))
+                if self._under_way[first] < 0:
+                    return
+                self.compared += self._under_way.pop(first)
+                self._after = max(self._after, first)
+
+    def _tell(self, event: str, item: Item, text: str, **fields: str) -> None:
+        """Returns when it is written down: who ends this now finds it again."""
+        row = {"event": event, "text": f"{item.name}: {text}", "name": item.name, **fields}
+        with self._mutex:
+            self._found[item.name] = row
+        self._write()
+        self._progress.tell(**row)
+
+    def forget(self) -> None:
+        """The next round begins anew."""
+        with contextlib.suppress(NotFound, StoreDown):
+            self._storage.remove(self._NAME)
+
+    def _keep_writing(self) -> None:
+        seconds = 0.0
+        while not self._ended.wait(max(self._PAUSE, self._SHARE * seconds)):
+            began = time.monotonic()
+            self._write()
+            seconds = time.monotonic() - began
+
+    def _write(self) -> None:
+        self._writer.submit(self._put).result()
+
+    def _put(self) -> None:
+        with self._mutex:
+            state = [self._kind, self._after, self.compared, self._found]
+            data = json.dumps(state).encode()
+        if self._may_write and data != self._written:
+            with contextlib.suppress(StoreDown):  # then the next round begins anew
+                self._storage.put(self._NAME, data)
+                self._written = data
+
+    def _take_up(self) -> None:
+        try:
+            with contextlib.closing(self._storage.open(self._NAME)) as blob:
+                age = time.time() - blob.modified
+                kind, after, compared, found = json.loads(blob.read_all(self._LIMIT))
+        except NotFound:
+            return
+        except (BadUpstream, ValueError, TypeError):
+            kind, after, age = "", "", 0.0
+        if kind != self._kind or age > self._FRESH:
+            why = "had other settings" if kind != self._kind else "ended a day ago or before"
+            self._progress.tell("anew", f"begins anew: the last round {why}")
+            return
+        self._after, self.compared, self._found = after, compared, found
+        self._again = {name for name in found if found[name]["event"] == "failed"}
+        counts = f"{self.count('bad')} bad until there, {len(self._again)} to be looked at again"
+        self._progress.tell("resumed", f"going on after {after or 'nothing'}: {counts}")
+        for name in found.keys() - self._again:
+            self._progress.tell(**found[name])
+
+
+class Inspector(Round):
     """Holds what is stored of versions to what it should be: by structure, by the hash it was
     stored with and by the checksum database. Moves aside what is not."""
 
-    def __init__(self, storage: Storage, begin: Begin, progress: Progress) -> None:
-        self._storage = storage
+    def __init__(self, storage: Storage, begin: Begin, kind: str, progress: Progress) -> None:
+        super().__init__(storage, kind, progress)
         self._begin = begin
-        self._progress = progress
-        self._crew = Crew(self._fail)
-        self._mutex = threading.Lock()
-        self.bad = self.failures = self.compared = 0
 
-    def inspect(self) -> None:
-        """Walks twice: for a bar one must know how much there is."""
-        for _, item in self._items():
-            self._progress.expect(1, item.size)
-        self._crew.each(self._items(), self._inspect, lambda _, __: ())
-
-    def _items(self) -> Iterator[tuple[Artifact, Item]]:
+    def _items(self) -> Iterator[Item]:
         for item in self._storage.walk():
             artifact = stored_artifact(item.name)
             if artifact and artifact.kind in KINDS:
-                yield artifact, item
+                yield item
 
-    def _inspect(self, found: tuple[Artifact, Item]) -> None:
-        artifact, item = found
+    def _look(self, item: Item) -> int:
+        artifact = stored_artifact(item.name)
+        assert artifact
         try:
-            self._check(artifact, item)
-        except Spoiled as error:
-            self._tell_bad(item, error)
+            return self._check(artifact, item)
+        except Spoiled as error:  # whose bytes the store itself gives to nobody any more
+            self._tell("bad", item, str(error), error=str(error))
         except NotFound:
             pass  # it has gone meanwhile
         except (Mismatch, BadUpstream) as error:
             if type(error) is Untrusted or isinstance(error, Unreachable):
                 raise
             self._put_aside(item, error)
-        self._progress.advance(1, item.size)
+        return 0
 
-    def _check(self, artifact: Artifact, item: Item) -> None:
+    def _check(self, artifact: Artifact, item: Item) -> int:
+        """Whether the database has compared it. Raises what is wrong with it."""
         version = artifact.version + ("/go.mod" if artifact.kind == "mod" else "")
         if artifact.kind == "info":
             KINDS["info"].check(artifact, read_small(self._storage, item.name, MAX_INFO))
-            return
+            return 0
         compare = self._begin(artifact.path, artifact.version)
         h1 = self._zip_hash(artifact) if artifact.kind == "zip" else self._mod_hash(artifact)
-        if compare(version, h1):
-            with self._mutex:
-                self.compared += 1
+        return int(compare(version, h1))
 
     def _mod_hash(self, artifact: Artifact) -> str:
         data = read_small(self._storage, artifact.name, MAX_GO_MOD)
@@ -13434,25 +13565,13 @@ class Inspector:
         return h1
 
     def _put_aside(self, item: Item, error: ProxyError) -> None:
+        place = f"{BAD_PLACE}/{item.name}"
+        self._tell("bad", item, f"{error}; moved to {place}", error=str(error), place=place)
         sides = [item.name + "hash"] if item.name.endswith(".zip") else []
         for name in (*sides, item.name):
             with contextlib.suppress(NotFound):
                 copy(self._storage, name, self._storage, f"{BAD_PLACE}/{name}")
                 self._storage.remove(name)
-        self._tell_bad(item, error)
-
-    def _tell_bad(self, item: Item, error: ProxyError) -> None:
-        with self._mutex:
-            self.bad += 1
-        place = f"{BAD_PLACE}/{item.name}"
-        words = f"{item.name}: {error}; moved to {place}"
-        self._progress.tell("bad", words, name=item.name, error=str(error), place=place)
-
-    def _fail(self, found: tuple[Artifact, Item], error: ProxyError) -> None:
-        with self._mutex:
-            self.failures += 1
-        name = found[1].name
-        self._progress.tell("failed", f"{name}: {error}", name=name, error=str(error))
 
 
 # --- export and import ---
@@ -14575,25 +14694,18 @@ def _size_in(store: LayerStore, digest: str) -> int | None:
         return None
 
 
-class LayerInspector:
+class LayerInspector(Round):
     """Holds each layer in the bucket to its digest, and removes what does not have it: the next one
     who asks has it fetched anew."""
 
     def __init__(self, store: LayerStore, progress: Progress) -> None:
+        super().__init__(store, "layers", progress)
         self._store = store
-        self._progress = progress
-        self._mutex = threading.Lock()
-        self.bad = self.failures = 0
 
-    def inspect(self) -> None:
-        for item in self._layers():
-            self._progress.expect(1, item.size)
-        Crew(self._fail).each(self._layers(), self._inspect, lambda _, __: ())
-
-    def _layers(self) -> Iterator[Item]:
+    def _items(self) -> Iterator[Item]:
         return (item for item in self._store.walk("sha") if _DIGEST.fullmatch(item.name))
 
-    def _inspect(self, item: Item) -> None:
+    def _look(self, item: Item) -> int:
         algorithm, _, wanted = item.name.partition(":")
         digest = hashlib.new(algorithm)
         try:
@@ -14603,19 +14715,11 @@ class LayerInspector:
         except Spoiled:
             pass  # its last bytes are wrong, too
         except NotFound:
-            return  # it has gone meanwhile
+            return 0  # it has gone meanwhile
         if digest.hexdigest() != wanted:
+            self._tell("bad", item, f"it is {algorithm}:{digest.hexdigest()}; removed")
             self._store.discard(item.name)
-            words = f"{item.name}: it is {algorithm}:{digest.hexdigest()}; removed"
-            self._progress.tell("bad", words, name=item.name)
-            with self._mutex:
-                self.bad += 1
-        self._progress.advance(1, item.size)
-
-    def _fail(self, item: Item, error: ProxyError) -> None:
-        with self._mutex:
-            self.failures += 1
-        self._progress.tell("failed", f"{item.name}: {error}", name=item.name, error=str(error))
+        return 0
 
 
 # =============================================================================
@@ -18926,35 +19030,32 @@ def run_verify(settings: Settings, environ: Mapping[str, str]) -> int:
     """Holds all that is stored of versions to what it should be; 1 if anything is not, or could not
     be read. Raises UsageError, StartError."""
     progress = Progress("verify", settings.given[_AS_JSON.name])
-    with _at_work(settings, environ) as found:
-        begin: Begin = lambda path, version: nothing_known  # noqa: E731
-        if settings.verify and not settings.offline:
-            begin = found.sumdb.begin
-        inspector = Inspector(found.cache.storage, begin, progress)
-        inspector.inspect()
-    bad, failures = _inspect_layers(settings, environ, progress)
-    counts = {
-        "bad": inspector.bad + bad,
-        "failed": inspector.failures + failures,
-        "compared": inspector.compared,
-    }
+    with _at_work(settings, environ) as found, _layers_at_work(settings, environ) as layers:
+        compares = settings.verify and not settings.offline
+        begin = found.sumdb.begin if compares else lambda path, version: nothing_known
+        kind = repr([compares, [*map(str, settings.sumdb)], settings.private, settings.exclude])
+        rounds: list[Round] = [Inspector(found.cache.storage, begin, kind, progress)]
+        rounds += [LayerInspector(layers, progress)] if layers else []
+        for each in rounds:
+            each.go()
+        for each in rounds:
+            each.forget()
+    counts = {event: sum(each.count(event) for each in rounds) for event in ("bad", "failed")}
+    counts["compared"] = sum(each.compared for each in rounds)
     told = ", ".join(f"{count} {word}" for word, count in counts.items())
     progress.end(f"{told} with the checksum database", **counts)
     return 1 if counts["bad"] or counts["failed"] else 0
 
 
-def _inspect_layers(
-    settings: Settings, environ: Mapping[str, str], progress: Progress
-) -> tuple[int, int]:
-    """How many of -registry-blobs were bad, and could not be read."""
+@contextlib.contextmanager
+def _layers_at_work(settings: Settings, environ: Mapping[str, str]) -> Iterator[LayerStore | None]:
+    """The store of -registry-blobs."""
     dialer = open_way_out(settings, environ)
-    layers = open_layers(settings, dialer, environ, QuietLog())
-    if not layers:
-        return 0, 0
-    with contextlib.closing(dialer.resolver), contextlib.closing(layers):
-        inspector = LayerInspector(layers, progress)
-        inspector.inspect()
-    return inspector.bad, inspector.failures
+    with contextlib.closing(dialer.resolver), contextlib.ExitStack() as stack:
+        layers = open_layers(settings, dialer, environ, QuietLog())
+        if layers:
+            stack.enter_context(contextlib.closing(layers))
+        yield layers
 
 
 _AS_JSON = Argument("-json", "prints a JSON object per line", False)

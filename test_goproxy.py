@@ -17400,6 +17400,14 @@ def test_verify_moves_aside_what_is_bad(inspect: Inspect, run: Run, what: str) -
     assert (run.cache / ".goproxy-bad" / name).read_bytes() == data
 
 
+def test_verify_tells_once_where_what_changed_has_gone(inspect: Inspect, run: Run) -> None:
+    keeps_attributes(run.cache)
+    spoil_byte(run.cache / ZIP)
+    ended, left = inspect({})
+    assert (ended.status, len(left)) == (1, 8)
+    assert ended.out.count(f".goproxy-bad/{ZIP}") == 1
+
+
 def test_verify_asks_the_database_what_only_that_knows(inspect: Inspect) -> None:
     spoil = {ZIP: OTHER_ZIP, f"{ZIP}hash": hash1(OTHER_ZIP).encode()}
     ended, left = inspect(spoil, "-offline")
@@ -17425,6 +17433,84 @@ def test_verify_counts_what_it_could_not_compare(inspect: Inspect, upstream: Ups
     upstream.fault = "500"
     ended, left = inspect({})
     assert (ended.status, len(left)) == (0, 9)
+
+
+class HeldDatabase(contextlib.ExitStack):
+    """A checksum database that keeps who asks for one version waiting until `gate` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.server = self.enter_context(scripted(self._answer))
+        self.callback(self.gate.set)
+
+    def _answer(self, heard: Heard) -> Said:
+        path = heard.path[1:]
+        if path == QUOTE_RECORD:
+            self.gate.wait(PATIENCE)
+        return Said(200, {}, SUMS[path]) if path in SUMS else Said(404)
+
+
+def put_stems(place: str, spoilt: str) -> None:
+    with opened(place) as storage:
+        for name in (f"example.com/{stem}.{kind}" for stem in STEMS for kind in goproxy.KINDS):
+            storage.put(name, b"{}" if name == spoilt else SITE[name])
+
+
+def mark_of(place: str) -> str:
+    """Up to which name a round says that all is done."""
+    with contextlib.suppress(goproxy.NotFound), opened(place) as storage:
+        return str(json.loads(read(storage, ".goproxy-verify"))[1])
+    return ""
+
+
+ENDINGS = [(kind, signal.SIGKILL) for kind in ("folder", "postgres", "s3", "sqlite")]
+
+
+@pytest.mark.parametrize(("kind", "number"), [*ENDINGS, ("folder", signal.SIGINT)])
+def test_verify_goes_on_where_it_was_ended(run: Run, kind: str, number: signal.Signals) -> None:
+    with PLACES[kind](run.folder) as place, HeldDatabase() as database:
+        put_stems(place, "example.com/big/@v/v1.0.0.info")
+        sumdb = f"{NOTARY.key} {database.server.base}"
+        words = ["verify", *flags({"cache": place, "sumdb": sumdb})]
+        environ = clean_environment(run.folder, AWS)
+        with subprocess.Popen(command(*words), env=environ, cwd=run.folder) as process:
+            assert by_then(lambda: mark_of(place) == INFO)
+            process.send_signal(number)
+        assert process.returncode in (-signal.SIGKILL, 130)
+        database.gate.set()
+        database.server.seen.clear()
+        ended = finish(run.folder, *words, environ=AWS)
+        assert mark_of(place) == ""
+    assert not [heard for heard in database.server.seen if "big@" in heard.path]
+    assert f"going on after {INFO}: 1 bad until there" in ended.out
+    assert re.search("verify: 5 done, .*; 1 bad, 0 failed, 6 compared", ended.out), ended
+    assert ended.status == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "days", "told"),
+    [
+        ("same", 0, "going on after (.*\n)*verify: 2 done"),
+        ("other", 0, "begins anew: the last round had other settings\nverify: 6 done"),
+        ("same", 2, "begins anew: the last round ended a day ago or before\nverify: 6 done"),
+    ],
+)
+def test_a_round_goes_on_after_one_of_its_kind_and_day(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, days: int, told: str
+) -> None:
+    storage = filled(goproxy.DiskStorage(str(tmp_path)))
+    failed = {"event": "failed", "text": f"{MOD}: no answer", "name": MOD}
+    storage.put(".goproxy-verify", json.dumps(["same", f"{SHOUT}.mod", 0, {MOD: failed}]).encode())
+    past = time.time() - days * 86400
+    os.utime(tmp_path / ".goproxy-verify", (past, past))
+    progress = goproxy.Progress("verify", as_json=False)
+    inspector = goproxy.Inspector(storage, lambda _, __: goproxy.nothing_known, kind, progress)
+    inspector.go()
+    inspector.forget()
+    progress.end("")
+    assert re.search(told, capsys.readouterr().out)
+    assert (inspector.count("failed"), (tmp_path / ".goproxy-verify").exists()) == (0, False)
 
 
 @pytest.mark.parametrize(
