@@ -6667,11 +6667,19 @@ class _Ask(NamedTuple):
     wanted: tuple[int, ...] = (200,)
     patience: Patience = Patience(5.0, 5.0, 10.0)
 
+    @property
+    def checksum(self) -> list[tuple[str, str]]:
+        """The headers by which the service checks the body, or those of an upload in parts."""
+        if self.method == "PUT":
+            return [(_CHECKSUM, base64.b64encode(bytes.fromhex(self.payload)).decode())]
+        return [("x-amz-checksum-algorithm", "SHA256")] if "uploads" in self.query else []
+
 
 _READ = Patience(5.0, 30.0, 600.0)
 _WRITE = Patience(30.0, 30.0, 600.0)
 _ASSEMBLY = Patience(120.0, 120.0, 300.0)  # a service may take minutes to put parts together
-_MAY_PASS = frozenset(
+_DAMAGED = frozenset(["BadDigest", "XAmzContentSHA256Mismatch"])  # on the way
+_MAY_PASS = _DAMAGED | frozenset(
     [
         "ConditionalRequestConflict",
         "InternalError",
@@ -6687,6 +6695,7 @@ _REPLACED = frozenset(["InvalidAccessKeyId", "SignatureDoesNotMatch"])
 _SHA256_NOTE = (
     "x-amz-meta-sha256"  # our own note: no service computes it for an object made of parts
 )
+_CHECKSUM = "x-amz-checksum-sha256"  # by which the service refuses what was damaged on the way
 _MAX_PAGE, _MAX_FAULT = 16 << 20, 64 << 10
 
 
@@ -6724,6 +6733,7 @@ class BucketLine:
         self._region = place.region
         self._skew = 0.0  # seconds that the service's clock is ahead of ours
         self._conditional = True  # it knows If-None-Match
+        self._checks = True  # it knows checksums, or does not mind them
 
     def document(self, ask: _Ask) -> xml.etree.ElementTree.Element:
         """The answer, as XML."""
@@ -6821,7 +6831,8 @@ class BucketLine:
 
     def _send(self, ask: _Ask, until: float) -> Response:
         url = self._url(self._endpoint, ask.key, ask.query)
-        headers = self._signer().headers(ask.method, url, ask.headers, ask.payload)
+        wanted = [*ask.headers, *(ask.checksum if self._checks else ())]
+        headers = self._signer().headers(ask.method, url, wanted, ask.payload)
         return self._client.send(Outgoing(ask.method, url, headers, ask.body), ask.patience, until)
 
     def _fault(self, ask: _Ask, response: Response) -> BucketError:
@@ -6837,6 +6848,7 @@ class BucketLine:
             self._chain.forget()
         region = response.fields.get("x-amz-bucket-region") or said.get("Region", "")
         mended = self._mends_clock(response) or self._mends_region(region)
+        mended = mended or self._mends_checks(response.status, code, said.get("Message", ""))
         may_pass = code in _MAY_PASS or response.status in (429, 500, 502, 503, 504)
         return self._error(response, code, mended or may_pass or code in _EXPIRED)
 
@@ -6856,6 +6868,15 @@ class BucketLine:
             return False
         self._skew = skew
         self._say(f"{self.peer}: its clock and ours are {abs(skew):.0f} s apart")
+        return True
+
+    def _mends_checks(self, status: int, code: str, words: str) -> bool:
+        """Whether it was a checksum that was refused, not what has it: that of R2 and of B2."""
+        is_theirs = "x-amz-checksum" in words.lower() and code not in _DAMAGED
+        if status not in (400, 501) or not is_theirs or not self._checks:
+            return False
+        self._checks = False
+        self._say(f"{self.peer} takes no checksums: it cannot tell what is damaged on the way")
         return True
 
     def _mends_region(self, region: str) -> bool:
@@ -7043,14 +7064,15 @@ class PartsUpload:
         self._bucket = bucket
         self._key = key
         self._number = number
-        self._etags: list[str] = []
+        self._parts: list[tuple[str, str]] = []
 
     def add(self, body: Body) -> None:
         """The next part."""
-        query = {"partNumber": str(len(self._etags) + 1), "uploadId": self._number}
+        query = {"partNumber": str(len(self._parts) + 1), "uploadId": self._number}
         ask = _Ask("PUT", self._key, query, (), body, body_sha256(body), patience=_WRITE)
         with contextlib.closing(self._bucket.ask(ask)) as response:
-            self._etags.append(response.fields.get("etag", ""))
+            fields = response.fields
+            self._parts.append((fields.get("etag", ""), fields.get(_CHECKSUM, "")))
 
     def take(self, parts: Iterable[Body], once: bool) -> bool:
         """All of them, then as `finish`. Whatever ends them early aborts the upload."""
@@ -7066,10 +7088,12 @@ class PartsUpload:
     def finish(self, once: bool) -> bool:
         """Puts the parts together. With `once`, False if there is an object already."""
         root = xml.etree.ElementTree.Element("CompleteMultipartUpload")
-        for number, etag in enumerate(self._etags, 1):
+        for number, (etag, checksum) in enumerate(self._parts, 1):
             part = xml.etree.ElementTree.SubElement(root, "Part")
             xml.etree.ElementTree.SubElement(part, "PartNumber").text = str(number)
             xml.etree.ElementTree.SubElement(part, "ETag").text = etag
+            if checksum:  # the service has checked it, and wants it again
+                xml.etree.ElementTree.SubElement(part, "ChecksumSHA256").text = checksum
         body = bytes_body(xml.etree.ElementTree.tostring(root))
         query = {"uploadId": self._number}
         payload = body_sha256(body)

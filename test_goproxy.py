@@ -6625,6 +6625,9 @@ def test_expired_keys_are_sought_again(tmp_path: Path) -> None:
         assert contents(made, "a") == OBJECT.body
 
 
+CHECKSUM = "x-amz-checksum-sha256"
+
+
 def test_a_service_without_conditions_is_asked_first_and_told_of_once() -> None:
     held: set[str] = set()
 
@@ -6641,6 +6644,76 @@ def test_a_service_without_conditions_is_asked_first_and_told_of_once() -> None:
     assert stored == [True, False, True]
     assert len(said) == 1
     assert "does not know If-None-Match" in said[0]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Said(400, {}, fault("InvalidArgument", Message=f"Unsupported header '{CHECKSUM}'")),
+        Said(501, {}, fault("NotImplemented", Message=f"Header '{CHECKSUM}' not implemented")),
+    ],
+    ids=["B2", "R2"],
+)
+def test_a_service_that_refuses_checksums_is_sent_none_and_told_of_once(refusal: Said) -> None:
+    with scripted_bucket(lambda heard: refusal if CHECKSUM in heard.headers else Said(200)) as (
+        server,
+        made,
+        said,
+    ):
+        stored = [made.put(key, as_body("x"), once=True) for key in ("a", "b")]
+    assert stored == [True, True]
+    assert [CHECKSUM in heard.headers for heard in server.seen] == [True, False, False]
+    assert len(said) == 1 and "takes no checksums" in said[0]
+
+
+def checksum(bucket: goproxy.Bucket, key: str) -> str:
+    """What the service itself says of an object."""
+    headers = (("x-amz-checksum-mode", "ENABLED"),)
+    with contextlib.closing(bucket.ask(goproxy._Ask("HEAD", key, {}, headers))) as response:
+        return response.fields.get(CHECKSUM, "")
+
+
+def based(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+PARTS = [bytes(5 << 20), b"end"]
+
+
+def test_what_is_damaged_on_the_way_is_sent_again(tmp_path: Path) -> None:
+    flips = iter([True, True, False, True])  # the object, its second try, part 1, part 2
+
+    def answer(port: int, heard: Heard) -> Said:
+        if heard.method == "PUT" and next(flips, False):
+            heard = heard._replace(body=heard.body[:-1] + b"!")
+        return handed_on(port, heard)
+
+    with versitygw(tmp_path) as server, fronted(server, answer) as (front, place):
+        with open_bucket(place) as (bucket, _):
+            assert bucket.put("a", as_body("x"), once=True)
+            assert bucket.begin("big", "").take(map(goproxy.bytes_body, PARTS), once=True)
+            sums = [hashlib.sha256(data).digest() for data in (b"x", *PARTS)]
+            assert checksum(bucket, "a") == based(sums[0])
+            assert (
+                checksum(bucket, "big") == based(hashlib.sha256(sums[1] + sums[2]).digest()) + "-2"
+            )
+        puts = [heard.headers for heard in front.seen if heard.method == "PUT"]
+    assert len(puts) == 6
+    assert {CHECKSUM in headers["authorization"] for headers in puts} == {True}
+
+
+def test_what_is_always_damaged_on_the_way_is_served_and_not_stored(
+    run: Run, upstream: Upstream
+) -> None:
+    def answer(port: int, heard: Heard) -> Said:
+        return handed_on(port, heard._replace(body=heard.body.replace(SITE[ZIP][-9:], b"!" * 9)))
+
+    with versitygw(run.folder) as server, fronted(server, answer) as (_, place):
+        proxy = run(cache=place, upstream=upstream.url())
+        assert [proxy.get(ZIP).body for _ in range(2)] == [SITE[ZIP]] * 2
+        assert by_then(lambda: "answered 400" in proxy.log), proxy.log
+        proxy.stop()
+    assert not [name for name in in_bucket(run) if name.endswith(".zip")]
 
 
 def test_an_object_that_is_cut_short_is_read_on(upstream: Upstream) -> None:
