@@ -5263,6 +5263,9 @@ class Passed(Outgoing):
         return self.headers
 
 
+REDIRECTS = frozenset([301, 302, 303, 307, 308])  # what they lead to is asked in the same way
+
+
 class Client:
     """HTTP over pooled connections: 100 idle ones in all, 10 to a host, for 90 seconds.
 
@@ -5294,20 +5297,26 @@ class Client:
         UpstreamTimeout."""
         limit = time.monotonic() + patience.total
         until = min(limit, until or limit)
-        headers = [*headers, (HOP_FIELD, HOP)]
-        authorization = authorization or self.authorization(url)
-        target = url
+        request = Outgoing("GET", url, [*headers, (HOP_FIELD, HOP)])
+        return self.follow(request, patience, until, authorization or self.authorization(url))
+
+    def follow(
+        self, request: Outgoing, patience: Patience, until: float, authorization: str = ""
+    ) -> Response:
+        """As get, for a request without a body, and with no other credentials than these."""
+        target = request.url
         for _ in range(self._REDIRECTS + 1):
             extra = [("Authorization", authorization)] if authorization else []
-            response = self.send(Outgoing("GET", target, [*headers, *extra]), patience, until)
-            if response.status not in (301, 302, 303, 307, 308):
+            asked = request._replace(url=target, headers=[*request.headers, *extra])
+            response = self.send(asked, patience, until)
+            if response.status not in REDIRECTS:
                 return response
             response.close()
             following = redirect_target(target, response.fields.get("location", ""))
             if following.origin != target.origin:
                 authorization = ""
             target = following
-        raise BadUpstream(f"{url.authority}: more than {self._REDIRECTS} redirects")
+        raise BadUpstream(f"{request.url.authority}: more than {self._REDIRECTS} redirects")
 
     def authorization(self, url: Url) -> str:
         """The value of that field for a URL, "" for none."""
@@ -14286,6 +14295,11 @@ class Relayed(NamedTuple):
     verdict: Verdict | None = None
 
 
+class Refused(BadUpstream):
+    """The registry does not give a blob, or sends for it where we cannot go: its own answer is for
+    whoever has asked, and for nobody else."""
+
+
 class RegistryLine:
     """The way to the registry, there and back."""
 
@@ -14352,21 +14366,29 @@ class RegistryLine:
         reader.size = response.size
         return reader
 
-    def fetch(self, call: Call) -> Response:
-        """A whole blob, wherever the registry sends for it, without what only the registry may
-        know. Raises as `send`."""
+    def fetch(self, call: Call) -> tuple[Response, bool]:
+        """The good answer to a call for a whole blob, from wherever the registry sends for it, and
+        whether that is elsewhere. Raises as `send`, and Refused."""
         response = self.send(call, "accept-encoding", *_RANGED)
-        if response.status in (301, 302, 303, 307, 308):
+        is_away = response.status in REDIRECTS
+        if is_away:
             response.close()
-            url = dataclasses.replace(self._url, path=call.target.partition("?")[0])
-            target = redirect_target(url, response.fields.get("location", ""))
-            ours = target.origin == url.origin
-            shown = _value(call.lines, "authorization") if ours else ""
-            response = self._client.get(target, _PULL, authorization=shown)
+            response = self._redirected(call, response.fields.get("location", ""))
         if response.status != 200:
             response.close()
-            raise BadUpstream(f"{response.peer}: answered {response.status}")
-        return response
+            raise Refused(f"{response.peer}: answered {response.status}")
+        return response, is_away
+
+    def _redirected(self, call: Call, location: str) -> Response:
+        """The answer from there, which is not shown what only the registry may know."""
+        url = dataclasses.replace(self._url, path=call.target.partition("?")[0])
+        try:
+            target = redirect_target(url, location)
+            shown = _value(call.lines, "authorization") if target.origin == url.origin else ""
+            request = Outgoing(call.method, target, [(HOP_FIELD, HOP)])
+            return self._client.follow(request, _PULL, time.monotonic() + _PULL.total, shown)
+        except ProxyError as error:
+            raise Refused(str(error)) from None
 
     def close(self) -> None:
         self._pours.close()
@@ -14512,10 +14534,12 @@ class Ageing:
 
 class Permit(NamedTuple):
     """The registry's word that a client may have a blob: the header lines of its answer, and the
-    length in bytes that it tells, if so."""
+    length in bytes that it tells, if so; or, if `is_away`, that of a server to which the
+    registry sends for it."""
 
     lines: Lines
     size: int | None
+    is_away: bool
 
 
 class Registry:
@@ -14549,6 +14573,8 @@ class Registry:
             return self._line.relay(call)
         try:
             return self._layer(call, store)
+        except Refused:
+            return self._counted("refused", self._line.relay(call))
         except StoreDown as error:
             self._away.put("", True, self._AWAY_SECONDS)
             self._log.error(f"layers come from the registry itself: {error}")
@@ -14560,8 +14586,8 @@ class Registry:
         if size is None and not is_ranged and not call.may_wait:
             raise MustWait
         permit = self._permit(call)
-        if not permit:
-            return self._counted("refused", self._line.relay(call))
+        if permit.is_away and size not in (None, permit.size):
+            raise Refused("it sends for something else, such as a form to log in")
         self._marks.do(functools.partial(self._mark, store, call.digest))
         if size is not None and permit.size not in (None, size):
             if not call.may_wait:
@@ -14596,7 +14622,7 @@ class Registry:
         METER.add("goproxy_registry_bytes_total", size or 0, result=how)
         return relayed
 
-    def _permit(self, call: Call) -> Permit | None:
+    def _permit(self, call: Call) -> Permit:
         """The registry's word, or what it said a moment ago to the same credentials."""
         shown = [_value(call.lines, name) for name in ("authorization", "cookie")]
         told = "\n".join([call.target, *shown]).encode("latin-1")
@@ -14604,13 +14630,12 @@ class Registry:
         known = self._permits.get(key)
         if known:
             return known
-        with contextlib.closing(self._line.send(call._replace(method="HEAD"), *_RANGED)) as head:
-            if head.status not in (200, 301, 302, 303, 307, 308):
-                return None
-            whole = head.status == 200
-            plain = [("Content-Type", "application/octet-stream")]
-            lines = end_to_end(head.lines, "date") if whole else plain
-            permit = Permit(lines, content_length(head.fields) if whole else None)
+        head, is_away = self._line.fetch(call._replace(method="HEAD"))
+        head.close()
+        lines = [] if is_away else end_to_end(head.lines, "date")
+        if not _value(lines, "content-type"):
+            lines.append(("Content-Type", "application/octet-stream"))
+        permit = Permit(lines, content_length(head.fields), is_away)
         if self._store and self._store.permit:
             self._permits.put(key, permit, self._store.permit)
         return permit
@@ -14654,7 +14679,7 @@ class Registry:
         try:
             return store.stream(call.digest), False
         except NotFound:
-            return self._line.fetch(call), True
+            return self._line.fetch(call)[0], True
 
     def _download(self, name: str, source: Blob, draft: Draft) -> None:
         """All bytes into the draft, checked."""

@@ -13067,6 +13067,43 @@ def life_of_a_blob(blob: bytes) -> list[Step10]:
     ]
 
 
+def corners(blob: bytes) -> list[Step10]:
+    """What is asked rarely, or wrongly."""
+    other = f"sha512:{hashlib.sha512(blob).hexdigest()}"
+    kind, many = f"{OCI}.manifest.v1+json", f"{OCI}.index.v1+json, {OCI}.manifest.v1+json, */*"
+    manifest = manifest_of(blob)
+    at = f"/v2/REPO/blobs/{digest_of(blob)}"
+    begun: Step10 = ("POST", "/v2/REPO/blobs/uploads/", b"", {})
+    return [
+        begun,
+        ("PATCH", "UPLOAD", blob[:99], {"Content-Range": "0-98"}),
+        ("PATCH", "UPLOAD", blob[200:300], {"Content-Range": "200-299"}),
+        ("PATCH", "UPLOAD", blob[:9], {"Content-Range": "bad"}),
+        ("PUT", f"UPLOAD&digest={other}", b"", {}),
+        begun,
+        ("PUT", f"UPLOAD&digest={other}", blob, {}),
+        ("GET", f"/v2/REPO/blobs/{other}", None, {}),
+        ("POST", f"/v2/REPO/blobs/uploads/?digest={digest_of(blob)}", blob, {}),
+        begun,
+        ("PUT", f"UPLOAD&digest={digest_of(blob)}", blob, {}),
+        ("GET", at, None, {"Accept": "a/b, c/d"}),
+        ("GET", at.replace(":", "%3A"), None, {}),
+        ("GET", at.replace("/v2/", "/v2//"), None, {}),
+        ("GET", f"{at}/", None, {}),
+        ("PUT", at, b"x", {}),
+        ("PUT", "/v2/REPO/manifests/v1", manifest, {"Content-Type": kind}),
+        ("PUT", "/v2/REPO/manifests/v2", manifest, {"Content-Type": "text/plain"}),
+        ("PUT", "/v2/REPO/manifests/v2", manifest, {"Content-Type": kind}),
+        ("GET", "/v2/REPO/manifests/v2", None, {"Accept": many}),
+        ("GET", f"/v2/REPO/referrers/{digest_of(manifest)}", None, {}),
+        ("GET", "/v2/REPO/tags/list?n=1&last=v1", None, {}),
+        ("DELETE", "/v2/REPO/manifests/v2", None, {}),
+        ("GET", "/v2/_catalog?n=1&last=zz", None, {}),
+        ("GET", "/v2/UPPER/tags/list", None, {}),
+        ("TRACE", "/v2/", None, {}),
+    ]
+
+
 def answers_to(port: int, repository: str, steps: Iterable[Step10]) -> list[Any]:
     """The answers of a registry, without what no two answers share."""
     found: list[Any] = []
@@ -13092,7 +13129,8 @@ def test_the_registry_answers_through_us_as_it_does_alone(harbour: Harbour) -> N
     blobs = [random.Random(seed).randbytes(40_000 + seed) for seed in range(4)]
     steps: list[Step10] = [("GET", "/v2/", None, {}), ("GET", "/v2/none/tags/list", None, {})]
     steps += [step for blob in blobs for step in life_of_a_blob(blob)]
-    assert len(steps) >= 100
+    steps += corners(random.Random(9).randbytes(70_000))
+    assert len(steps) >= 130
     alone = answers_to(int(harbour.registry.url.rpartition(":")[2]), "same/aa", steps)
     through = answers_to(harbour.proxy.port, "same/bb", steps)
     assert [pair for pair in zip(alone, through) if pair[0] != pair[1]] == []
@@ -13465,6 +13503,47 @@ def test_who_may_not_have_a_layer_gets_no_link(tmp_path: Path) -> None:
             assert (b"UNAUTHORIZED" in refused.body, len(harbour.tap.seen)) == (True, seen)
 
 
+@contextlib.contextmanager
+def redirecting_harbour(folder: Path) -> Iterator[tuple[Harbour, Scripted]]:
+    """A registry that sends for its blobs to a server of files, and that server."""
+
+    def answer(heard: Heard) -> Said:
+        return Said(200, {}, Path(f"{folder}/registry{heard.path}").read_bytes())
+
+    with scripted(answer) as server:
+        options = f"{{baseurl: 'http://localhost:{server.port}/'}}"
+        middleware = f"\nmiddleware: {{storage: [{{name: redirect, options: {options}}}]}}"
+        with harbour_in(folder, with_passwords(folder) + middleware) as made:
+            yield made, server
+
+
+def test_a_registry_may_send_elsewhere_for_its_blobs(tmp_path: Path) -> None:
+    data = random.Random(31).randbytes(100_000)
+    with redirecting_harbour(tmp_path) as (harbour, server):
+        assert harbour.push("team/away", data).status == 201
+        assert harbour.fill("team/away", data).body == data
+        answer = harbour.blob("team/away", digest_of(data))
+        assert answer.headers["location"].startswith(f"http://localhost:{harbour.tap.port}/")
+        assert [heard.method for heard in server.seen] == ["HEAD", "GET", "HEAD"]
+        assert not any("authorization" in heard.headers for heard in server.seen)
+        server.answer = lambda heard: Said(200, {}, b"log in here")
+        answer = harbour.blob("team/away", digest_of(data))
+        assert (answer.status, answer.headers["location"].startswith("http://localhost:")) == (
+            307,
+            True,
+        )
+        assert f":{server.port}/" in answer.headers["location"]
+
+
+def test_where_we_cannot_go_the_client_may(tmp_path: Path) -> None:
+    data = random.Random(32).randbytes(100_000)
+    with redirecting_harbour(tmp_path) as (harbour, server):
+        harbour.push("team/away", data)
+        server.answer = lambda heard: Said(0)
+        answer = harbour.blob("team/away", digest_of(data))
+        assert (answer.status, f":{server.port}/" in answer.headers["location"]) == (307, True)
+
+
 # --- in front of a registry that does as it is told ---
 
 
@@ -13529,6 +13608,33 @@ def test_a_permission_counts_for_those_credentials_alone(run: Run, s3_place: str
         assert (statuses[3], asked) == (403, ["one", "two", "no"])
 
 
+@pytest.mark.parametrize(
+    ("method", "refusal"),
+    [
+        ("GET", Said(429, {"Retry-After": "7"}, b"later")),
+        ("GET", Said(401, {"WWW-Authenticate": "Bearer realm=x"}, b"who?")),
+        ("HEAD", Said(405)),
+    ],
+    ids=repr,
+)
+def test_what_a_registry_refuses_is_told_as_it_is(
+    run: Run, s3_place: str, method: str, refusal: Said
+) -> None:
+    play = Play(PLAYED)
+    wanted = refusal if method == "GET" else Said(200, {}, PLAYED)
+
+    def answer(heard: Heard) -> Said:
+        return refusal if heard.method == method else play.answer(heard)
+
+    with scripted(answer) as registry:
+        proxy = run(upstream="off", registry=registry.base, registry_blobs=s3_place)
+        for told in together(3, lambda _: proxy.get(play.path)):
+            assert (told.status, told.body) == (wanted.status, wanted.body)
+            for name, value in wanted.headers.items():
+                assert told.headers[name.lower()] == value
+        assert [name for name in in_bucket(run) if name.startswith("sha")] == []
+
+
 def test_without_a_bucket_layers_come_from_the_registry(run: Run, refused: str) -> None:
     play = Play(PLAYED * 9)
     with scripted(play.answer) as registry:
@@ -13578,7 +13684,9 @@ def test_an_object_that_is_something_else_is_replaced(run: Run, s3_place: str) -
     with scripted(play.answer) as registry:
         place = s3_place.replace("127.0.0.1", "localhost")
         proxy = run(upstream="off", registry=registry.base, registry_blobs=place)
-        assert proxy.get(play.path).body == PLAYED
+        answer = proxy.get(play.path)
+        kind = answer.headers["content-type"]
+        assert (answer.body, kind) == (PLAYED, "application/octet-stream")
         end = soon()
         while proxy.get(play.path).status != 307:
             assert time.monotonic() < end, proxy.log
