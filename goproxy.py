@@ -14917,13 +14917,27 @@ class Request(NamedTuple):
         return _CONDITIONS.isdisjoint(self.fields)
 
 
-_CONDITIONS = frozenset(["disable-module-fetch", "expect", "if-none-match", "range", "traceparent"])
+_CONDITIONS = frozenset(["disable-module-fetch", "expect", "if-none-match", "range"])
+# Lines that differ from request to request, or by client, and decide no answer. One that begins
+# after the empty line would be no part of the head.
+_PASSING = re.compile(
+    rb"(?i)(?<!\r\n)\r\n(b3|baggage|cf-ray|trace(?:parent|state)|uber-trace-id|x-(?:amzn-trace-id|"
+    rb"(?:b3|datadog)-[a-z-]+|cloud-trace-context|correlation-id|forwarded-for|real-ip|request-id))"
+    rb":([ -~]{0,512})(?=\r\n)"
+)
 _LINE_LIMIT, _HEAD_LIMIT, _FIELD_LIMIT, _BODY_LIMIT = 8192, 32768, 64, 65536
 _REQUEST_LINE = re.compile(rb"(" + TOKEN.pattern + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _KNOWN_METHODS = frozenset(
     ["CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"]
 )
 _AUTHORITY = re.compile(r"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
+
+
+def without_passing(head: bytes) -> tuple[bytes, dict[str, str]]:
+    """A head without the lines of _PASSING, and these; all of it if one is there twice."""
+    lines = _PASSING.findall(head)
+    told = {name.decode().lower(): value.decode().strip() for name, value in lines}
+    return (_PASSING.sub(b"", head), told) if len(told) == len(lines) else (head, {})
 
 
 def with_upload(request: Request, sock: socket.socket, ahead: bytes) -> Request:
@@ -16579,6 +16593,7 @@ class _Remembered:
     """A reply that was right, and is as long as its file's stamp holds."""
 
     def __init__(self, target: str, stored: Stamped, message: Message) -> None:
+        self.target = target
         self.kind = kind_of(target)
         self.stored = stored
         self.blob = message.blob
@@ -16982,7 +16997,11 @@ class Handler(Courier, BaseHTTPRequestHandler):
         """Answers in the loop itself, if `data` is exactly one request that is known word by word
         and its reply is at hand."""
         loop = self.loop
-        target = loop.known.get(data)
+        target, span = loop.known.get(data), None
+        if target is None and len(data) <= _KNOWN_LIMIT:
+            data, told = without_passing(data)
+            target = loop.known.get(data)
+            span = TRACER.serve(told) if "traceparent" in told else None
         if target is None or loop.draining or self.served >= _REQUESTS_PER_CONNECTION:
             return False
         reply = loop.hot.get(target)
@@ -16998,10 +17017,10 @@ class Handler(Courier, BaseHTTPRequestHandler):
         if sent == len(opening) + reply.left:
             self.served += 1
             self.deadline = loop.now + _IDLE_SECONDS
-            loop.access.hit(self.client, target, reply.kind, sent, loop.now)
+            loop.access.hit(self.client, reply, sent, loop.now, span)
         else:
             self._keep = True
-            visit = loop.access.begins_hit(self.client, target, reply.kind, loop.now)
+            visit = loop.access.begins_hit(self.client, reply, loop.now, span)
             ended = functools.partial(loop.access.ends, visit)
             self._transfer = reply.rest(self.sock, opening, sent, ended)
             self.resume()
@@ -17027,7 +17046,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
                 self._asked = with_upload(self._asked, self.sock, self._buffer)
                 self._buffer, self._skip = b"", 0
             if not self._buffer and len(received) <= _KNOWN_LIMIT and self._is_alike():
-                self.loop.know(received, self._asked.target)
+                self.loop.know(without_passing(received)[0], self._asked.target)
         taken = min(self._skip, len(self._buffer))
         self._skip -= taken
         self._buffer = self._buffer[taken:]
@@ -17313,8 +17332,10 @@ def _told_hit(hit: tuple[str, str, str, float], sent: int, seconds: float) -> di
     return _told_span(visit, sent, visit.begun + seconds)
 
 
-def _visit_of_hit(client: str, target: str, kind: str, begun: float) -> Visit:
-    span = TRACER.begin("", Span.SERVER)
+def _visit_of_hit(
+    client: str, target: str, kind: str, begun: float, span: Span | None = None
+) -> Visit:
+    span = span or TRACER.begin("", Span.SERVER)
     if span:
         span.begun = begun
     return Visit(client, "GET", target[1:], kind, 200, "hit", begun, span)
@@ -17341,19 +17362,22 @@ class AccessLog:
         if self._as_text:
             self._log.line(f"[{client}] {request.method} {request.target[1:]}")
 
-    def hit(self, client: str, target: str, kind: str, sent: int, begun: float) -> None:
-        """A GET that the loop has answered itself; `tell` hands on its figures."""
+    def hit(
+        self, client: str, reply: _Remembered, sent: int, begun: float, span: Span | None
+    ) -> None:
+        """A GET that the loop has answered itself; `tell` hands on its figures. `span`: if it is
+        part of a client's trace."""
         seconds = time.monotonic() - begun
+        target, kind = reply.target, reply.kind
         tally = self._hits[kind]
         tally[bisect.bisect_left(BUCKETS, seconds)] += 1
         tally[-1] += seconds
         tally[-2] += sent
-        if self._as_json:
-            self._tell(_visit_of_hit(client, target, kind, begun), sent, seconds)
-            return
         if self._as_text:
             self._log.hit(client, target[1:])
-        if TRACER.sampler and random.random() < TRACER.sampler.share:
+        if self._as_json or span:
+            self._tell(_visit_of_hit(client, target, kind, begun, span), sent, seconds)
+        elif TRACER.sampler and random.random() < TRACER.sampler.share:
             hit = (client, target, kind, begun)
             TRACER.keep(functools.partial(_told_hit, hit, sent, seconds))
 
@@ -17374,11 +17398,11 @@ class AccessLog:
         METER.set("goproxy_connections", len(clients))
         METER.set("goproxy_requests_in_flight", sum(client.is_asked() for client in clients))
 
-    def begins_hit(self, client: str, target: str, kind: str, begun: float) -> Visit:
-        """A GET that the loop has begun to answer."""
+    def begins_hit(self, client: str, reply: _Remembered, begun: float, span: Span | None) -> Visit:
+        """A GET that the loop has begun to answer; `span` as for `hit`."""
         if self._as_text:
-            self._log.hit(client, target[1:])
-        return _visit_of_hit(client, target, kind, begun)
+            self._log.hit(client, reply.target[1:])
+        return _visit_of_hit(client, reply.target, reply.kind, begun, span)
 
     def answers(
         self,

@@ -15014,6 +15014,73 @@ def test_a_trace_that_nobody_wants_told_is_passed_on_and_logged(
     assert f'"trace_id": "{CALLER_TRACE}"' in log
 
 
+BY_THREADS = """
+import runpy, sys
+program = runpy.run_path({program!r}, run_name="goproxy")
+work = program["Handler"].work
+def told(self):
+    print("by a thread", file=sys.stderr, flush=True)
+    work(self)
+program["Handler"].work = told
+sys.exit(program["main"]())
+"""
+
+
+def test_what_differs_from_request_to_request_is_nothing_to_the_front_loop(
+    run: Run, upstream: Upstream
+) -> None:
+    driver = BY_THREADS.format(program=str(PROGRAM))
+    run.command = lambda *words: [sys.executable, "-c", driver, *words]
+    proxy = run(upstream=upstream.url(), log_format="json", ready="Set GOPROXY=")
+    named = {"X-Request-Id": "7", "x-b3-spanid": "1", "tracestate": "a=1", "Traceparent": CALLER}
+    proxy.get(INFO)
+    plain = proxy.get(INFO)
+    answers = [proxy.get(INFO, **{name: value}) for name, value in named.items()]
+    log = proxy.stop().log
+    assert [(one.status, one.body) for one in answers] == [(200, SITE[INFO])] * 4
+    heads = [{**one.headers, "date": ""} for one in (plain, *answers)]
+    assert heads == [heads[0]] * 5
+    lines = [json.loads(line) for line in log.splitlines() if '"verdict"' in line]
+    assert [line.get("trace_id") for line in lines] == [None] * 5 + [CALLER_TRACE]
+    assert [line["verdict"] for line in lines] == ["miss"] + ["hit"] * 5
+    assert log.count("by a thread") <= 3  # all but the miss, which begins anew, and the first hit
+
+
+@pytest.mark.parametrize(("flag", "told"), [("00", 0), ("01", 3)])
+def test_a_hit_is_told_as_part_of_its_client_s_trace_if_that_is_sampled(
+    run: Run, upstream: Upstream, collector: Collector, flag: str, told: int
+) -> None:
+    proxy = run(upstream=upstream.url(), trace=collector.base)
+    for _ in range(3):
+        assert proxy.get(INFO, traceparent=CALLER[:-2] + flag).body == SITE[INFO]
+    proxy.stop()
+    spans = collector.named("GET info")
+    assert [one["traceId"] for one in spans] == [CALLER_TRACE] * told
+    assert [one["parentSpanId"] for one in spans] == [CALLER_SPAN] * told
+
+
+PASSING = [
+    (b"GET / HTTP/1.1\r\nTraceparent: x \r\nHost: h\r\n\r\n", {"traceparent": "x"}),
+    (b"GET / HTTP/1.1\r\nHost: h\r\nx-datadog-parent-id:1\r\nB3: 2\r\n\r\n", None),
+    (b"GET / HTTP/1.1\r\nHost: h\r\n\r\ntraceparent: x\r\n", {}),
+    (b"GET / HTTP/1.1\r\nHost: h\r\ntraceparent: x\r\ntraceparent: y\r\n\r\n", {}),
+    (b"GET / HTTP/1.1\r\nHost: h\r\ntraceparent : x\r\n\r\n", {}),
+    (b"GET / HTTP/1.1\r\nHost: h\r\ntraceparent: \x00\r\n\r\n", {}),
+    (b"GET / HTTP/1.1\r\nHost: h\r\nx-request-id: x\n\r\n", {}),
+]
+
+
+@pytest.mark.parametrize(("head", "told"), PASSING, ids=str)
+def test_passing_lines_are_whole_lines_of_the_head(
+    head: bytes, told: dict[str, str] | None
+) -> None:
+    bare = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+    found = goproxy.without_passing(head)
+    assert found == (
+        (head, {}) if told == {} else (bare, told or {"x-datadog-parent-id": "1", "b3": "2"})
+    )
+
+
 def test_lines_in_json_bear_the_trace(run: Run, upstream: Upstream, collector: Collector) -> None:
     url = upstream.url("500")
     proxy = run(ready="Set GOPROXY=", upstream=url, trace=collector.base, log_format="json")
