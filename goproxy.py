@@ -8855,6 +8855,12 @@ class Source(Protocol):
         """The bytes of one .info, .mod or .zip; .info and .mod have been checked."""
 
 
+def bytes_of(source: Source, artifact: Artifact) -> bytes:
+    """All of a .info or .mod. Raises what the source does."""
+    with contextlib.closing(source.open(artifact)) as blob:
+        return blob.read_all(KINDS[artifact.kind].limit)
+
+
 LATEST = "latest"
 _MAX_LIST = 16 << 20
 
@@ -11266,17 +11272,13 @@ class Mirror(Modules):
 
         def fetch() -> bytes:
             if artifact.kind != "mod":
-                return self._fetch(artifact)
+                return bytes_of(self._source, artifact)
             compare = self._begin(artifact.path, artifact.version)
-            data = self._fetch(artifact)
+            data = bytes_of(self._source, artifact)
             compare(f"{artifact.version}/go.mod", hash_of_mod(data))
             return data
 
         return self._cache.small(artifact.name, reach, fetch)
-
-    def _fetch(self, artifact: Artifact) -> bytes:
-        with contextlib.closing(self._source.open(artifact)) as blob:
-            return blob.read_all(KINDS[artifact.kind].limit)
 
     def large(self, artifact: Artifact, reach: Reach) -> Answer:
         """A .zip, given out while it arrives."""
@@ -12800,7 +12802,7 @@ class Recheck:
         try:
             listed = self._source.versions(path)
             latest = newest(listed) if listed else self._source.resolve(path, LATEST).version
-            raw = self._ask(Artifact(path, latest, "mod"))
+            raw = bytes_of(self._source, Artifact(path, latest, "mod"))
         except NotFound:
             return
         notices = read_notices(raw)
@@ -12814,7 +12816,7 @@ class Recheck:
     def _differences(self, path: str, versions: Sequence[str]) -> Iterator[tuple[str, str, str]]:
         for version in versions:
             try:
-                theirs = read_info(self._ask(Artifact(path, version, "info")), version)
+                theirs = read_info(bytes_of(self._source, Artifact(path, version, "info")), version)
             except NotFound as error:
                 yield version, "deleted", str(error)
                 continue
@@ -12822,12 +12824,8 @@ class Recheck:
             if ours and read_info(ours).time != theirs.time:
                 yield version, "changed", f"its time is {theirs.time} upstream"
             mod = self._stored(Artifact(path, version, "mod"))
-            if mod is not None and mod != self._ask(Artifact(path, version, "mod")):
+            if mod is not None and mod != bytes_of(self._source, Artifact(path, version, "mod")):
                 yield version, "changed", "its go.mod has other bytes upstream"
-
-    def _ask(self, artifact: Artifact) -> bytes:
-        with contextlib.closing(self._source.open(artifact)) as blob:
-            return blob.read_all(KINDS[artifact.kind].limit)
 
     def _stored(self, artifact: Artifact) -> bytes | None:
         try:
