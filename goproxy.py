@@ -16698,6 +16698,15 @@ class Courier:
         self.served = 0  # replies
         self._transfer: Transfer | None = None
 
+    def receive(self, count: int = 65536, flags: int = 0) -> bytes | None:
+        """What has arrived; b"" at the end of the connection; None: it is still to come."""
+        try:
+            return self.sock.recv(count, flags)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
     def on_event(self) -> None:
         """The socket is ready for what it was polled for."""
         raise NotImplementedError
@@ -16785,7 +16794,8 @@ class Handshake(Courier):
         self._until = server.now + _HEAD_SECONDS
 
     def on_event(self) -> None:
-        first = _HELLO if isinstance(self.sock, TlsSocket) else self._first_byte()
+        has_begun = isinstance(self.sock, TlsSocket)
+        first = _HELLO if has_begun else self.receive(1, socket.MSG_PEEK)
         if first == _HELLO:
             self.loop.poll(self, 0)
             self.loop.handshake_lane.do(self._advance)
@@ -16793,15 +16803,6 @@ class Handshake(Courier):
             self._pass_on().reject(BadRequest("this port speaks TLS: ask https:// for it"))
         elif first is not None:
             self.close()
-
-    def _first_byte(self) -> bytes | None:
-        """None: it is still to come."""
-        try:
-            return self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b""
 
     def _advance(self) -> None:
         try:
@@ -16844,8 +16845,6 @@ class RelayEnd(Courier):
     """One end of a relay: what arrives here leaves at the other end. A TLS connection cannot move
     to the process that fetches, so one end of a socket pair does, and this process relays."""
 
-    _RECEIVE = 65536
-
     def __init__(self, server: Server, sock: socket.socket, patience: float) -> None:
         """`patience`: how many seconds the peer may go on after we have ended."""
         super().__init__(server, sock)
@@ -16858,15 +16857,10 @@ class RelayEnd(Courier):
         if self._rest:
             self._give(b"")
             return
-        try:
-            data = self.sock.recv(self._RECEIVE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
+        data = self.receive()
         if data:
             self.other._give(data)
-        else:
+        elif data is not None:
             self.loop.poll(self, 0)
             self.other._end()
 
@@ -16942,8 +16936,6 @@ class Handler(Courier, BaseHTTPRequestHandler):
     """One client connection. The front loop owns it while it waits for a request, for the client
     to read or for the end; while a request is worked on it belongs to a lane and is not polled."""
 
-    _RECEIVE = 65536
-
     def __init__(self, server: Server, sock: socket.socket, client: str) -> None:
         """Not BaseHTTPRequestHandler's, which would serve the whole connection here and now."""
         Courier.__init__(self, server, sock)
@@ -16974,12 +16966,9 @@ class Handler(Courier, BaseHTTPRequestHandler):
             self._receive()
 
     def _receive(self) -> None:
-        try:
-            data = self.sock.recv(self._RECEIVE)
-        except BlockingIOError:
+        data = self.receive()
+        if data is None:
             return
-        except OSError:
-            data = b""
         self.loop.access.received += len(data)
         if not data:
             self.close()
@@ -17175,14 +17164,9 @@ class Handler(Courier, BaseHTTPRequestHandler):
         self.loop.allow(self, _LINGER_SECONDS)
 
     def _linger(self) -> None:
-        try:
-            data = self.sock.recv(self._RECEIVE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self._skip += len(data)
-        if not data or self._skip > _LINGER_LIMIT:
+        data = self.receive()
+        self._skip += len(data or b"")
+        if data == b"" or self._skip > _LINGER_LIMIT:
             self.close()
 
     def expire(self) -> None:
