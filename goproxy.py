@@ -8862,7 +8862,7 @@ def bytes_of(source: Source, artifact: Artifact) -> bytes:
 
 
 LATEST = "latest"
-_MAX_LIST = 16 << 20
+_MAX_LIST = 1 << 20  # a hundred thousand versions, which take a second to sort
 
 
 def _again(work: Callable[[], T]) -> T:
@@ -8941,7 +8941,7 @@ class Upstream(Source):
     def versions(self, path: str) -> list[str]:
         data = self._small(f"{escape_path(path)}/@v/list", _MAX_LIST)
         lines = [line.split() for line in data.decode("utf-8", "replace").splitlines()]
-        firsts = [fields[0] for fields in lines if fields]
+        firsts = dict.fromkeys(fields[0] for fields in lines if fields)
         found = [first for first in firsts if is_semver(first)]
         if firsts and not found:
             raise BadUpstream(f"{self._url.authority}: the list holds no versions")
@@ -9688,11 +9688,11 @@ class BareRepository:
         try:
             self._git.run(order)
         except _GitFailed as error:
-            if self._outgrew(largest):
+            outgrew = self._outgrew(largest)
+            if outgrew or error.status > 0:  # it was not killed, but one of its children may be
                 self._sweep()
+            if outgrew:
                 raise BadUpstream(f"more than {shown_size(largest)} for one fetch") from None
-            if error.status > 0:  # it was not killed
-                os.unlink(self._unfinished)
             raise
         os.unlink(self._unfinished)
 
@@ -11232,9 +11232,9 @@ class Mirror(Modules):
         except ProxyError as error:
             return self._instead(error, lambda: _lines(self._stored.versions(path)))
         with contextlib.suppress(NotFound, StoreDown):
-            answer = answer._replace(
-                body=_lines([*answer.data.decode().split(), *self._stored.versions(path)])
-            )
+            known = set(answer.data.decode().split())
+            if not known.issuperset(stored := self._stored.versions(path)):
+                answer = answer._replace(body=_lines(known.union(stored)))
         return answer
 
     def resolve(self, path: str, query: str, reach: Reach) -> Answer:
@@ -11684,7 +11684,7 @@ class _Session:
 
     def size(self) -> int:
         """How much is remembered."""
-        return sum(map(len, (self.asked, self.guessed, self.followed, self.zips)))
+        return sum(map(len, (self.asked, self.guessed, self.followed, self.zips, self.needs)))
 
 
 class ReadAhead:
@@ -11705,6 +11705,7 @@ class ReadAhead:
     that a client asks for meanwhile is the same flight."""
 
     _THREADS, _CLIENTS, _MEMORY = 12, 64, 20_000
+    _LONGEST = 1 << 18  # bytes of a go.mod
     _WINDOW = 20  # modules ahead of a download
     _FORGET = 60.0  # seconds after which a client's next request begins something new
 
@@ -11832,9 +11833,11 @@ class ReadAhead:
                     self._guess(session, ahead._replace(kind="mod"))
 
     def _read(self, sight: Sight) -> GoMod:
+        """Nothing of what is far longer than any go.mod that is written for use."""
         mirror = self._policy.public(sight.path)
         artifact = Artifact(sight.path, sight.version, "mod")
-        return read_go_mod(mirror.small(artifact, Reach.STORED).data)
+        data = mirror.small(artifact, Reach.STORED).data
+        return read_go_mod(data if len(data) <= self._LONGEST else b"")
 
     def _follow(self, session: _Session, sight: Sight) -> None:
         """The .mod files that reading this one leads to."""

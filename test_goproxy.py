@@ -511,6 +511,13 @@ def _reset(exchange: Exchange, body: bytes) -> None:
     exchange.reset()
 
 
+def _said(exchange: Exchange, body: bytes) -> None:
+    """What the test wants said, %d standing for the length of the body that comes after it."""
+    head = exchange.server.upstream.said.replace(b"%d", b"%d" % len(body))
+    exchange.wfile.write(b"HTTP/1.1 " + head + b"\r\n\r\n" + body)
+    exchange.cut()
+
+
 def _swap_once(exchange: Exchange, body: bytes) -> None:
     """Cuts the first answer; the second ignores the range and begins with other bytes."""
     _truncate(exchange, body) if exchange.first() else exchange.reply(200, b"!" + body[1:])
@@ -586,6 +593,7 @@ FAULTS: dict[str, Fault] = {
     "redirect-file": _redirect_file,
     "redirect-loop": _redirect_loop,
     "reset": _reset,
+    "said": _said,
     "swap-once": _swap_once,
     "trailers": _trailers,
     "truncate": _truncate,
@@ -617,6 +625,7 @@ class Upstream:
     def __init__(self, files: Mapping[str, bytes], context: ssl.SSLContext | None = None) -> None:
         self.files = dict(files)
         self.fault = ""
+        self.said = b""
         self.scheme = "https" if context else "http"
         self.gate = threading.Event()
         self.seen: list[Asked] = []
@@ -791,8 +800,9 @@ LOADER = (
 COMPILED = HERE / ".pytest_cache" / "compiled"
 
 
-def command(*arguments: str) -> list[str]:
-    return [*STRICT, "-X", f"pycache_prefix={COMPILED}", "-c", LOADER, *arguments]
+def command(*arguments: str, begin: str = "pass") -> list[str]:
+    loader = LOADER.replace("sys.exit(", f"{begin}; sys.exit(")
+    return [*STRICT, "-X", f"pycache_prefix={COMPILED}", "-c", loader, *arguments]
 
 
 def script(*arguments: str) -> list[str]:
@@ -927,7 +937,7 @@ class Run:
         self.folder = folder
         self.cache = folder / "cache"
         self.started: list[Proxy] = []
-        self.command = command
+        self.command: Callable[..., list[str]] = command
 
     def __call__(
         self,
@@ -3649,6 +3659,106 @@ def test_a_hostile_upstream_is_502_and_leaves_no_trace(run: Run, upstream: Upstr
     upstream.fault = "good"
     for path in (INFO, MOD, ZIP, BIG, LIST, LATEST):
         assert proxy.get(path).body == SITE[path]
+
+
+NO_ANSWERS = [
+    b"200 OK\r\nContent-Length: %d\r\nContent-Length: %d", b"200 OK\r\nContent-Length: %d, %d",
+    b"200 OK\r\nContent-Length: +%d", b"200 OK\r\nContent-Length: -1",
+    b"200 OK\r\nContent-Length: 99999999999999999999", b"200 OK\r\nContent-Encoding:",
+    b"200 OK\r\nContent-Length: %d\r\nTransfer-Encoding: identity",
+    b"200 OK\r\nTransfer-Encoding: gzip, chunked", b"200 OK\r\nContent-Length: %d\r\nX: a\r\n b",
+    b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x%d\r\n",
+    b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n",
+    b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;" + b"x" * 70_000,
+    b"201 Created\r\nContent-Length: %d", b"203 Other\r\nContent-Length: %d", b"204 Empty",
+    b"205 Reset\r\nContent-Length: 0", b"206 Part\r\nContent-Range: bytes 0-9/10",
+    b"206 Part\r\nContent-Length: %d\r\nContent-Range: bytes 0-9/10", b"300 Choose", b"304 Same",
+    b"305 Proxy\r\nLocation: http://127.0.0.1:1/", b"400 Bad", b"407 Login", b"451 Law", b"600 Odd",
+    b"302 Away\r\nLocation: gopher://127.0.0.1:1/", b"302 Away\r\nLocation: javascript:x()",
+    b"302 Away\r\nLocation: data:text/plain,x", b"302 Away\r\nLocation: ftp://127.0.0.1/x",
+    b"302 Away\r\nLocation: http://127.0.0.1:0/", b"302 Away\r\nLocation:", b"302 Away",
+    b"302 Away\r\nLocation: /a\r\nLocation: /b", b"302 Away\r\nLocation: http://127.0.0.1:99999/",
+    b"103 Soon\r\n\r\n" + b"HTTP/1.1 103 Soon\r\n\r\n" * 8 + b"HTTP/1.1 200 OK",
+]  # fmt: skip
+
+
+def test_what_is_no_answer_is_502_and_leaves_nothing(run: Run, upstream: Upstream) -> None:
+    """Though the bytes in it are right."""
+    proxy = run(upstream=upstream.url("said"))
+    for upstream.said in NO_ANSWERS:
+        for path in (INFO, MOD, ZIP, LIST, LATEST):
+            assert proxy.get(path).status == 502, (upstream.said, path)
+    assert run.stored() == []
+
+
+ODD_ANSWERS = [
+    b"200 OK\r\nDate: Thu, 99 Foo 99999 99:99:99 GMT\r\nAge: 99999999999999999999\r\nExpires: -1",
+    b"200 OK\r\nContent-Range: bytes 5-9/10\r\nAccept-Ranges: canary\r\nETag: canary\xff",
+    b"200 OK\r\nSet-Cookie: canary=1\r\nX-Canary: 1\r\nLocation: canary\r\nRefresh: 0;url=canary",
+    b"200\r\nContent-Type: multipart/x;boundary*=a;boundary*0*=b\r\nWWW-Authenticate: canary",
+    b"100 Go\r\n\r\nHTTP/1.1 103 Hint\r\nLink: canary\r\n\r\nHTTP/1.1 200 OK",
+]
+
+
+@pytest.mark.parametrize("path", [INFO, ZIP, LIST])
+def test_what_is_odd_about_an_answer_goes_no_further(
+    run: Run, upstream: Upstream, path: str
+) -> None:
+    proxy = run(upstream=upstream.url("said"), ttl="0s", cache="memory:")
+    plain = {*run(upstream=upstream.url(), cache="memory:").get(path).headers}
+    for row in ODD_ANSWERS:
+        upstream.said = row + b"\r\nContent-Length: %d"
+        answer = proxy.get(path)
+        assert (answer.status, answer.body) == (200, SITE[path])
+        assert {*answer.headers} == plain
+        assert "canary" not in str(answer.headers) and len(answer.headers.get("age", "")) < 3
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [
+        ("9" * 20, "10"), ("-5", "10"), ("7200", "60"), ("0", "0"), ("\xb2", "10"),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", "10"), ("5, 6", "10"),
+    ],
+)  # fmt: skip
+def test_nobody_is_told_to_wait_for_long(
+    busy: tuple[Proxy, Upstream], told: str, seconds: str
+) -> None:
+    proxy, upstream = busy
+    upstream.said = f"503 Busy\r\nRetry-After: {told}".encode("latin-1")
+    answer = proxy.get(INFO)
+    assert (answer.status, answer.headers["retry-after"]) == (503, seconds)
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proxy, Upstream]]:
+    server, factory = Upstream(SITE), Run(tmp_path_factory.mktemp("busy"))
+    yield factory(upstream=server.url("said")), server
+    factory.stop()
+    server.close()
+
+
+LISTS = [
+    (b"v1.0.0\r\nv1.1.0\r\n", ["v1.0.0", "v1.1.0"]),
+    (b"\xef\xbb\xbfv1.0.0\nv1.1.0\n", ["v1.1.0"]),
+    (b"v1.1.0 2024-01-01T00:00:00Z\n\n v1.0.0 \n<script>\n../../v1\nv01.0.0\nV1.0.0\n\xff\n",
+     ["v1.0.0", "v1.1.0"]),
+    (b"v1.0.0\0\nv1.1.0\n", ["v1.1.0"]),
+    (b"v1.1.0\nv1.0.0\n" * 60_000, ["v1.0.0", "v1.1.0"]),
+    (b"v1.0.0\n" * 149_797, None),  # a mebibyte and a bit
+    (b"[]", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "versions"), LISTS, ids=range(len(LISTS)))
+def test_of_a_list_the_versions_are_told(
+    busy: tuple[Proxy, Upstream], said: bytes, versions: list[str] | None
+) -> None:
+    proxy, upstream = busy
+    upstream.said, path = b"200 OK\r\nContent-Length: %d", f"example.com/l{len(said)}/@v/list"
+    upstream.files[path] = said
+    answer = proxy.get(path)
+    assert (answer.versions if answer.status == 200 else None) == versions
 
 
 @pytest.mark.parametrize("fault", ["redirect-bracket", "redirect-file", "redirect-loop"])
@@ -9009,6 +9119,15 @@ touch {mark} "$GIT_DIR/shallow.lock" "$GIT_DIR/objects/pack/tmp_pack_x"; kill -9
     ]
 
 
+def test_a_fetch_whose_child_was_killed_leaves_nothing(quote: Origin, tmp_path: Path) -> None:
+    """As the kernel does that is out of memory: git goes on to say so, and leaves half a pack."""
+    script = 'case "$note" in fetch*) touch "$GIT_DIR/objects/pack/tmp_pack_x"; exit 128;; esac'
+    source = watched_source(quote, NotingGit(tmp_path / "bin", script))
+    with pytest.raises(goproxy.BadUpstream):
+        read_from(source, "v1.0.0", "zip")
+    assert not [*(tmp_path / "acme/kept").rglob("tmp_*")]
+
+
 def test_what_a_dead_process_has_begun_is_finished(quote: Origin, tmp_path: Path) -> None:
     """Its git has inherited the lock, and lives: so long nobody else touches the repository."""
     script = "import fcntl,os,sys;f=os.open(sys.argv[1],os.O_CREAT|os.O_WRONLY);fcntl.flock(f,2)"
@@ -10460,6 +10579,9 @@ DISGUISED = [
     "[64:ff9b::a9fe:a9fe]", "[::1]", "[::127.0.0.1]", "[::]", "[::ffff:0:127.0.0.1]",
     "[::ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]", "[fd00:ec2::254]", "[fe80::1%25lo]", "[fe80::1]",
     "localhost", "localhost.", "LOCALHOST", "x.localhost", "\uff11\uff12\uff17.0.0.1",
+    "127%2e0%2e0%2e1", "127\u30020\u30020\u30021", "\u2460\u2461\u2466.0.0.1", "127.0.0.1..",
+    "x@127.0.0.1", "go.test@127.0.0.1", "go.test:443@127.0.0.1", "127.0.0.1#go.test", "%6cocalhost",
+    "localhost\u3002", "loc\u00adalhost", "[::ffff:7f00:1]", "[::1%25eth0]", "[0::0.0.0.1]",
 ]  # fmt: skip
 
 
@@ -10511,6 +10633,53 @@ def test_a_strangers_name_leads_nowhere_inside(world: World) -> None:
         assert proxy.get("go.test/x/@v/list").status == 403
         assert (resolver.asked != [], world.forge.seen) == (True, [])
         assert proxy.get("go.test/y/@v/list").versions == ["v0.1.0"]
+
+
+class TwoFaced:
+    """For so many questions a public address, then 127.0.0.1; each for no time at all."""
+
+    left = 0
+
+    def __call__(self, query: bytes) -> list[bytes]:
+        if kind_of(query) != 1:
+            return [reply(query)]
+        self.left -= 1
+        return [reply(query, record(LOOP, 1, 0, LOCAL if self.left < 0 else b"\xcb\0\x71\7"))]
+
+
+def socks_to(port: int, asked: list[str]) -> Callable[[socket.socket], None]:
+    """A SOCKS5 proxy that leads to one port, and notes the addresses it should have led to."""
+
+    def talk(sock: socket.socket) -> None:
+        exactly(sock, 3)
+        sock.sendall(b"\5\0")
+        asked.append(socket.inet_ntoa(exactly(sock, 10)[4:8]))
+        sock.sendall(b"\5\0\0\1" + bytes(6))
+        relay(port)(sock)
+
+    return talk
+
+
+def test_a_name_that_changes_its_mind_leads_nowhere_inside(world: World) -> None:
+    """Whichever question is the first to be answered by an address inside, of those for a page, a
+    redirect and git: the address that was looked at is the one that is connected."""
+    asked, faces, pages = list[str](), TwoFaced(), world.forge.pages
+    world.environ.update(HTTPS_PROXY="", NO_PROXY="")
+    world.run.command = lambda *words: command(*words, begin="goproxy._MIN_TTL = 0")
+    for number in range(5):
+        page = tag(f"evil.test/git{number} git https://evil.test/vanity")
+        pages[f"evil.test/git{number}"] = (200, page)
+        pages[f"evil.test/moved{number}"] = (302, f"https://b.test/git{number}?go-get=1")
+    with UdpDns(faces) as dns, Peer(socks_to(world.forge.server_port, asked)) as way:
+        ways = {"dns": f"127.0.0.1:{dns.port}", "proxy": f"socks5://127.0.0.1:{way.port}"}
+        proxy, told = world.start(private="", upstream="direct", **ways), []
+        for number, path in [*enumerate(["git"] * 5), *enumerate(["moved"] * 2)]:
+            faces.left = number
+            told.append(proxy.get(f"evil.test/{path}{number}/@v/list").status)
+        proxy.stop()
+    assert (told[0], told[4:]) == (403, [200, 403, 403])
+    assert {*told[1:4]} <= {200, 403, 502}
+    assert {*asked} == {"203.0.113.7"}
 
 
 def test_a_private_page_may_lead_inside(world: World) -> None:
@@ -11577,6 +11746,14 @@ def test_guesses_that_go_unused_come_to_an_end(ahead: Proxy, upstream: Upstream)
     assert len([path for path in upstream.asked if "wide" in path]) <= 70
 
 
+def test_nothing_is_guessed_of_a_go_mod_without_end(ahead: Proxy, upstream: Upstream) -> None:
+    """What is remembered of each client would grow with it."""
+    lines = "require example.com/older v1.0.0\n" * 9000
+    upstream.files[part_of("a", "mod")] = f"module a\n{lines}".encode()
+    ahead.get(part_of("a", "mod"))
+    assert part_of("older", "mod") not in asked_by_then(ahead, upstream)
+
+
 def test_nothing_is_guessed_of_excluded_modules(ahead: Proxy, upstream: Upstream) -> None:
     upstream.files[part_of("a", "mod")] = b"module a\nrequire example.com/secret v1.0.0\n"
     upstream.files[part_of("secret", "mod")] = b"module example.com/secret\n"
@@ -12417,6 +12594,135 @@ def test_gc_removes_what_nobody_can_use(tmp_path: Path) -> None:
     assert (dry.status, stored_below(cache)) == (0, before)
     assert finish(tmp_path, "gc").out.splitlines()[:-1] == dry.out.splitlines()[:-1]
     assert stored_below(cache) == {*kept, "example.com/fresh/@v/v1.0.0.zip"}
+
+
+# --- whatever changes a store, killed -----------------------------------------
+
+
+class Labour(NamedTuple):
+    """A work on a store: its command, what it finds there, what a server logs when it has done
+    it, and which files of a module there are then."""
+
+    words: str
+    prepare: Callable[[goproxy.Storage], object]
+    until: str
+    leaves: Sequence[str]
+
+
+def spoilt(storage: goproxy.Storage) -> None:
+    filled(storage).put(ZIP, b"no zip")
+
+
+def put_aside(storage: goproxy.Storage) -> None:
+    goproxy.Attic(filled(storage)).put_away("example.com/quote", "v1.0.0")
+
+
+OF_QUOTE = [INFO, MOD, ZIP]
+LABOURS = {
+    "evict": Labour("serve -max-size=1 -upstream=off", filled, "-max-size: ", []),
+    "export": Labour("export {folder}/out.tar", filled, "", OF_QUOTE),
+    "export to a folder": Labour("export {folder}/out/", filled, "", OF_QUOTE),
+    "import": Labour("import {folder}/in.tar", lambda storage: None, "", OF_QUOTE),
+    "recheck": Labour("serve -recheck=1s -upstream={url}", filled, "quote@v1.0.0 moved aside", []),
+    "restore": Labour("restore", put_aside, "", OF_QUOTE),
+    "start": Labour("serve -upstream=off", filled, "Set GOPROXY=", OF_QUOTE),
+    "verify": Labour("verify -verify=false", spoilt, "", [INFO, MOD]),
+}
+
+
+def slain(calls: str, number: int) -> list[str]:
+    """What is put before a command to have it killed at its so-and-so-many-th call."""
+    at = f"inject=/^({calls}):signal=KILL:when={number}"
+    return [installed("strace"), "-f", "-o", os.devnull, "-e", f"trace=/^({calls})", "-e", at]
+
+
+def at_work(labour: Labour, folder: Path, place: str, url: str, *prefix: str) -> bool:
+    """Whether a work came to its end; without a prefix it must."""
+    words = labour.words.format(folder=folder, url=url).split()
+    variables = clean_environment(folder, {"TMPDIR": str(folder / "tmp")})
+    options = flags({"cache": place, "port": 0, "workers": 1, "verify": "false"})
+    proxy = Proxy(command(words[0], *options, *words[1:]), variables, folder, prefix)
+    if labour.until:
+        with contextlib.suppress(*[AssertionError] if prefix else []):
+            proxy.logged(labour.until)
+        with contextlib.suppress(ProcessLookupError, ValueError):  # if it is ending already
+            proxy.signal(signal.SIGTERM)
+    return proxy.wait() in (0, 1)
+
+
+def left_by(labour: Labour, folder: Path, place: str) -> list[str]:
+    """What there is of the module, in the store or where it was exported to; all of it good."""
+    with opened(place) as storage:
+        found = {each.name: read(storage, each.name) for each in storage.walk()}
+    assert [n for n in OF_QUOTE if found.get(n, b"no zip") not in (SITE[n], b"no zip")] == []
+    archive, out = folder / "out.tar", folder / "out"
+    if "out.tar" in labour.words:
+        found = untarred(archive.read_bytes()) if archive.exists() else {}
+    elif "out" in labour.words:
+        found = {name: (out / name).read_bytes() for name in OF_QUOTE if (out / name).exists()}
+    return [name for name in OF_QUOTE if found.get(name) == SITE[name]]
+
+
+def has_survived(labour: Labour, folder: Path, url: str, prefix: Sequence[str], store: str) -> bool:
+    """Whether a work came to its end; if not, it is done again."""
+    (folder / "tmp").mkdir(parents=True)
+    (folder / "in.tar").write_bytes(exported(filled(goproxy.DiskStorage(str(folder / "model")))))
+    with PLACES[store](folder) as place:
+        with opened(place) as storage:
+            labour.prepare(storage)
+        ended = at_work(labour, folder, place, url, *prefix)
+        if left_by(labour, folder, place) != labour.leaves or "export" in labour.words:
+            assert at_work(labour, folder, place, url)
+        assert left_by(labour, folder, place) == labour.leaves
+    drafts = [*folder.rglob(".goproxy-drafts/*"), *folder.rglob("*.part")]
+    assert [*drafts, *(folder / "tmp").iterdir()] == []
+    return ended
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("store", CHANGES)
+@pytest.mark.parametrize("work", LABOURS)
+def test_a_work_killed_at_any_change_can_be_done_again(
+    tmp_path: Path, upstream: Upstream, work: str, store: str
+) -> None:
+    kills = 0
+    for calls in CHANGES[store]:
+        for number in itertools.count(1) if calls != "openat" else ():
+            folder, prefix = tmp_path / f"{calls[:4]}{number}", slain(calls, number)
+            if has_survived(LABOURS[work], folder, upstream.url("404"), prefix, store):
+                break
+            shutil.rmtree(folder)
+            kills += 1
+    print(f"{work}, {store}: {kills} kills")
+
+
+def fetched_from_git(folder: Path, repositories: Path, *prefix: str) -> str:
+    """The h1 of a version that is fetched from its repository, "" if that is cut short."""
+    rule = f"-vcs=git.test/*/*=file://{repositories}/{{path}}.git"
+    words = ["fetch", "git.test/team/tool@v1.0.0", "-private=git.test", "-upstream=off", rule]
+    proxy = Proxy(command(*words), clean_environment(folder), folder, prefix)
+    file = folder / "cache" / f"{TOOL}/v1.0.0.zip"
+    return hash1(file.read_bytes()) if proxy.wait() == 0 else ""
+
+
+@pytest.mark.soak
+def test_a_fetch_from_git_killed_at_any_change_can_be_done_again(
+    tmp_path: Path, repositories: Path
+) -> None:
+    """Be it we who are killed, or a git, at its so-and-so-many-th call."""
+    kills, good = 0, fetched_from_git(tmp_path, repositories)
+    for calls in CHANGES["folder"]:
+        for number in itertools.count(1) if calls != "openat" else ():
+            folder = tmp_path / f"{calls[:4]}{number}"
+            folder.mkdir()
+            if fetched_from_git(folder, repositories, *slain(calls, number)) == good:
+                break
+            assert fetched_from_git(folder, repositories) == good
+            left = [*folder.rglob("tmp_*"), *folder.rglob(".goproxy-git/*/*/*/*.lock")]
+            assert [*left, *folder.rglob(".goproxy-drafts/*")] == []
+            shutil.rmtree(folder)
+            kills += 1
+    print(f"fetching from git: {kills} kills")
 
 
 # --- versions that are generated ---------------------------------------------
