@@ -14549,7 +14549,8 @@ class Registry:
 
     # A second connection costs a client more than these bytes cost us.
     _STREAMED = 64 << 10
-    _FILLS, _PERMITS, _AWAY_SECONDS = 8, 10_000, 5.0
+    _FILLS, _PERMITS = 8, 10_000
+    _AWAY_SECONDS, _PROBE_SECONDS = 5.0, 15.0  # the longer one is what a look may take that hangs
 
     def __init__(
         self, line: RegistryLine, store: LayerStore | None, fetches: bool, log: Log
@@ -14560,7 +14561,7 @@ class Registry:
         self._log = log
         self.fetches = fetches
         self._permits: TtlCache[Permit] = TtlCache(self._PERMITS)
-        self._away: TtlCache[bool] = TtlCache(1)
+        self._away_until = 0.0  # monotonic; 0 unless the bucket has failed
         self._flights: Flights[Draft] = Flights()
         self._fills = Lane("registry-fill", self._FILLS if store else 0)
         self._keeps = Lane("registry-keep", self._FILLS if store else 0)
@@ -14570,19 +14571,30 @@ class Registry:
         """Raises MustWait for a layer that has to be fetched elsewhere, BadUpstream,
         Unreachable, UpstreamTimeout."""
         store = self._store
-        if not store or not call.digest or self._away.get(""):
+        if not store or not call.digest or not self._may_look():
             return self._line.relay(call)
         try:
             return self._layer(call, store)
         except Refused:
             return self._counted("refused", self._line.relay(call))
         except StoreDown as error:
-            self._away.put("", True, self._AWAY_SECONDS)
+            self._away_until = time.monotonic() + self._AWAY_SECONDS
             self._log.error(f"layers come from the registry itself: {error}")
             return self._line.relay(call)
 
+    def _may_look(self) -> bool:
+        """Whether to ask the bucket. Once it has failed, one call at a time finds out whether it
+        is back, so that not all wait for one that hangs."""
+        now = time.monotonic()
+        if now < self._away_until:
+            return False
+        if self._away_until:
+            self._away_until = now + self._PROBE_SECONDS
+        return True
+
     def _layer(self, call: Call, store: LayerStore) -> Relayed:
         size = _size_in(store, call.digest)
+        self._away_until = 0.0
         is_ranged = _value(call.lines, "range") != ""
         if size is None and not is_ranged and not call.may_wait:
             raise MustWait

@@ -13955,6 +13955,42 @@ def test_without_a_bucket_layers_come_from_the_registry(run: Run, refused: str) 
         assert (answer.body, answer.headers["docker-content-digest"]) == (play.blob, "as told")
 
 
+class Hanging(goproxy.LayerStore):
+    """Layers in a bucket that is away, and says so when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(goproxy.LayersPlace("none"), means())
+        self.asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self.gate = threading.Event()
+
+    def size(self, digest: str) -> int:
+        self.asked.put(self.gate.wait(0))
+        self.gate.wait(PATIENCE)
+        raise goproxy.StoreDown("away")
+
+
+class Impatient(goproxy.Registry):
+    _AWAY_SECONDS = 0.0
+
+
+def test_of_a_bucket_that_fails_one_client_at_a_time_finds_out_whether_it_is_back() -> None:
+    play, store = Play(PLAYED), Hanging()
+    with scripted(play.answer) as registry, contextlib.closing(store):
+        url, log = goproxy.parse_url(registry.base), goproxy.QuietLog()
+        line = goproxy.RegistryLine(url, False, goproxy.Client(dialer(), {}))
+        call = goproxy.Call("GET", f"/{play.path}", [("Host", "x")])
+        with contextlib.closing(Impatient(line, store, True, log)) as front:
+            store.gate.set()
+            assert front.answer(call).body == PLAYED
+            store.gate.clear()
+            waiting = goproxy.in_thread(lambda: front.answer(call))
+            assert [store.asked.get(timeout=PATIENCE) for _ in range(2)] == [True, False]
+            assert front.answer(call).body == PLAYED
+            assert not waiting.done()
+            store.gate.set()
+            assert waiting.result(PATIENCE).body == PLAYED
+
+
 def test_modules_and_layers_come_from_one_port(run: Run, upstream: Upstream, s3_place: str) -> None:
     play = Play(PLAYED * 9)
     with scripted(play.answer) as registry:
