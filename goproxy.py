@@ -3432,11 +3432,14 @@ class TtlCache(Generic[T]):
             return None
 
     def put(self, key: str, value: T, seconds: float) -> None:
+        now = time.monotonic()
         with self._mutex:
             self._values.pop(key, None)
-            self._values[key] = (time.monotonic() + seconds, value)
-            if len(self._values) > self._limit:
-                self._values.popitem(last=False)
+            self._values[key] = (now + seconds, value)
+            for _ in range(2):  # two go for one that comes, so that what has expired does not stay
+                until, _value = next(iter(self._values.values()))
+                if until < now or len(self._values) > self._limit:
+                    self._values.popitem(last=False)
 
     def drop(self, key: str) -> None:
         with self._mutex:
@@ -7586,7 +7589,7 @@ class DiskStorage(Folder, Storage):
     def __init__(self, folder: str) -> None:
         """Creates the folder and sweeps drafts of dead processes. Raises StartError."""
         super().__init__(folder)
-        self._sound: set[object] = set()  # stamps of files whose bytes were found to be right
+        self._sound: set[int] = set()  # of stamps of files whose bytes were found to be right
         self._drafts = os.path.join(self._root, self._OWN)
         try:
             self._make_folder(self._drafts)
@@ -7613,7 +7616,7 @@ class DiskStorage(Folder, Storage):
     def open(self, name: str) -> FileBlob:
         """Raises Spoiled, too; the file has been moved aside then."""
         blob = super().open(name)
-        if blob.stamp not in self._sound:
+        if hash(blob.stamp) not in self._sound:  # in a third of the memory of the stamps
             with store_errors(name):
                 self._check(name, blob)
         return blob
@@ -7627,7 +7630,7 @@ class DiskStorage(Folder, Storage):
             raise Spoiled(f"its bytes have changed on the disk: moved aside to {BAD_PLACE}/{name}")
         if len(self._sound) >= self._REMEMBERED:
             self._sound = set()
-        self._sound.add(blob.stamp)
+        self._sound.add(hash(blob.stamp))
 
     def draft(self) -> Draft:
         """On a disk that takes no file, one that cannot be stored, but given out."""

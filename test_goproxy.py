@@ -54,6 +54,7 @@ import types
 import urllib.error
 import urllib.parse
 import urllib.request
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -3348,6 +3349,15 @@ def test_a_memory_forgets_after_the_time() -> None:
     memory.put("dropped", 1, 60)
     memory.drop("dropped")
     assert (memory.get("gone"), memory.get("dropped"), memory.get("never")) == (None, None, None)
+
+
+def test_a_memory_does_not_hold_on_to_what_has_expired() -> None:
+    memory: goproxy.TtlCache[Exception] = goproxy.TtlCache(3)
+    values = [Exception(), Exception(), Exception()]
+    held = [weakref.ref(value) for value in values]
+    for number, seconds in enumerate((0, 0, 60)):
+        memory.put(str(number), values.pop(), seconds)
+    assert [ref() is None for ref in held] == [False, True, True]
 
 
 @pytest.mark.parametrize(
