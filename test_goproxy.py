@@ -3352,8 +3352,8 @@ def test_a_memory_forgets_after_the_time() -> None:
 
 
 def test_a_memory_does_not_hold_on_to_what_has_expired() -> None:
-    memory: goproxy.TtlCache[Exception] = goproxy.TtlCache(3)
-    values = [Exception(), Exception(), Exception()]
+    memory: goproxy.TtlCache[goproxy.NotFound] = goproxy.TtlCache(3)
+    values = [goproxy.NotFound("") for _ in range(3)]
     held = [weakref.ref(value) for value in values]
     for number, seconds in enumerate((0, 0, 60)):
         memory.put(str(number), values.pop(), seconds)
