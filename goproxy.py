@@ -130,7 +130,17 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Se
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, BinaryIO, Callable, Generic, NamedTuple, Optional, Protocol, TypeVar
+from typing import (
+    Any,
+    BinaryIO,
+    Callable,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    Optional,
+    Protocol,
+    TypeVar,
+)
 
 try:
     import fcntl
@@ -3311,31 +3321,54 @@ class GrowingBlob(FileBlob):
 
 
 class Lane:
-    """Threads that take work in the order it came: one from the start, so that there is one
-    whatever limits the machine has, more as work would wait, and never more than so many."""
+    """Threads that take work in the order it came: `least` from the start, so that these are there
+    whatever limits the machine has, more as work would wait, and never more than `most`.
 
-    def __init__(self, name: str, threads: int) -> None:
+    All lanes of a process together never have more than TOGETHER, but that a lane without threads
+    begins one. Threads beyond the least leave when there has been nothing to do for a second."""
+
+    TOGETHER = 52  # with all others 72; -dns has 6 more, git by way of -proxy 9
+    _LINGER = 1.0  # seconds
+    _mutex = threading.Lock()  # one for all lanes
+    _all = 0
+    _hungry: ClassVar[dict[Lane, None]] = {}  # those that had no room, in this order
+
+    def __init__(self, name: str, most: int, least: int = 1, room: int = TOGETHER) -> None:
+        """`room`: where all lanes together have so many threads, this one begins no more."""
         self._name = name
-        self._most = threads
+        self._most = most
+        self._least = min(least, most)
+        self._room = room
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._mutex = threading.Lock()
         self._threads = 0
         self._unfinished = 0
-        if threads:
-            self._begin_thread()
+        with Lane._mutex:
+            for _ in range(self._least):
+                self._begin_thread()
 
     def _begin_thread(self) -> None:
         name = f"{self._name}-{self._threads}"
         threading.Thread(target=self._run, name=name, daemon=True).start()
         self._threads += 1
+        Lane._all += 1
+
+    def _grow(self) -> None:
+        while self._threads < min(self._unfinished, self._most):
+            if self._threads and Lane._all >= self._room:
+                Lane._hungry[self] = None
+                return
+            try:
+                self._begin_thread()
+            except RuntimeError:  # no more of them: those there are do it
+                if self._threads:
+                    return
+                raise
 
     def do(self, work: Callable[[], object]) -> None:
         """Queues work, which must not raise."""
-        with self._mutex:
+        with Lane._mutex:
             self._unfinished += 1
-            if self._threads < min(self._unfinished, self._most):
-                with contextlib.suppress(RuntimeError):  # no more of them: those there are do it
-                    self._begin_thread()
+            self._grow()
         self._queue.put(TRACER.carried(work))
 
     @property
@@ -3351,20 +3384,41 @@ class Lane:
 
     def _run(self) -> None:
         while True:
-            work = self._queue.get()
-            if work is None:
+            work = self._next()
+            if work:
+                self._work(work)
+            elif self._leaves():
                 return
-            try:
-                work()
-            except Exception:  # a bug, which must not cost the thread as well
-                sys.excepthook(*sys.exc_info())
             del work  # a thread that waits must not keep a client's socket alive
-            with self._mutex:
-                self._unfinished -= 1
+
+    def _next(self) -> Callable[[], object] | None:
+        patience = self._LINGER if self._threads > self._least else None
+        with contextlib.suppress(queue.Empty):
+            return self._queue.get(timeout=patience)
+        return None
+
+    def _work(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception:  # a bug, which must not cost the thread as well
+            sys.excepthook(*sys.exc_info())
+        with Lane._mutex:
+            self._unfinished -= 1
+
+    def _leaves(self) -> bool:
+        with Lane._mutex:
+            if self._threads <= min(self._most, max(self._least, self._unfinished)):
+                return False
+            self._threads -= 1
+            Lane._all -= 1
+            for lane in list(Lane._hungry):
+                del Lane._hungry[lane]
+                lane._grow()  # which may have no room now either, and is the last then
+            return True
 
     def close(self) -> None:
         """Threads end after the work they have; nobody waits for them."""
-        with self._mutex:
+        with Lane._mutex:
             self._most = 0
             for _ in range(self._threads):
                 self._queue.put(None)
@@ -3382,6 +3436,48 @@ def in_thread(work: Callable[[], T]) -> Future[T]:
     promise: Future[T] = Future()
     threading.Thread(target=keep_promise, args=(promise, work), daemon=True).start()
     return promise
+
+
+class Alarms:
+    """Does little things when their time has come, all in one thread, which ends when nothing is
+    to come: nobody has one when processes are forked."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._due: dict[object, tuple[float, Callable[[], object]]] = {}
+        self._process = 0  # whose thread it is
+
+    def set(self, seconds: float, work: Callable[[], object]) -> object:
+        """What to give to cancel."""
+        alarm = object()
+        with self._changed:
+            self._due[alarm] = (time.monotonic() + seconds, work)
+            if self._process != os.getpid():
+                threading.Thread(target=self._run, name="alarms", daemon=True).start()
+                self._process = os.getpid()
+            self._changed.notify()
+        return alarm
+
+    def cancel(self, alarm: object) -> None:
+        with self._changed:
+            self._due.pop(alarm, None)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._due:
+                    self._process = 0
+                    return
+                alarm, (at, work) = min(self._due.items(), key=lambda item: item[1][0])
+                if time.monotonic() < at:
+                    self._changed.wait(at - time.monotonic())
+                    continue
+                del self._due[alarm]
+            work()
+
+
+ALARMS = Alarms()
 
 
 class Flights(Generic[T]):
@@ -4413,18 +4509,20 @@ class Resolver(Protocol):
 class CachingResolver(Resolver):
     """Remembers what `ask(name, until)` answers, and asks once for all who wait for a name.
 
-    Asking has a thread of its own: nobody can cut getaddrinfo short. While it fails, the last
-    answer holds an hour longer (RFC 8767, which has these numbers)."""
+    Asking has threads of its own, since nobody can cut getaddrinfo short, and few of them. While
+    it fails, the last answer holds an hour longer (RFC 8767, which has these numbers)."""
 
     _LOOKUP_SECONDS, _OLD_SECONDS, _OLD_PATIENCE, _REST_SECONDS = 8.0, 3600.0, 1.8, 30.0
-    _NAMES, _LOOKUPS = 10_000, 32
+    _NAMES, _LOOKUPS, _THREADS = 10_000, 32, 6
 
     def __init__(self, ask: Callable[[str, float], DnsAnswer]) -> None:
         self._ask = ask
         self._fresh: TtlCache[DnsAnswer] = TtlCache(self._NAMES)
         self._stale: TtlCache[DnsAnswer] = TtlCache(self._NAMES)
         self._flights: Flights[Future[DnsAnswer]] = Flights()
-        self._slots = threading.BoundedSemaphore(self._LOOKUPS)
+        self._mutex = threading.Lock()
+        self._threads = 0
+        self._waiting: collections.deque[tuple[str, Future[DnsAnswer]]] = collections.deque()
 
     def lookup(self, host: str, until: float) -> list[str]:
         name = _checked_host(host)
@@ -4451,9 +4549,24 @@ class CachingResolver(Resolver):
             raise UpstreamTimeout(f"dns: {name}: timed out") from None
 
     def _start(self, name: str) -> Future[DnsAnswer]:
-        if not self._slots.acquire(blocking=False):
-            raise Overloaded("dns: too many lookups at once")
-        return in_thread(lambda: self._fly(name))
+        promise: Future[DnsAnswer] = Future()
+        with self._mutex:
+            if len(self._waiting) + self._threads >= self._LOOKUPS:
+                raise Overloaded("dns: too many lookups at once")
+            if self._threads < self._THREADS:
+                in_thread(self._ask_all)
+                self._threads += 1
+            self._waiting.append((name, promise))
+        return promise
+
+    def _ask_all(self) -> None:
+        while True:
+            with self._mutex:
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                name, promise = self._waiting.popleft()
+            keep_promise(promise, functools.partial(self._fly, name))
 
     def _fly(self, name: str) -> DnsAnswer:
         try:
@@ -4468,7 +4581,6 @@ class CachingResolver(Resolver):
             raise
         finally:
             self._flights.land(name)
-            self._slots.release()
 
 
 class SystemResolver(CachingResolver):
@@ -6158,7 +6270,7 @@ class ConnectFilter:
     It knows CONNECT alone, and asks for a password that only `url` tells: other users of the
     machine cannot use it. Hand `url` to git in its environment; arguments are seen by all."""
 
-    _CONNECTIONS = 32
+    _CONNECTIONS = 8
     _TARGET = re.compile(r"CONNECT \[?([^\s\[\]]+?)\]?:([0-9]{1,5}) HTTP/1\.[01]")
 
     def __init__(self, dialer: Dialer) -> None:
@@ -6250,21 +6362,27 @@ def _refusal(error: ProxyError) -> bytes:
 
 def _pump(one: socket.socket, other: socket.socket) -> None:
     """Pours both ways until both are done. Whoever waits for the bytes has the clock."""
-    one.settimeout(None)
-    other.settimeout(None)
-    back = in_thread(lambda: _pour(other, one))
-    _pour(one, other)
-    back.exception()
+    with selectors.DefaultSelector() as selector:
+        for source, sink in ((one, other), (other, one)):
+            source.settimeout(None)
+            selector.register(source, selectors.EVENT_READ, sink)
+        while selector.get_map():
+            for key, _ in selector.select():
+                if not _pour(key.fileobj, key.data):
+                    selector.unregister(key.fileobj)
 
 
-def _pour(source: socket.socket, sink: socket.socket) -> None:
+def _pour(source: Any, sink: socket.socket) -> bool:
     try:
-        for data in iter(lambda: source.recv(64 * 1024), b""):
+        data = source.recv(64 * 1024)
+        if data:  # git does not say much while it is told much: one thread does for both ways
             sink.sendall(data)
+            return True
         sink.shutdown(socket.SHUT_WR)
     except OSError:
         _hang_up(source)
         _hang_up(sink)
+    return False
 
 
 def _hang_up(sock: socket.socket) -> None:
@@ -8387,16 +8505,14 @@ class PostgresLine(SqlLine):
     def _guarded(self) -> Iterator[None]:
         """Within a deadline, and with our errors."""
         token = self._running = object()
-        timer = threading.Timer(self._SECONDS, self._cut, (token,))
-        timer.daemon = True
-        timer.start()
+        alarm = ALARMS.set(self._SECONDS, functools.partial(self._cut, token))
         try:
             yield
         except self._driver.Error as error:
             kind = StoreAway if self._connection.broken else StoreDown
             raise kind(f"the database fails: {_first_line(error)}") from None
         finally:
-            timer.cancel()
+            ALARMS.cancel(alarm)
             with self._mutex:
                 self._running = None
 
@@ -9397,9 +9513,7 @@ class _Git:
         self._process = process
         self.out = process.stdout
         self.is_late = False
-        self._timer = threading.Timer(seconds, self._expire)
-        self._timer.daemon = True
-        self._timer.start()
+        self._alarm = ALARMS.set(seconds, self._expire)
 
     def _expire(self) -> None:
         self.is_late = True
@@ -9421,7 +9535,7 @@ class _Git:
         """Ends it, if it has not ended; gives its status."""
         self.kill()
         status = self._process.wait()
-        self._timer.cancel()
+        ALARMS.cancel(self._alarm)
         self.out.close()
         if self._process.stdin:
             self._process.stdin.close()  # which ends what watches over it
@@ -17551,8 +17665,8 @@ class Server(ThreadingHTTPServer):
 
     request_queue_size = 4096
     _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS = 4, 24, 12, 4
-    _PASSWORDS, _HANDSHAKES, _UPLOADS = 2, 2, 4
-    _PULLS, _PUSHES = 16, 16
+    _PASSWORDS, _HANDSHAKES, _UPLOADS, _PULLS, _PUSHES = 2, 2, 4, 16, 16
+    _ROOM = Lane.TOGETHER - 16  # for who waits: there is room left for what they wait for
     _KNOWN = 4096
 
     def __init__(
@@ -17576,16 +17690,16 @@ class Server(ThreadingHTTPServer):
         self.second = int(time.time())
         self.known: dict[bytes, str] = {}  # targets of plain requests, by all their bytes
         self.hot = HotMemory(app.policy, _descriptor_limit() // 8)
-        self.request_lane = Lane("request", self._REQUESTS)
+        self.request_lane = Lane("request", self._REQUESTS, self._REQUESTS)
         self.upload_lane = Lane("upload", self._UPLOADS if app.gate else 1)
         self.password_lane = Lane("password", self._PASSWORDS if app.gate else 0)
-        self.patient_lane = Lane("patient", self._WAITERS)
+        self.patient_lane = Lane("patient", self._WAITERS, room=self._ROOM)
         # Who waits for the first bytes of a zip is not in the way of who waits for a list.
-        self.zip_lane = Lane("zip", self._ZIP_WAITERS)
-        self.transfer_lane = Lane("transfer", self._TRANSFERS)
+        self.zip_lane = Lane("zip", self._ZIP_WAITERS, room=self._ROOM)
+        self.transfer_lane = Lane("transfer", self._TRANSFERS, self._TRANSFERS)
         self.handshake_lane = Lane("handshake", self._HANDSHAKES if app.tls else 0)
-        self.pull_lane = Lane("pull", self._PULLS if app.registry else 0)
-        self.push_lane = Lane("push", self._PUSHES if app.registry else 0)
+        self.pull_lane = Lane("pull", self._PULLS if app.registry else 0, room=self._ROOM)
+        self.push_lane = Lane("push", self._PUSHES if app.registry else 0, room=self._ROOM)
         self._inbox = Inbox(handed, self)
         self._thread = 0
         self._poller = EpollPoller() if hasattr(select, "epoll") else SelectPoller()

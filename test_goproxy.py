@@ -3399,6 +3399,21 @@ def test_a_lane_has_as_many_threads_as_it_had_work_at_once() -> None:
     lane.close()
 
 
+def test_a_lane_that_had_no_room_grows_when_another_has_nothing_more_to_do() -> None:
+    gate, wide, narrow = threading.Event(), goproxy.Lane("wide", 999), goproxy.Lane("narrow", 2)
+    for _ in range(goproxy.Lane.TOGETHER):
+        last = wide.submit(gate.wait)
+    both = threading.Barrier(2)  # of two threads, which the narrow one has no room for
+    met = [narrow.submit(lambda: both.wait(PATIENCE)) for _ in range(2)]
+    named = [thread.name for thread in threading.enumerate()]
+    assert sum(name.startswith("narrow-") for name in named) == 1
+    assert sum(name.startswith(("narrow-", "wide-")) for name in named) <= goproxy.Lane.TOGETHER
+    gate.set()
+    assert last.result(PATIENCE) and sorted(one.result(PATIENCE) for one in met) == [0, 1]
+    wide.close()
+    narrow.close()
+
+
 # --- traces ------------------------------------------------------------------
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # W3C Trace Context, 3.2
@@ -16702,6 +16717,35 @@ def crowded(run: Run, upstream: Upstream) -> Callable[..., Proxy]:
 
 
 LARGE = "example.com/large/@v/v1.0.0.zip"
+
+
+@needs_proc
+def test_full_and_cold_a_process_has_72_threads_at_most(run: Run, upstream: Upstream) -> None:
+    names = [f"example.com/m{number}" for number in range(30)]
+    kinds = ("list", "v1.0.0.info", "v1.0.0.zip")
+    paths = [f"{name}/@v/{kind}" for name in names for kind in kinds]
+    paths += [f"sumdb/sum.test/lookup/{name}@v1.0.0" for name in names]
+    upstream.files.update(dict.fromkeys(paths, b"never sent"))
+    proxy = run(upstream=upstream.url(), sumdb=f"sum.test {upstream.url()}", workers=1)
+    proxy.get(INFO)
+    upstream.fault = "hang"
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(dial(proxy.port)).sendall(talk_get(f"/{path}"))
+        upstream.wait_asked("", 15)
+        assert proxy.get(INFO).status == 200
+        assert 30 < status_of(proxy.process.pid, "Threads") <= 72
+        upstream.gate.set()
+
+
+def test_the_limits_of_all_threads_of_a_process_add_up_to_72() -> None:
+    """The loop, what runs once, a thread for each name that is looked up, one that looks for a
+    store that is away; lanes that begin late, in front of a remote store: 2."""
+    many = ["a lane's", "in_thread's", "of verify, which is a process of its own"]
+    once = PROGRAM.read_text().count("threading.Thread(") - len(many)
+    either = len(["workers are obeyed", "systemd is told", "a successor is watched"]) - 1
+    names = goproxy.CachingResolver._THREADS
+    assert goproxy.Lane.TOGETHER + 2 + 1 + once - either + names + 1 == 72
 
 
 @needs_proc
