@@ -3533,7 +3533,7 @@ class TtlCache(Generic[T]):
             self._values.pop(key, None)
             self._values[key] = (now + seconds, value)
             for _ in range(2):  # two go for one that comes, so that what has expired does not stay
-                until, _value = next(iter(self._values.values()))
+                until, _ = next(iter(self._values.values()))
                 if until < now or len(self._values) > self._limit:
                     self._values.popitem(last=False)
 
