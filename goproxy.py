@@ -14365,6 +14365,7 @@ _HOP_BY_HOP = frozenset(
 )
 _WHOLE_OR_NOT = ("if-match", "if-modified-since", "if-none-match", "if-unmodified-since")
 _RANGED = ("if-range", "range")
+_HARMLESS = ("accept", "accept-encoding", "user-agent", *_RANGED)  # surely no credentials
 _PULL = Patience(30.0, 30.0, 6 * 3600.0)
 _PUSH = Patience(300.0, 60.0, 6 * 3600.0)  # a registry may copy a layer before it answers
 
@@ -14753,10 +14754,12 @@ class Registry:
         return relayed
 
     def _permit(self, call: Call) -> Permit:
-        """The registry's word, or what it said a moment ago to the same credentials."""
-        shown = [_value(call.lines, name) for name in ("authorization", "cookie")]
-        told = "\n".join([call.target, *shown]).encode("latin-1")
-        key = hashlib.sha256(told).hexdigest()
+        """The registry's word, or what it said a moment ago to the same credentials: any header
+        may be one."""
+        shown = sorted(
+            f"{name.lower()}: {value}" for name, value in end_to_end(call.lines, *_HARMLESS)
+        )
+        key = hashlib.sha256("\n".join([call.target, *shown]).encode("latin-1")).hexdigest()
         known = self._permits.get(key)
         if known:
             return known

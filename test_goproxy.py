@@ -13937,6 +13937,10 @@ def test_a_permission_counts_for_those_credentials_alone(run: Run, s3_place: str
             heard.headers["authorization"][6:] for heard in registry.seen if heard.method == "HEAD"
         ]
         assert (statuses[3], asked) == (403, ["one", "two", "no"])
+        for fields in ({"Private-Token": "x"}, {}, {"Private-Token": "x", "User-Agent": "y"}):
+            proxy.get(play.path, Authorization="Basic four", **fields)
+        again = [heard for heard in registry.seen if heard.method == "HEAD"][3:]
+        assert [heard.headers.get("private-token") for heard in again] == ["x", None]
 
 
 @pytest.mark.parametrize(
