@@ -12586,6 +12586,7 @@ class Evictor:
     ) -> None:
         """`spares` tells which versions never go. Starts a thread."""
         self.uses = Uses()
+        self.on_removed: Callable[[str, str], None] = lambda path, version: None
         self._storage = storage
         self._limit = limit
         self._spares = spares
@@ -12686,6 +12687,7 @@ class Evictor:
             self._total -= freed
             if items:
                 take_out(self._storage, path, version)
+                self.on_removed(path, version)
                 count, size = count + 1, size + freed
         METER.set("goproxy_store_bytes", self._total)
         METER.add("goproxy_evicted_versions_total", count)
@@ -12984,8 +12986,8 @@ class Catalogue:
     what there is; whoever wants a module never waits for it.
 
     A walk over the store fills it when somebody asks for the first time. What this process stores
-    later is added as it comes; what others have stored and removed is seen by another walk, when
-    somebody asks and a minute, or 50 times as long as a walk takes, is over."""
+    and removes later is known at once; what others do is seen by another walk, when somebody asks
+    and a minute, or 50 times as long as a walk takes, is over."""
 
     _PATIENCE, _QUICK, _PAUSE, _SHARE = 2.0, 1.0, 60.0, 50
     _NEWS, _REMARK_SECONDS = 100_000, 10.0
@@ -13013,7 +13015,7 @@ class Catalogue:
         self._log = log
         self._mutex = threading.Lock()
         self._table: Any = None
-        self._news: collections.deque[tuple[str, int, float]] = collections.deque(maxlen=self._NEWS)
+        self._news: collections.deque[Callable[[], None]] = collections.deque(maxlen=self._NEWS)
         self._walks = 0
         self._walk_at = self._until = self._floor = self._length = 0.0
         self._walked, self._ended = threading.Event(), threading.Event()
@@ -13085,10 +13087,15 @@ class Catalogue:
         row = (*entry[1:], self._walks, entry.path, entry.is_own)
         self._table.execute(self._INSERT + change, row)
 
-    def stored(self, name: str, size: int) -> None:
+    def stored(self, name: str, size: int, is_own: int = 0) -> None:
         """Takes note of what has just been stored for good; returns at once."""
         if self._table is not None:
-            self._news.append((name, size, time.time()))
+            self._news.append(functools.partial(self._add, name, size, is_own, time.time()))
+
+    def removed(self, path: str, version: str) -> None:
+        """Takes note of a version that has just been removed; returns at once."""
+        if self._table is not None:
+            self._news.append(functools.partial(self._drop, path, version))
 
     def settle(self) -> None:
         """Adds what was noted."""
@@ -13097,11 +13104,18 @@ class Catalogue:
 
     def _settle(self) -> None:
         while self._news:
-            name, size, moment = self._news.popleft()
-            artifact = stored_artifact(name)
-            if artifact and artifact.kind in ("info", "zip"):
-                entry = Entry(*artifact[:2], int(moment * 1e6), size, 0)
-                self._put(entry, "size = size + excluded.size, own = max(own, ?)")
+            self._news.popleft()()
+
+    def _add(self, name: str, size: int, is_own: int, moment: float) -> None:
+        artifact = stored_artifact(name)
+        if artifact and artifact.kind in ("info", "zip"):
+            entry = Entry(*artifact[:2], int(moment * 1e6), size, is_own)
+            self._put(entry, "size = size + excluded.size, own = max(own, ?)")
+
+    def _drop(self, path: str, version: str) -> None:
+        module = "(SELECT id FROM modules WHERE path = ?)"
+        query = f"DELETE FROM versions WHERE module = {module} AND version = ?"
+        self._table.execute(query, (path, version))
 
     def _rows(self, query: str, *given: object) -> Iterator[tuple[Any, ...]]:
         """Called with the mutex."""
@@ -15574,6 +15588,8 @@ def serve_put(app: App, request: Request, module: str, version: str, kind: str) 
                 draft.write(data)
         sums = check_module_zip(draft, artifact.path, artifact.version)
         is_new = publish(storage, artifact, draft, sums)
+    if is_new and app.overview:
+        app.overview.catalogue.stored(artifact.name, draft.written, is_own=1)
     app.log.line(f"{artifact.path}@{artifact.version}: published by {request.user} {sums.zip}")
     name = f"{artifact.path} {artifact.version}"
     lines = f"{name} {sums.zip}\n{name}/go.mod {sums.mod}\n"
@@ -15590,6 +15606,8 @@ def serve_delete(app: App, request: Request, module: str, version: str, kind: st
         if attic.has_other(artifact.name):
             raise Conflict(f"an older one is in {Attic.PLACE} there: it has to go first")
         attic.put_away(artifact.path, artifact.version)
+    if app.overview:
+        app.overview.catalogue.removed(artifact.path, artifact.version)
     app.log.line(f"{artifact.path}@{artifact.version}: moved aside by {request.user}")
     return Reply(204, None, headers=(_NO_STORE,))
 
@@ -18349,6 +18367,7 @@ def _noting(
 
         evictor = Evictor(found.cache.storage, settings.max_size, spares, log)
         used, stored = _both(evictor.uses.note, used), _both(evictor.stored, stored)
+        evictor.on_removed = catalogue.removed
         endings.append(evictor.close)
     found.cache.on_stored = stored
     return Noting(used, chronicle.note, overview, endings)

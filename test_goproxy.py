@@ -12976,6 +12976,19 @@ def names_of(entries: Iterable[goproxy.Entry]) -> list[str]:
     return [f"{entry.path}@{entry.version}" for entry in entries]
 
 
+def test_what_is_evicted_leaves_the_catalogue_at_once() -> None:
+    storage = goproxy.MemoryStorage(1 << 20)
+    for version in ("v1.0.0", "v1.1.0"):
+        put_version(storage, version)
+    catalogue = catalogue_of(storage)
+    with evictor(storage, 2500) as made:
+        made.on_removed = catalogue.removed
+        put_version(storage, "v1.2.0")
+        made.stored("example.com/quote/@v/v1.2.0.zip", 1003)
+        assert by_then(lambda: len(catalogue.after("", "", 9, everybody)) == 1)
+    catalogue.close()
+
+
 def test_a_catalogue_has_what_any_store_has(storage: goproxy.Storage) -> None:
     put_all(storage, SITE)
     catalogue = catalogue_of(storage)
@@ -15755,6 +15768,18 @@ def press(run: Run, upstream: Upstream, users: Path, modules: Path) -> Proxy:
     """A proxy that takes versions from paul, and lets ada remove them."""
     users.write_text(PRESS_USERS)
     return run(upstream=upstream.url(), auth=users, modules=modules)
+
+
+def test_the_catalogue_knows_at_once_what_was_published_and_removed(press: Proxy) -> None:
+    def known() -> list[str]:
+        modules = json.loads(press.get("catalog", Authorization=PAUL).body)["modules"]
+        return [f"{each['module']}@{each['version']}" for each in modules]
+
+    assert known() == []
+    assert put(press, f"{OURS}.zip", OUR_ZIP).status == 201
+    assert known() == ["example.com/ours@v1.0.0"]
+    assert press.get(f"{OURS}.zip", "DELETE", Authorization=ADA).status == 204
+    assert known() == []
 
 
 def left_in(modules: Path) -> list[str]:
