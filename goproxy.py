@@ -12741,13 +12741,13 @@ class Attic:
                 yield artifact, item
 
     def bring_back(self, item: Item) -> None:
-        """Moves a file to where it was, unless one is there: that was fetched and checked since."""
+        """Copies a file to where it was; if one is there, that was fetched and checked since."""
         copy(self._storage, item.name, self._storage, item.name[len(self.PLACE) :])
-        self._storage.remove(item.name)
 
 
 def restore(storage: Storage, choice: Choice) -> list[tuple[str, str]]:
-    """Brings versions back from the attic, and notes that re-checks must leave them alone."""
+    """Brings versions back from the attic, and notes that re-checks must leave them alone. One
+    leaves the attic when all is done, so that a run which was killed can be repeated."""
     attic, remarks = Attic(storage), Remarks(storage)
     found: dict[tuple[str, str], list[Item]] = {}
     for artifact, item in attic.walk():
@@ -12757,10 +12757,13 @@ def restore(storage: Storage, choice: Choice) -> list[tuple[str, str]]:
         for item in items:
             attic.bring_back(item)
         now = time.time()
-        others = [each for each in remarks.read() if each.path == path]
-        remarks.replace(path, [*others, Remark(path, version, "restored", now, now)])
+        mine = Remark(path, version, "restored", now, now)
+        others = [each for each in remarks.read() if each.path == path and each.key != mine.key]
+        remarks.replace(path, [*others, mine])
         if not is_pseudo(version):
             unite_list(storage, f"{escape_path(path)}/@v/list", [version])
+        for item in items:
+            storage.remove(item.name)
     return sorted(found)
 
 
@@ -19230,9 +19233,10 @@ def _at_work(settings: Settings, environ: Mapping[str, str]) -> Iterator[Answeri
     outside = open_outside(settings, environ)
     dialer, client = outside.dialer, Client(outside.dialer, outside.netrc_file)
     storage = open_store(settings, Means(settings.max_size, dialer, environ, log.line))
-    answers = answering(settings, outside, client, storage, log)
-    with contextlib.closing(dialer.resolver), contextlib.closing(client), answers as found:
-        yield found
+    with _saying(settings.cache), contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(dialer.resolver))
+        stack.enter_context(contextlib.closing(client))
+        yield stack.enter_context(answering(settings, outside, client, storage, log))
 
 
 def run_verify(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -19461,11 +19465,17 @@ def _opened(settings: Settings, environ: Mapping[str, str]) -> Iterator[Storage]
     dialer = open_way_out(settings, environ)
     means = Means(settings.max_size, dialer, environ, QuietLog().line)
     storage = open_store(settings, means)
-    with contextlib.closing(dialer.resolver), contextlib.closing(storage):
-        try:
-            yield storage
-        except (OSError, StoreDown) as error:
-            raise StartError(f"{settings.cache}: {error}") from None
+    with contextlib.closing(dialer.resolver), contextlib.closing(storage), _saying(settings.cache):
+        yield storage
+
+
+@contextlib.contextmanager
+def _saying(place: Place) -> Iterator[None]:
+    """What a store cannot do is said in one line. Raises StartError."""
+    try:
+        yield
+    except (OSError, StoreDown) as error:
+        raise StartError(f"{place}: {error}") from None
 
 
 def _choice(given: Mapping[str, Any]) -> Choice:

@@ -12750,6 +12750,58 @@ def test_a_fetch_from_git_killed_at_any_change_can_be_done_again(
     print(f"fetching from git: {kills} kills")
 
 
+REPEATED = {
+    "fetch": ["fetch", "-cache=there", "-sumdb=off", "-upstream=file://{}/cache",
+              "github.com/BurntSushi/toml@v1.0.0"],
+    "gc": ["gc"],
+    "import": ["import", "air.tar", "-cache=there"],
+    "restore": ["restore"],
+}  # fmt: skip
+
+
+def staged(folder: Path) -> Path:
+    """A folder with an archive, and a store with leftovers and a version moved aside."""
+    folder.mkdir()
+    (folder / "air.tar").write_bytes(exported(filled(goproxy.MemoryStorage(1 << 30))))
+    storage = filled(goproxy.DiskStorage(str(folder / "cache")))
+    goproxy.Attic(storage).put_away("example.com/quote", "v1.0.0")
+    for number in range(3):
+        storage.put(f"example.com/x/@v/v1.{number}.0.ziphash", b"alone")
+    for file in (folder / "cache").rglob("*"):
+        if file.is_file() and goproxy.Attic.PLACE not in str(file):
+            os.utime(file, (1e9, 1e9))
+    return folder
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """What is in the files, but for the archives' order and the times of remarks."""
+    found: dict[str, object] = {}
+    for file in filter(Path.is_file, folder.rglob("*")):
+        name, data = str(file.relative_to(folder)), file.read_bytes()
+        tells = name.endswith("recheck") and [row[:3] for row in json.loads(data)]
+        found[name] = tells or (members(data) if name == "air.tar" else data)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("what", "calls", "number"),
+    [("fetch", "link", 2), ("gc", "unlink", 3), ("import", "link", 4), ("restore", "unlink", 7)],
+)
+def test_a_command_that_was_killed_may_be_repeated(
+    tmp_path: Path, what: str, calls: str, number: int
+) -> None:
+    whole, ended = staged(tmp_path / "whole"), staged(tmp_path / "ended")
+    assert finish(whole, *(word.format(whole) for word in REPEATED[what])).status == 0
+    words = [word.format(ended) for word in REPEATED[what]]
+    done = subprocess.run(
+        [*slain(calls, number), *command(*words)], cwd=ended, env=clean_environment(ended),
+        capture_output=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    assert finish(ended, *words).status == 0
+    assert outcome(ended) == outcome(whole)
+
+
 # --- versions that are generated ---------------------------------------------
 
 MAKES = "example.com/quote=shell: echo made $MODULE_PATH@$MODULE_VERSION; cat quote.go > bpf.o"
@@ -18079,6 +18131,13 @@ def test_verify_tells_once_where_what_changed_has_gone(inspect: Inspect, run: Ru
     ended, left = inspect({})
     assert (ended.status, len(left)) == (1, 8)
     assert ended.out.count(f".goproxy-bad/{ZIP}") == 1
+
+
+def test_verify_says_in_one_line_that_the_store_is_away(run: Run) -> None:
+    place = "s3://modules/go?endpoint=http://127.0.0.1:1"
+    ended = finish(run.folder, "verify", *flags({"cache": place, "sumdb": "off"}), environ=AWS)
+    assert (ended.status, ended.err.count("\n")) == (1, 1), ended
+    assert place in ended.err
 
 
 def test_verify_asks_the_database_what_only_that_knows(inspect: Inspect) -> None:
