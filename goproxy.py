@@ -1684,9 +1684,10 @@ class Settings:
         """Reads flags and variables; a variable that is set wins over its flag, but for -dns and
         -proxy. Raises UsageError; -help and -version print and raise SystemExit."""
         parser = _parser(usage, text)
+        own = parser.add_argument_group("of this command alone")
         for argument in arguments:
-            _add_argument(parser, argument)
-        flags = vars(parser.parse_intermixed_args(argv))
+            _add_argument(own, argument)
+        flags = parser.read(argv)
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
         before = {name: told for name, told in _of_bloblo(environ).items() if name not in environ}
@@ -1701,7 +1702,7 @@ class Settings:
         return cls(origins=origins, given=given, **values)
 
 
-def _add_argument(parser: argparse.ArgumentParser, argument: Argument) -> None:
+def _add_argument(parser: argparse._ArgumentGroup, argument: Argument) -> None:
     name, help_text, default = argument
     if name.endswith("..."):
         parser.add_argument(name, nargs="*", metavar=name[:-3], help=help_text)
@@ -1710,11 +1711,10 @@ def _add_argument(parser: argparse.ArgumentParser, argument: Argument) -> None:
             name, nargs=None if default is None else "?", default=default, help=help_text
         )
     elif default is False:
-        parser.add_argument(name, "-" + name, dest=name, action="store_true", help=help_text)
+        parser.add_argument(name, dest=name, action="store_true", help=help_text)
     else:
         parser.add_argument(
             name,
-            "-" + name,
             dest=name,
             required=default is None,
             default=default,
@@ -1783,17 +1783,33 @@ def _of_bloblo(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     return {ours: (f"BLOBLO_{name}", value) for ours, (name, value) in rows.items() if value}
 
 
+def likeness(word: str, words: Iterable[str]) -> str:
+    """A question after a word that is none of these, if it is like one."""
+    found = importlib.import_module("difflib").get_close_matches(word, words, 1, 0.7)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UsageError(f"{message}; goproxy.py -help lists the flags")
 
+    def read(self, argv: Sequence[str]) -> dict[str, Any]:
+        """What was given, by name. No flag is cut short, which argparse would take."""
+        words = [word[1:] if re.match("--[a-z]", word) else word for word in argv]
+        for word in words:
+            name, known = word.partition("=")[0], self._option_string_actions
+            if re.match("-[a-z]", name) and name not in known:
+                self.error(f"{name} is no flag{likeness(name, known)}")
+        return vars(self.parse_intermixed_args(words))
 
-def _parser(usage: str, text: str) -> argparse.ArgumentParser:
+
+def _parser(usage: str, text: str) -> _Parser:
     """Flags in Go's manner: -flag value, -flag=value and --flag value."""
     parser = _Parser(
         prog="goproxy.py",
         usage=usage,
-        description=f"{text} A variable that is set wins over its flag, but for -dns and -proxy.",
+        description=f"{text}\nA variable that is set wins over its flag, but for -dns and -proxy.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
         conflict_handler="resolve",  # -version of a command may mean something else
@@ -1804,15 +1820,12 @@ def _parser(usage: str, text: str) -> argparse.ArgumentParser:
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if meta["parse"] is _switch else {}
         parser.add_argument(
             _flag(row.name),
-            "-" + _flag(row.name),
             metavar=meta["metavar"] or "BOOL",
             help=f"{meta['text']}{default} [{meta['variable']}]".replace("%", "%%"),
             **switch,
         )
-    parser.add_argument("-h", "-help", "--help", action="help", help="print this and exit")
-    parser.add_argument(
-        "-version", "--version", action="version", version=__version__, help="print it and exit"
-    )
+    parser.add_argument("-h", "-help", action="help", help="print this and exit")
+    parser.add_argument("-version", action="version", version=__version__, help="print it and exit")
     return parser
 
 
@@ -19586,6 +19599,8 @@ def run_restore(settings: Settings, environ: Mapping[str, str]) -> int:
         restored = restore(storage, choice)
     for path, version in restored:
         progress.tell("restored", f"{path}@{version}", module=path, version=version)
+    progress.advance(len(restored))
+    progress.end("brought back")
     return 0 if restored else 1
 
 
@@ -19627,15 +19642,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "check": Command(
-        run_check, "Connects to every server that the settings name, and says what is wrong."
-    ),
+    "check": Command(run_check, "Tries every server that the settings name; says what is wrong."),
     "export": Command(
         run_export, "Copies the store, or a part of it, to an archive.", _EXPORT_ARGUMENTS
     ),
     "fetch": Command(
         run_fetch,
-        "Fills the store with all that go.mod and go.sum files, or module versions, build with.",
+        "Fills the store with all that go.mod, go.sum or versions need.",
         (_AS_JSON, _TOOLCHAINS, _WISHES),
     ),
     "gc": Command(run_gc, "Removes from the store what nobody can use.", _GC_ARGUMENTS),
@@ -19648,10 +19661,10 @@ COMMANDS = {
     "restore": Command(
         run_restore, "Brings back what a re-check has moved aside.", _RESTORE_ARGUMENTS
     ),
-    "serve": Command(run_serve, "A Go module proxy."),
+    "serve": Command(run_serve, "Serves modules; what runs if no command is named."),
     "verify": Command(
         run_verify,
-        "Checks all stored modules, also against the checksum database; moves bad ones aside.",
+        "Checks all that is stored; moves what is bad aside.",
         (_AS_JSON,),
     ),
 }
@@ -19669,13 +19682,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit status 0, 2 for settings that cannot be used, 1 for a machine that does
     not let it start, or for a check that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "-help"]
     name = words.pop(0) if words and words[0] in COMMANDS else "serve"
     command = COMMANDS[name]
     places = "".join(f" {each.name}" for each in command.arguments if each.name.isupper())
-    usage = f"goproxy.py [{'|'.join(COMMANDS)}]{places} [flags]"
+    usage, text = f"goproxy.py {name}{places} [flags]", command.text
+    if name == "serve":
+        listed = "".join(f"\n  {each:8} {COMMANDS[each].text}" for each in COMMANDS)
+        usage = "goproxy.py [COMMAND] [flags]"
+        text = f"A Go module proxy.\n\ncommands, each with -help:{listed}\n"
     tempfile.tempdir = _temporary_folder(os.environ)
     try:
-        settings = Settings.load(words, os.environ, usage, command.text, command.arguments)
+        if name == "serve" and words and not words[0].startswith("-"):
+            hint = likeness(words[0], COMMANDS)
+            raise UsageError(f"{words[0]} is no command{hint}; goproxy.py -help lists them")
+        settings = Settings.load(words, os.environ, usage, text, command.arguments)
         return command.run(settings, os.environ)
     except KeyboardInterrupt:
         print("goproxy.py: interrupted; what is done is kept", file=sys.stderr)

@@ -2351,6 +2351,38 @@ def test_an_unknown_argument_is_one_line_and_status_2(tmp_path: Path, argument: 
     assert argument in ended.err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("-prot 1", "-prot is no flag (did you mean -port?); "),
+        ("--prot=1", "-prot is no flag (did you mean -port?); "),
+        ("-offlin", "-offlin is no flag (did you mean -offline?); "),  # nor is it cut short
+        ("export -gosun x out", "-gosun is no flag (did you mean -gosum?); "),
+        ("-zzz", "-zzz is no flag; "),
+        ("fetsh go.sum", "fetsh is no command (did you mean fetch?); "),
+        ("help nonsense", "nonsense is no command; "),
+        ("-port 1 fetch", "unrecognized arguments: fetch; "),
+        ("--port", "argument -port: expected one argument; "),
+    ],
+)
+def test_a_word_that_is_not_known_is_met_by_the_one_that_is(
+    capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    assert goproxy.main(words.split()) == 2
+    assert capsys.readouterr().err.startswith(f"goproxy.py: {said}goproxy.py -help lists the")
+
+
+@pytest.mark.parametrize("name", ["", "fetch"])
+def test_help_fits_a_terminal_and_tells_of_commands(tmp_path: Path, name: str) -> None:
+    ways = ([*filter(None, ["help", name])], [*filter(None, [name, "-help"])])
+    whole, by_flag = (finish(tmp_path, *words, environ={"COLUMNS": "80"}).out for words in ways)
+    assert whole == by_flag and whole.startswith(f"usage: goproxy.py {name or '[COMMAND]'} ")
+    assert max(map(len, whole.splitlines())) <= 80
+    told = [f"  {each:8} {command.text}\n" for each, command in goproxy.COMMANDS.items()]
+    assert ("".join(told) in whole) is (name == "")
+    assert max(map(len, told)) <= 81
+
+
 @pytest.mark.parametrize("flag", ["-help", "--help", "-h"])
 def test_help_names_every_flag_and_its_variable(tmp_path: Path, flag: str) -> None:
     ended = finish(tmp_path, flag)
@@ -12567,10 +12599,12 @@ def moved_aside(tmp_path: Path) -> goproxy.DiskStorage:
 def test_what_was_moved_aside_is_brought_back(tmp_path: Path, what: list[str]) -> None:
     storage = moved_aside(tmp_path)
     ended = finish(tmp_path, "restore", *what)
-    assert (ended.status, ended.out) == (0, "example.com/quote@v1.0.0\n")
+    assert ended.status == 0
+    assert ended.out.startswith("example.com/quote@v1.0.0\nrestore: 1 done in ")
     assert [read(storage, name) for name in (INFO, MOD, ZIP)] == [SITE[n] for n in (INFO, MOD, ZIP)]
     assert read(storage, LIST) == b"v1.0.0\nv9.0.0\n"
-    assert finish(tmp_path, "restore", *what).status == 1
+    ended = finish(tmp_path, "restore", *what)
+    assert ended.status == 1 and ended.out.startswith("restore: 0 done in ")
 
 
 def test_what_is_moved_aside_comes_back_as_it_was(storage: goproxy.Storage) -> None:
