@@ -3564,11 +3564,14 @@ def printable(text: str) -> str:
 
 
 class Metric(NamedTuple):
-    """What a family of figures is: counter, gauge or histogram (of seconds), and in words."""
+    """What a family of figures is: counter, gauge or histogram (of seconds), and in words. `values`
+    are all that its label may say: those are 0 from the beginning, because for Prometheus what
+    appears has not increased, and an alert would miss the first."""
 
     kind: str
     text: str
     labels: str = ""  # by commas
+    values: Sequence[str] = ()
 
 
 METRICS = {
@@ -3578,6 +3581,7 @@ METRICS = {
         "Fetched files by what the checksum database says: agrees, unknown, not asked, mismatch, "
         "or contradicts itself.",
         "result",
+        ("agrees", "unknown", "not asked", "mismatch", "contradicts itself"),
     ),
     "goproxy_connections": Metric("gauge", "Connections of clients that are open."),
     "goproxy_evicted_bytes_total": Metric("counter", "Bytes removed to keep -max-size."),
@@ -3585,7 +3589,10 @@ METRICS = {
     "goproxy_log_lines_dropped_total": Metric("counter", "Log lines that nobody took in time."),
     "goproxy_received_bytes_total": Metric("counter", "Bytes that clients sent."),
     "goproxy_recheck_findings_total": Metric(
-        "counter", "What -recheck found upstream about stored modules.", "finding"
+        "counter",
+        "What -recheck found upstream about stored modules.",
+        "finding",
+        ("deleted", "retracted", "deprecated", "changed"),
     ),
     "goproxy_registry_blobs_total": Metric(
         "counter",
@@ -3612,7 +3619,7 @@ METRICS = {
     "goproxy_sent_bytes_total": Metric("counter", "Bytes sent to clients, with heads.", "kind"),
     "goproxy_store_bytes": Metric("gauge", "Size of what -max-size counts, where that is set."),
     "goproxy_store_errors_total": Metric(
-        "counter", "Failures of the store, to read or to write.", "operation"
+        "counter", "Failures of the store, to read or to write.", "operation", ("read", "write")
     ),
     "goproxy_trace_failing": Metric("gauge", "Processes whose spans no collector takes."),
     "goproxy_trace_spans_total": Metric(
@@ -15488,6 +15495,9 @@ def serve_metrics(app: App, request: Request) -> Reply:
 def exposition(figures: Mapping[str, float]) -> bytes:
     """Figures by their names, the cells of a histogram in their order, as families of METRICS."""
     families: dict[str, list[str]] = {name: [] for name in METRICS}
+    for family, metric in METRICS.items():
+        unseen = (labelled(family, **{metric.labels: value}) for value in metric.values)
+        families[family] += [f"{name} 0" for name in unseen if name not in figures]
     counts: dict[str, float] = {}
     for name, value in figures.items():
         family = name.partition("{")[0]

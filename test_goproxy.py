@@ -15355,6 +15355,24 @@ def test_promtool_finds_no_fault(run: Run, upstream: Upstream) -> None:
         assert (done.returncode, done.stderr) == (0, b""), done.stdout
 
 
+def test_the_first_forged_module_is_an_alert(shared: Shared, tmp_path: Path) -> None:
+    """Prometheus sees no increase in a figure that appears with its first event."""
+    figure = 'goproxy_comparisons_total{result="mismatch"}'
+    assert f"{figure} 0\n" in shared.proxy.get("metrics").body.decode()
+    rules = str(HERE / "deploy" / "alerts.yml")
+    when = 'ALERTS{alertname="GoproxySecurity",alertstate="firing"}'
+    told = {"labels": f'{when[:-1]},result="mismatch",severity="critical"}}', "value": 1}
+    case = {
+        "interval": "1m",
+        "input_series": [{"series": figure, "values": "0 0 0 1 1 1"}],
+        "promql_expr_test": [{"expr": when, "eval_time": "5m", "exp_samples": [told]}],
+    }
+    (tmp_path / "case").write_text(json.dumps({"rule_files": [rules], "tests": [case]}))
+    command = [installed("promtool"), "test", "rules", str(tmp_path / "case")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_what_others_read_of_the_figures_is_there() -> None:
     families = set(goproxy.METRICS)
     families |= {f"goproxy_request_seconds_{part}" for part in ("bucket", "count", "sum")}
