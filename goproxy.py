@@ -14756,7 +14756,8 @@ class Registry:
         permit = self._permit(call)
         if permit.is_away and size not in (None, permit.size):
             raise Refused("it sends for something else, such as a form to log in")
-        self._marks.do(functools.partial(self._mark, store, call.digest))
+        if self._marks.waiting < self._PERMITS:
+            self._marks.do(functools.partial(self._mark, store, call.digest))
         if size is not None and permit.size not in (None, size):
             if not call.may_wait:
                 raise MustWait

@@ -13772,6 +13772,26 @@ def test_no_client_waits_for_a_bucket_that_hangs_and_dies(run: Run, harbour: Har
         assert held.get(timeout=PATIENCE)
 
 
+def test_a_bucket_that_takes_nothing_keeps_no_client_waiting(run: Run, harbour: Harbour) -> None:
+    gate = threading.Event()
+
+    def answer(port: int, heard: Heard) -> Said:
+        if heard.method != "PUT":
+            return handed_on(port, heard)
+        gate.wait(PATIENCE)
+        return Said(503)
+
+    with fronted(harbour.place, answer) as (_, place):
+        proxy = run(upstream="off", registry=harbour.registry.url, registry_blobs=place)
+        for blob in (os.urandom(70_000) for _ in range(20)):
+            harbour.push("team/many", blob)
+            path = f"v2/team/many/blobs/{digest_of(blob)}"
+            assert proxy.get(path, Authorization=SHOWN).body == blob
+        proxy.logged("is not kept: too many wait for the bucket", 4)
+        gate.set()
+        run.stop()
+
+
 def test_a_bucket_that_knows_no_parts_gets_a_layer_whole(run: Run, harbour: Harbour) -> None:
     def refusal(watch: Watch, heard: Heard) -> Said | None:
         watch.has_part.set()
