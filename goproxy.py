@@ -6288,7 +6288,7 @@ class ConnectFilter:
     """An HTTP proxy on loopback, so that -proxy and -dns hold for git as well.
 
     It knows CONNECT alone, and asks for a password that only `url` tells: other users of the
-    machine cannot use it. Hand `url` to git in its environment; arguments are seen by all."""
+    machine cannot use it. Hand `url` to git in a configuration: all see arguments and variables."""
 
     _CONNECTIONS = 8
     _TARGET = re.compile(r"CONNECT \[?([^\s\[\]]+?)\]?:([0-9]{1,5}) HTTP/1\.[01]")
@@ -9502,6 +9502,7 @@ class _GitFailed(Exception):
 
 class _Order(NamedTuple):
     """What a git is to do: its arguments, variables besides the fixed ones, and seconds at most.
+    Of GIT_CONFIG_GLOBAL `variables` have the text, where git is given the name of a file.
     `feed` is its input, at most a pipe's fill. `aloud`: it uses the network, takes no input, and
     complaints are part of its output. `lock`
     is a descriptor that it inherits: what that locks stays locked while it lives, even without us.
@@ -9564,7 +9565,6 @@ class _Git:
 
 _GIT_VARIABLES = {
     "GIT_ATTR_NOSYSTEM": "1",
-    "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_LITERAL_PATHSPECS": "1",
     "GIT_NO_LAZY_FETCH": "1",
@@ -9596,8 +9596,8 @@ _GIT_OPTIONS = (
 )
 
 
-# The first that reads GIT_CONFIG_COUNT: an older one would miss credentials and go around filters.
-OLDEST_GIT = (2, 31)
+# The first that reads GIT_CONFIG_GLOBAL: an older one would miss credentials and go around filters.
+OLDEST_GIT = (2, 32)
 
 
 def git_version(search_path: str) -> tuple[int, ...]:
@@ -9610,6 +9610,18 @@ def git_version(search_path: str) -> tuple[int, ...]:
         return ()
     match = re.match(rb"git version ([0-9]{1,9})\.([0-9]{1,9})", told)
     return (int(match[1]), int(match[2])) if match else ()
+
+
+@contextlib.contextmanager
+def _hidden(order: _Order) -> Iterator[tuple[str, int]]:
+    """The name of a file with the configuration of a git, and what it must inherit to read it. The
+    name is in no folder, where that is possible: nothing is left of it, however we end."""
+    nameless = sys.platform == "linux"
+    with open(os.memfd_create("git"), "wb") if nameless else tempfile.NamedTemporaryFile() as file:
+        file.write(order.variables.get("GIT_CONFIG_GLOBAL", "").encode())
+        file.flush()
+        number = file.fileno()
+        yield (f"/proc/self/fd/{number}" if nameless else str(file.name)), number
 
 
 class GitRunner:
@@ -9635,8 +9647,9 @@ class GitRunner:
             raise Overloaded("too many gits at once")
         words = mask(" ".join(order.arguments))
         try:
-            with TRACER.span(f"git {order.arguments[0]}", {"process.command_args": words}) as span:
-                git = _Git(self._spawn(order), order.seconds)
+            told = {"process.command_args": words}
+            with TRACER.span(f"git {order.arguments[0]}", told) as span, _hidden(order) as config:
+                git = _Git(self._spawn(order, *config), order.seconds)
                 self._running.add(git)
                 if self._is_closed:  # while this one began
                     git.kill()
@@ -9648,22 +9661,23 @@ class GitRunner:
         finally:
             self._slots.release()
 
-    def _spawn(self, order: _Order) -> subprocess.Popen[bytes]:
+    def _spawn(self, order: _Order, config: str, *handed: int) -> subprocess.Popen[bytes]:
+        handed += () if order.lock is None else (order.lock,)
         options = [word for option in _GIT_OPTIONS for word in ("-c", option)]
         program = ["git"]
         if order.aloud:
             blocks = (order.largest or self.LARGEST) // 512
-            leash = 3 if order.lock != 3 else 4
+            leash = next(number for number in (3, 4, 5) if number not in handed)
             program = ["sh", "-c", _LEASHED.format(leash=leash, blocks=blocks), "git"]
         try:
             process = subprocess.Popen(
                 [*program, *options, *order.arguments],
-                env={**self._fixed, **order.variables},
+                env={**self._fixed, **order.variables, "GIT_CONFIG_GLOBAL": config},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT if order.aloud else subprocess.DEVNULL,
                 start_new_session=True,
-                pass_fds=() if order.lock is None else (order.lock,),
+                pass_fds=handed,
             )
         except OSError as error:
             raise BadUpstream(f"git cannot be run: {error.strerror}") from None
@@ -10509,9 +10523,9 @@ _LENT = contextvars.ContextVar("_LENT", default="")
 
 
 class GitAccess:
-    """Credentials and the way out, as variables for git: its arguments are seen by everybody, and
-    nothing is written. https goes through a filter of ours, so that -proxy and -dns hold, and so
-    that strangers lead nowhere inside."""
+    """Credentials and the way out, for git: not as arguments or variables, which are seen in /proc,
+    but as the text of a configuration. https goes through a filter of ours, so that -proxy and
+    -dns hold, and so that strangers lead nowhere inside."""
 
     def __init__(self, dialer: Dialer, keyring: Keyring, ca_file: str, filtered: bool) -> None:
         self._dialer = dialer
@@ -10599,12 +10613,15 @@ _TRANSPORTS: dict[str, Callable[[GitAccess, str, VcsLogin], Mapping[str, str]]] 
 
 
 def _as_config(config: Mapping[str, str]) -> dict[str, str]:
-    """Settings of git as variables (git-config(1), GIT_CONFIG_COUNT)."""
-    variables = {"GIT_CONFIG_COUNT": str(len(config))}
-    for number, (key, value) in enumerate(config.items()):
-        variables[f"GIT_CONFIG_KEY_{number}"] = key
-        variables[f"GIT_CONFIG_VALUE_{number}"] = value
-    return variables
+    """Settings as the text of a file of git (git-config(1), "CONFIGURATION FILE")."""
+    text = ""
+    for key, value in config.items():
+        section, _, rest = key.partition(".")
+        place, _, name = rest.rpartition(".")
+        words = [json.dumps(word, ensure_ascii=False) for word in (place, value)]
+        text += f"[{section} {words[0]}]\n" if place else f"[{section}]\n"
+        text += f"{name} = {words[1]}\n"
+    return {"GIT_CONFIG_GLOBAL": text}
 
 
 # Where repositories are: what the go command does in cmd/go/internal/vcs.
@@ -18739,7 +18756,7 @@ def prepare_git(settings: Settings, search_path: str) -> str:
     found = git_version(search_path)
     if found < OLDEST_GIT:
         number = ".".join(map(str, found)) or "none"
-        raise StartError(f"-private and direct need git 2.31 or later on the PATH: found {number}")
+        raise StartError(f"-private and direct need git 2.32 or later on the PATH: found {number}")
     folder = os.path.join(tempfile.gettempdir(), f"goproxy-git-{os.geteuid()}")
     if settings.cache.kind == "folder":
         folder = os.path.join(settings.cache.text, OWN_MARK + "git")
