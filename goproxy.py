@@ -19544,12 +19544,12 @@ def run_export(settings: Settings, environ: Mapping[str, str]) -> int:
         if place == "-":
             out = sys.stdout.buffer
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-            target: Target = stack.enter_context(_ended_tar(TarTarget(out)))
+            target: Target = stack.enter_context(_ended_tar(TarTarget(out), "stdout"))
         elif place.endswith("/") or os.path.isdir(place):
             target = FolderTarget(place)
         else:
             file = stack.enter_context(_new_file(place))
-            target = stack.enter_context(_ended_tar(ResumedTar(file)))
+            target = stack.enter_context(_ended_tar(ResumedTar(file), place))
         progress = Progress("export", settings.given[_AS_JSON.name])
         exporter = Exporter(storage, choice, target, progress)
         exporter.run()
@@ -19558,9 +19558,13 @@ def run_export(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 @contextlib.contextmanager
-def _ended_tar(target: TarTarget) -> Iterator[TarTarget]:
-    yield target
-    target.end()
+def _ended_tar(target: TarTarget, place: str) -> Iterator[TarTarget]:
+    """Raises StartError for what cannot be written to the place."""
+    try:
+        yield target
+        target.end()
+    except OSError as error:
+        raise StartError(f"{place}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -19568,6 +19572,8 @@ def _new_file(path: str) -> Iterator[BinaryIO]:
     """A file that gets its name when it is whole; until then it is PATH.part, which stays for the
     next run. Raises StartError."""
     part = f"{path}.part"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StartError(f"{path}: want a file, a folder, or - for stdout")
     try:
         with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             yield file

@@ -12586,13 +12586,27 @@ def test_an_interrupted_command_is_one_line_and_status_130(tmp_path: Path) -> No
     assert (process.communicate(timeout=PATIENCE)[1].count(b"\n"), process.returncode) == (1, 130)
 
 
-@pytest.mark.parametrize("place", ["none/out.tar", "file/"])
+@pytest.mark.parametrize("place", ["none/out.tar", "file/", "pipe"])
 def test_an_export_that_cannot_be_written_is_one_line(tmp_path: Path, place: str) -> None:
     filled(goproxy.DiskStorage(str(tmp_path / "cache")))
     (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")  # as /dev/stdout may be one
     ended = finish(tmp_path, "export", place)
     assert (ended.status, ended.err.count("\n"), place in ended.err) == (1, 1, True)
     assert list(tmp_path.glob("*.part")) == []
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_an_export_whose_reader_leaves_says_so_in_one_line(tmp_path: Path) -> None:
+    storage = goproxy.DiskStorage(str(tmp_path / "cache"))
+    storage.put(BIG, SITE[BIG])  # more than a pipe holds
+    with subprocess.Popen(
+        command("export", "-"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b"goproxy.py: stdout: Broken pipe\n"
+    assert process.returncode == 1
 
 
 # --- restore and gc ----------------------------------------------------------
