@@ -3200,7 +3200,7 @@ class Draft:
         while True:
             descriptor, self.path = _new_draft(folder) if named else (_nameless(folder), "")
             self.file = OpenFile(descriptor)
-            if not named or (lock_draft(descriptor) and os.path.exists(self.path)):
+            if not named or (lock_draft(descriptor) and not _is_gone(self.path)):
                 break  # else a sweep of another process has taken it for a dead one's
         self.size: int | None = None
         self.modified = time.time()
@@ -3294,13 +3294,23 @@ def _nameless(folder: str) -> int:
         return os.dup(file.fileno())
 
 
+def _is_gone(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as error:  # if the disk fails, it may be there
+        return isinstance(error, FileNotFoundError)
+    return False
+
+
 def lock_draft(descriptor: int) -> bool:
     """Marks a draft as belonging to a living process: the kernel lets go when that ends, however
-    it ends. False if another process has it. Where there is no flock, every draft is free."""
-    if _flock is not None:
+    it ends. False if another process has it. Where there is no flock, or the file system has no
+    locks, every draft is free."""
+    with contextlib.suppress(OSError):
         try:
-            _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if _flock is not None:
+                _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             return False
     return True
 

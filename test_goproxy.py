@@ -8449,6 +8449,30 @@ def test_a_spoiled_file_is_not_served_offline(run: Run, upstream: Upstream) -> N
     assert run(offline="true").get(ZIP).status == 404
 
 
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+def test_only_a_regular_file_is_a_stored_one(run: Run, upstream: Upstream, kind: str) -> None:
+    """Whatever else has its name is neither waited for nor followed, but in nobody's way."""
+    (run.folder / "secret").write_bytes(b"module secret")
+    for name in (INFO, MOD, ZIP, LIST):
+        (run.cache / name).parent.mkdir(parents=True, exist_ok=True)
+        if kind == "fifo":
+            os.mkfifo(run.cache / name)
+        else:
+            (run.cache / name).symlink_to(run.folder / "secret")
+    proxy = run(upstream=upstream.url())
+    for name in (INFO, MOD, ZIP, LIST):
+        assert [proxy.get(name).body for _ in range(2)] == [SITE[name]] * 2
+    assert (run.folder / "secret").read_bytes() == b"module secret"
+
+
+def test_a_list_from_the_future_is_not_fresh(proxy: Proxy, run: Run, upstream: Upstream) -> None:
+    """As when the clock was wrong and has been put right."""
+    proxy.get(LIST)
+    os.utime(run.cache / LIST, (time.time() + 1e7, time.time() + 1e7))
+    upstream.files[LIST] = b"v1.0.0\nv1.7.0\n"
+    assert by_then(lambda: "v1.7.0" in proxy.get(LIST).versions)
+
+
 def test_a_full_disk_does_not_cost_the_client_its_answer(run: Run, upstream: Upstream) -> None:
     proxy = run(upstream=upstream.url())
     shutil.rmtree(run.cache)
@@ -8468,16 +8492,25 @@ CHANGES: dict[str, list[str]] = {
 
 
 @contextlib.contextmanager
-def killing(process: int, calls: str, number: int) -> Iterator[None]:
-    """Has a thread of a process killed, and so the process, at its so-and-so-many-th call."""
-    at = f"inject=/^({calls}):signal=KILL:when={number}"
-    words = ["-f", "-o", os.devnull, "-e", f"trace=/^({calls})", "-e", at, "-p", str(process)]
-    with subprocess.Popen([installed("strace"), *words], stderr=subprocess.PIPE) as strace:
+def meddling(process: int, calls: str, what: str) -> Iterator[None]:
+    """Has system calls of a process that runs end as strace is told."""
+    words = ["-f", "-o", os.devnull, "-e", f"trace={calls}", "-e", f"inject={calls}:{what}"]
+    with subprocess.Popen(
+        [installed("strace"), *words, "-p", str(process)], stderr=subprocess.PIPE
+    ) as strace:
         assert strace.stderr
         if b"attached" not in strace.stderr.readline():
             missing("leave to trace other processes")
         threading.Thread(target=strace.stderr.read, daemon=True).start()
-        yield
+        try:
+            yield
+        finally:
+            strace.terminate()
+
+
+def killing(process: int, calls: str, number: int) -> contextlib.AbstractContextManager[None]:
+    """Has a thread of a process killed, and so the process, at its so-and-so-many-th call."""
+    return meddling(process, f"/^({calls})", f"signal=KILL:when={number}")
 
 
 class Crashes:
@@ -8522,6 +8555,27 @@ class Crashes:
         answers = [self._proxy.get(path) for _ in range(2)]
         assert {answer.body for answer in answers} == {self._upstream.files[path]}
         assert answers[1].headers["x-cache"] != "MISS"
+
+
+@pytest.mark.parametrize(
+    ("calls", "error"),
+    [
+        ("flock", "ENOLCK"), ("fsync", "EIO"), ("/^f?chmod", "EPERM"), ("/^mkdir", "ENOSPC"),
+        ("/^(link|rename)", "EROFS"),
+    ],
+)  # fmt: skip
+def test_whatever_the_disk_refuses_everybody_gets_an_answer(
+    run: Run, upstream: Upstream, calls: str, error: str
+) -> None:
+    """And nothing half is left of it; when the disk is well again, so is the store."""
+    proxy, paths = run(upstream=upstream.url(), ttl="0s"), [INFO, ZIP, BIG, LIST]
+    with meddling(proxy.process.pid, calls, f"error={error}"):
+        assert [proxy.get(path).body for path in paths] == [SITE[path] for path in paths]
+    drafts = run.cache / ".goproxy-drafts"
+    assert by_then(lambda: [*drafts.iterdir()] == [])
+    assert by_then(lambda: json.loads(proxy.get("readyz").body)["status"] == "ok")
+    assert [proxy.get(path).body for path in paths] == [SITE[path] for path in paths]
+    assert by_then(lambda: {*paths} <= {*run.stored()})
 
 
 @contextlib.contextmanager
@@ -14898,6 +14952,22 @@ def test_who_does_not_read_the_log_delays_no_request(tmp_path: Path, form: str, 
     assert told > 0 and told + log.count("x/@latest") >= count * (1 if form == "json" else 2)
 
 
+@pytest.mark.parametrize("fate", ["2>/dev/full", "2>&-"])
+def test_a_log_that_cannot_be_written_costs_no_answer(
+    run: Run, upstream: Upstream, fate: str
+) -> None:
+    port = free_port()
+    words = command(*flags({**PLAIN, "port": port, "upstream": upstream.url()}))
+    with (run.folder / "err").open("wb") as err, subprocess.Popen(
+        ["sh", "-c", f"exec {shlex.join(words)} {fate}"],
+        cwd=run.folder, env=clean_environment(run.folder), stderr=err,
+    ) as process:  # fmt: skip
+        assert by_then(lambda: asked_once(port, INFO) is not None)
+        bodies = {answer.body for _ in range(50) if (answer := asked_once(port, INFO))}
+        process.terminate()
+        assert (process.wait(PATIENCE), bodies) == (0, {SITE[INFO]})
+
+
 def test_the_log_may_be_json(run: Run, upstream: Upstream) -> None:
     proxy = run(upstream=upstream.url(), ready="GOPROXY=", log_format="json").stop()
     assert all(isinstance(json.loads(line), dict) for line in proxy.log.splitlines())
@@ -16335,6 +16405,54 @@ def test_no_canary_sings_in_a_head_a_page_or_the_log(
     assert [letter for letter in log.replace("\n", "") if not letter.isprintable()] == []
     begins = r"\{.*\}$" if form == "json" else STAMP
     assert [line for line in log.splitlines() if not re.match(begins, line)] == []
+
+
+SECRETS = {
+    name: f"canary-of-{name}"
+    for name in ("client", "keys", "moved", "netrc", "session", "sumdb", "trace", "upstream", "vcs")
+}
+WAYS_IN = [
+    "", "?module=example.com/quote", "?search=quote", "catalog", "health", "index", "metrics",
+    "readyz", "version", "nowhere", "example.com/quote?go-get=1", "v2/", "sumdb/sum.test/latest",
+]  # fmt: skip
+
+
+def with_secrets(upstream: Upstream, refused: str, netrc_file: Path) -> dict[str, str]:
+    """The variables that may have secrets in them, all of which have."""
+    netrc_file.write_text(f"machine 127.0.0.1 login x password {SECRETS['netrc']}\n")
+    netrc_file.chmod(0o600)
+    return {
+        "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": SECRETS["keys"],
+        "AWS_SESSION_TOKEN": SECRETS["session"], "NETRC": str(netrc_file),
+        "GOPROXY_SUMDB": f"sum.test {refused}".replace("//", f"//x:{SECRETS['sumdb']}@"),
+        "GOPROXY_VCS": f"git.test/*/*={refused}/{{path}}.git",
+        "GOPROXY_VCS_AUTH": f"git.test basic x {SECRETS['vcs']}",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": refused,
+        "OTEL_EXPORTER_OTLP_HEADERS": f"authorization={SECRETS['trace']}",
+        "UPSTREAM_PROXY": upstream.url().replace("//", f"//x:{SECRETS['upstream']}@"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_no_secret_of_the_settings_is_told_to_anybody(
+    run: Run, upstream: Upstream, refused: str, form: str
+) -> None:
+    environ = with_secrets(upstream, refused, run.folder / "netrc")
+    place = f"s3://bucket/x?endpoint={refused}&region=x"
+    settings = {"cache": place, "private": "git.test", "registry": refused, "log_format": form}
+    proxy = run(environ, "GOPROXY=", **settings)
+    moved = f"302 Away\r\nLocation: {refused}/x?X-Amz-Signature={SECRETS['moved']}"
+    upstream.said, seen = moved.encode(), ""
+    for upstream.fault in ("good", "401", "said"):
+        for path in (INFO, ZIP, LIST, LATEST, f"{TOOL}/list", *WAYS_IN):
+            seen += str(proxy.get(path, Authorization=f"Bearer {SECRETS['client']}"))
+    seen += command_lines().decode(errors="replace") + proxy.stop().log
+    seen += str(finish(run.folder, "check", *flags(settings), environ=environ))
+    files = [each for each in run.folder.rglob("*") if each.is_file() and each.name != "netrc"]
+    seen += "".join(each.read_bytes().decode(errors="replace") for each in files)
+    basic = {name: base64.b64encode(f"x:{it}".encode()).decode() for name, it in SECRETS.items()}
+    told = [name for name in SECRETS if SECRETS[name] in seen or basic[name] in seen]
+    assert (told, f"127.0.0.1:{upstream.port} answered 401" in seen) == ([], True)
 
 
 # --- fronts -------------------------------------------------------------------
