@@ -80,6 +80,8 @@ PATIENCE = 30.0  # seconds that anything may take before its test is a failure
 SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "10"))  # of what runs as long as one likes
 SOAK_REQUESTS = int(os.environ.get("SOAK_REQUESTS", "100000"))
 T = TypeVar("T")
+# A shell's background jobs ignore it, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def together(count: int, work: Callable[[int], T]) -> list[T]:
