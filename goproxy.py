@@ -7574,6 +7574,11 @@ class Storage(Shelf, Protocol):
     remark: str = ""  # what an operator should know at the start
     is_shared: bool = True  # whether several processes see the same
 
+    @property
+    def truth(self) -> Storage:
+        """The same without copies nearby."""
+        return self
+
     def sweep(self) -> None:
         """Removes what processes that have ended left unfinished."""
 
@@ -8706,6 +8711,10 @@ class WatchedStorage(Storage):
             return str(error)
         return ""
 
+    @property
+    def truth(self) -> Storage:
+        return self._storage.truth
+
     def open(self, name: str) -> FileBlob:
         with self._watch("read", name):
             return self._storage.open(name)
@@ -8890,6 +8899,10 @@ class FrontedStorage(Storage):
         self._mutex = threading.Lock()
         self._coming: set[str] = set()
         self._lane: Lane | None = None
+
+    @property
+    def truth(self) -> Storage:
+        return self._far
 
     def open(self, name: str) -> FileBlob:
         if not _is_lasting(name):
@@ -13730,6 +13743,7 @@ class Inspector(Round):
 
     def __init__(self, storage: Storage, begin: Begin, kind: str, progress: Progress) -> None:
         super().__init__(storage, kind, progress)
+        self._truth = storage.truth
         self._begin = begin
 
     def _items(self) -> Iterator[Item]:
@@ -13757,24 +13771,24 @@ class Inspector(Round):
         """Whether the database has compared it. Raises what is wrong with it."""
         version = artifact.version + ("/go.mod" if artifact.kind == "mod" else "")
         if artifact.kind == "info":
-            KINDS["info"].check(artifact, read_small(self._storage, item.name, MAX_INFO))
+            KINDS["info"].check(artifact, read_small(self._truth, item.name, MAX_INFO))
             return 0
         compare = self._begin(artifact.path, artifact.version)
         h1 = self._zip_hash(artifact) if artifact.kind == "zip" else self._mod_hash(artifact)
         return int(compare(version, h1))
 
     def _mod_hash(self, artifact: Artifact) -> str:
-        data = read_small(self._storage, artifact.name, MAX_GO_MOD)
+        data = read_small(self._truth, artifact.name, MAX_GO_MOD)
         check_go_mod(data)
         return hash_of_mod(data)
 
     def _zip_hash(self, artifact: Artifact) -> str:
-        blob = self._storage.open(artifact.name)
+        blob = self._truth.open(artifact.name)
         assert isinstance(blob, FileBlob)
         with contextlib.closing(blob), blob.reading() as file:
             h1 = check_zip(file, artifact.path, artifact.version)
         with contextlib.suppress(NotFound):
-            stored = read_small(self._storage, artifact.name + "hash", MAX_INFO).decode("latin-1")
+            stored = read_small(self._truth, artifact.name + "hash", MAX_INFO).decode("latin-1")
             if stored.strip() != h1:
                 raise BadUpstream(f"it is {h1}, but was stored as {stored.strip()}")
         return h1
@@ -13785,7 +13799,7 @@ class Inspector(Round):
         sides = [item.name + "hash"] if item.name.endswith(".zip") else []
         for name in (*sides, item.name):
             with contextlib.suppress(NotFound):
-                copy(self._storage, name, self._storage, f"{BAD_PLACE}/{name}")
+                copy(self._truth, name, self._storage, f"{BAD_PLACE}/{name}")
                 self._storage.remove(name)
 
 

@@ -18350,6 +18350,18 @@ def test_verify_tells_once_where_what_changed_has_gone(inspect: Inspect, run: Ru
     assert ended.out.count(f".goproxy-bad/{ZIP}") == 1
 
 
+def test_verify_reads_the_bucket_and_not_the_folder_before_it(run: Run) -> None:
+    with fronting(run.folder) as place:
+        put_stems(place, spoilt="")
+        with opened(place.partition("&local")[0]) as bucket:
+            bucket.put(MOD, b"no module")
+        words = ["verify", *flags({"cache": place, "sumdb": "off"})]
+        ended = finish(run.folder, *words, environ=AWS)
+        with opened(place) as storage, pytest.raises(goproxy.NotFound):
+            storage.open(MOD)
+    assert (ended.status, f"{MOD}: " in ended.out) == (1, True), ended
+
+
 def test_verify_says_in_one_line_that_the_store_is_away(run: Run) -> None:
     place = "s3://modules/go?endpoint=http://127.0.0.1:1"
     ended = finish(run.folder, "verify", *flags({"cache": place, "sumdb": "off"}), environ=AWS)
