@@ -16889,7 +16889,7 @@ def join():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.bind((f"127.{net}.{number % 100}.1", 0))
     sock.connect_ex(("127.0.0.1", port))
-    poll.register(sock, select.EPOLLIN | (select.EPOLLOUT if kind == "slow" else 0))
+    poll.register(sock, select.EPOLLIN | (select.EPOLLOUT if kind in ("once", "slow") else 0))
     members[sock.fileno()] = [sock, 0]
 
 tick, told = 0, False
@@ -16897,9 +16897,10 @@ while True:
     for descriptor, event in poll.poll(0.02):
         sock, sent = members[descriptor]
         try:
-            if kind == "slow" and event & select.EPOLLOUT:
-                sock.send(request)
-                poll.modify(sock, select.EPOLLIN)
+            if event & select.EPOLLOUT:
+                members[descriptor][1] += sock.send(request[sent:])
+                if members[descriptor][1] == len(request):
+                    poll.modify(sock, select.EPOLLIN)
                 continue
             if kind == "slow":
                 poll.modify(sock, 0)
@@ -16912,9 +16913,10 @@ while True:
             pass
         del members[descriptor]
         sock.close()
-    for _ in range(min(250, count - len(members))):
+    there = number if kind == "once" else len(members)
+    for _ in range(min(250, count - there)):
         join()
-    if not told and len(members) >= count:
+    if not told and there >= count:
         told = print("ready", flush=True) or True
     if time.monotonic() * 20 < tick:
         continue
@@ -16938,7 +16940,7 @@ def crowd(
     kind: str, port: int, count: int, request: bytes = GOOD + b"X: " + b"y" * 99
 ) -> Iterator[None]:
     """So many clients that drip a byte a second, are mute or read slowly, of several processes and
-    addresses; whoever is turned away comes again."""
+    addresses; whoever is turned away comes again. Those that speak once do not."""
     share = [sys.executable, "-c", CROWD, kind, str(port), str(count // 2)]
     with contextlib.ExitStack() as stack:
         for net in ("1", "2"):
@@ -17015,6 +17017,62 @@ def crowded(run: Run, upstream: Upstream) -> Callable[..., Proxy]:
 
 
 LARGE = "example.com/large/@v/v1.0.0.zip"
+
+
+def while_they_leave(proxy: Proxy) -> tuple[float, float, float, int]:
+    """How many others there were, seconds until all have left, those of the slowest fresh request
+    meanwhile, and the most memory of its own in KiB."""
+    start, there, slowest, most = time.monotonic(), 2.0, 0.0, 0
+    left = there
+    while left > 1:
+        left = figures(proxy)["goproxy_connections"]
+        there = max(there, left)
+        slowest = max(slowest, timed(lambda: goproxy_is_well(proxy.port)))
+        most = max(most, held_by(proxy)[0])
+        assert time.monotonic() < start + 200
+    return there, time.monotonic() - start, slowest, most
+
+
+def goproxy_is_well(port: int) -> None:
+    with dial(port) as client:
+        client.sendall(talk_get("/health"))
+        assert client.recv(12) == b"HTTP/1.1 200"
+
+
+@needs_proc
+@pytest.mark.soak
+def test_ten_thousand_idle_connections_are_closed_after_75_seconds(
+    crowded: Callable[..., Proxy],
+) -> None:
+    proxy = crowded()
+    proxy.get(INFO)
+    before = held_by(proxy)
+    with crowd("once", proxy.port, 10_000, talk_get("/health").replace(b"close", b"keep-alive")):
+        there, seconds, slowest, most = while_they_leave(proxy)
+    after = held_by(proxy)
+    print(f"{there} there, gone {seconds:.1f} s later, slowest {1000 * slowest:.0f} ms,")
+    print(f"{before} before, {most} KiB at most, {after} after")
+    assert there > 9000 and seconds > 60 and after[1] <= before[1] + 8
+
+
+@needs_proc
+@pytest.mark.soak
+def test_ten_thousand_heads_without_an_end_take_400_mb_for_a_while(
+    crowded: Callable[..., Proxy],
+) -> None:
+    proxy = crowded()
+    proxy.get(INFO)
+    before = held_by(proxy)
+    fields = b"".join(b"X%d: %s\r\n" % (number, b"y" * 6333) for number in range(5))
+    with crowd("once", proxy.port, 10_000, b"GET /health HTTP/1.1\r\nHost: x\r\n" + fields):
+        there, seconds, slowest, most = while_they_leave(proxy)
+    end = time.monotonic() + PATIENCE
+    while held_by(proxy)[0] - before[0] > 40 << 10:
+        assert time.monotonic() < end, held_by(proxy)
+    after = held_by(proxy)
+    print(f"{there} there, gone {seconds:.1f} s later, slowest {1000 * slowest:.0f} ms,")
+    print(f"{before} before, {most} KiB at most, {after} after")
+    assert most - before[0] <= 400 << 10 and after[1] <= before[1] + 8
 
 
 @needs_proc
