@@ -9007,6 +9007,18 @@ def test_a_branch_may_move_and_change_places_with_folders(quote: Origin) -> None
     assert read_from(again, first, "info")
 
 
+def test_a_branch_that_looks_like_a_version_is_none(quote: Origin) -> None:
+    for ref in ("refs/heads/v1.2.9", "refs/heads/refs/tags/v1.3.0", "refs/tags/refs/tags/v1.4.0"):
+        quote("update-ref", ref, quote.names["c1"])
+    source, versions = git_source(quote), ["v1.2.9", "v1.3.0", "v1.4.0"]
+    assert {*versions}.isdisjoint(source.versions(ACME_QUOTE))
+    for version in versions:
+        with pytest.raises(goproxy.NotFound):
+            read_from(source, version, "mod")
+        with pytest.raises(goproxy.NotFound):
+            source.resolve(ACME_QUOTE, version)
+
+
 def test_commits_of_strangers_are_not_served(quote: Origin) -> None:
     """Forges keep the commits of proposals, and give them to whoever knows the hash."""
     quote("config", "uploadpack.allowAnySHA1InWant", "true")
