@@ -3085,6 +3085,9 @@ class _Reading(io.RawIOBase):
         return len(data)
 
 
+UNREADABLE: set[object] = set()  # the stamps of stored files whose disk failed while they were sent
+
+
 class FileBlob(Blob):
     """A whole file, by descriptor: it stays readable when its name is removed or replaced. The
     file may also be OpenBytes."""
@@ -3156,6 +3159,15 @@ class FileBlob(Blob):
             woken.clear()
             self.when_ready(woken.set)
             woken.wait()
+
+    def send_to(self, socket_descriptor: int, offset: int, count: int) -> int:
+        """Has the system send a part, as much of it as the socket takes. Raises OSError."""
+        try:
+            return os.sendfile(socket_descriptor, self.descriptor, offset, count)
+        except OSError as error:
+            if error.errno == errno.EIO:  # not the socket's
+                UNREADABLE.add(self.stamp)
+            raise
 
     def wait_for_end(self) -> None:
         """Blocks until all bytes are there, and sets the size. Raises what ended the body early."""
@@ -7769,7 +7781,8 @@ class DiskStorage(Folder, Storage):
     def open(self, name: str) -> FileBlob:
         """Raises Spoiled, too; the file has been moved aside then."""
         blob = super().open(name)
-        if hash(blob.stamp) not in self._sound:  # in a third of the memory of the stamps
+        is_sound = hash(blob.stamp) in self._sound  # in a third of the memory of the stamps
+        if not is_sound or blob.stamp in UNREADABLE:
             with store_errors(name):
                 self._check(name, blob)
         return blob
@@ -7784,6 +7797,7 @@ class DiskStorage(Folder, Storage):
         if len(self._sound) >= self._REMEMBERED:
             self._sound = set()
         self._sound.add(hash(blob.stamp))
+        UNREADABLE.discard(blob.stamp)
 
     def draft(self) -> Draft:
         """On a disk that takes no file, one that cannot be stored, but given out."""
@@ -16780,7 +16794,7 @@ class Transfer:
 
     def _send_file(self, blob: FileBlob, count: int) -> int:
         if can_send_file(self._sock, blob):
-            return os.sendfile(self._sock.fileno(), blob.descriptor, blob.offset, count)
+            return blob.send_to(self._sock.fileno(), blob.offset, count)
         return self._sock.send(blob.peek(min(count, CHUNK)))
 
     def when_ready(self, wake: Callable[[], None]) -> None:
@@ -16839,7 +16853,7 @@ class _Remembered:
             elif self._is_one_turn(sock, self.blob):
                 sent = sock.send(opening, _MORE)
                 if sent == len(opening):
-                    sent += os.sendfile(sock.fileno(), self.blob.descriptor, 0, self.left)
+                    sent += self.blob.send_to(sock.fileno(), 0, self.left)
         except (BlockingIOError, ssl.SSLWantWriteError):
             pass
         return sent
@@ -16882,7 +16896,8 @@ class HotMemory:
 
     def get(self, target: str) -> _Remembered | None:
         reply = self._replies.get(target)
-        if reply and self._stamp(reply.stored.name) != reply.stored.stamp:
+        stored = reply.stored if reply else None
+        if stored and (stored.stamp in UNREADABLE or self._stamp(stored.name) != stored.stamp):
             self._drop(target)
             return None
         return reply

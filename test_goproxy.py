@@ -8494,9 +8494,9 @@ CHANGES: dict[str, list[str]] = {
 
 
 @contextlib.contextmanager
-def meddling(process: int, calls: str, what: str) -> Iterator[None]:
+def meddling(process: int, calls: str, what: str, *more: str) -> Iterator[None]:
     """Has system calls of a process that runs end as strace is told."""
-    words = ["-f", "-o", os.devnull, "-e", f"trace={calls}", "-e", f"inject={calls}:{what}"]
+    words = ["-f", "-o", os.devnull, "-e", f"trace={calls}", "-e", f"inject={calls}:{what}", *more]
     with subprocess.Popen(
         [installed("strace"), *words, "-p", str(process)], stderr=subprocess.PIPE
     ) as strace:
@@ -8578,6 +8578,21 @@ def test_whatever_the_disk_refuses_everybody_gets_an_answer(
     assert by_then(lambda: json.loads(proxy.get("readyz").body)["status"] == "ok")
     assert [proxy.get(path).body for path in paths] == [SITE[path] for path in paths]
     assert by_then(lambda: {*paths} <= {*run.stored()})
+
+
+def test_a_file_that_the_disk_can_read_no_more_is_fetched_again(
+    run: Run, upstream: Upstream
+) -> None:
+    """Though it was sound when it was first read; no answer but those on their way is cut short."""
+    run(upstream=upstream.url()).get(BIG)
+    keeps_attributes(run.cache)
+    proxy = run(upstream=upstream.url())
+    assert [proxy.get(BIG).body for _ in range(3)] == [SITE[BIG]] * 3
+    path = ("-P", str(run.cache / BIG))
+    with meddling(proxy.process.pid, "/^(sendfile|pread)", "error=EIO", *path):
+        assert not proxy.get(BIG).whole
+        assert [proxy.get(BIG).body for _ in range(2)] == [SITE[BIG]] * 2
+    assert "cannot be read" in proxy.log
 
 
 @contextlib.contextmanager
