@@ -3360,10 +3360,11 @@ class Lane:
     whatever limits the machine has, more as work would wait, and never more than `most`.
 
     All lanes of a process together never have more than TOGETHER, but that a lane without threads
-    begins one. Threads beyond the least leave when there has been nothing to do for a second."""
+    begins one. Threads beyond the least leave when there is nothing to do: at once if another lane
+    has no room, and else soon."""
 
-    TOGETHER = 52  # with all others 72; -dns has 6 more, git by way of -proxy 9
-    _LINGER = 1.0  # seconds
+    TOGETHER = 54  # with all others 72; -dns has 4 more, git by way of -proxy 9
+    _LINGER = 0.2  # seconds
     _mutex = threading.Lock()  # one for all lanes
     _all = 0
     _hungry: ClassVar[dict[Lane, None]] = {}  # those that had no room, in this order
@@ -3427,7 +3428,7 @@ class Lane:
             del work  # a thread that waits must not keep a client's socket alive
 
     def _next(self) -> Callable[[], object] | None:
-        patience = self._LINGER if self._threads > self._least else None
+        patience = None if self._threads <= self._least else 0 if Lane._hungry else self._LINGER
         with contextlib.suppress(queue.Empty):
             return self._queue.get(timeout=patience)
         return None
@@ -4555,7 +4556,7 @@ class CachingResolver(Resolver):
     it fails, the last answer holds an hour longer (RFC 8767, which has these numbers)."""
 
     _LOOKUP_SECONDS, _OLD_SECONDS, _OLD_PATIENCE, _REST_SECONDS = 8.0, 3600.0, 1.8, 30.0
-    _NAMES, _LOOKUPS, _THREADS = 10_000, 32, 6
+    _NAMES, _LOOKUPS, _THREADS = 10_000, 32, 4
 
     def __init__(self, ask: Callable[[str, float], DnsAnswer]) -> None:
         self._ask = ask
@@ -11703,7 +11704,7 @@ class Generated(Modules):
         self._maker = maker
         self._flights: Flights[Future[None]] = Flights()
         self._failed: TtlCache[ProxyError] = TtlCache(self._REMEMBERED)
-        self._lane = Lane("generate", self._AT_ONCE)
+        self._lane = Lane("generate", self._AT_ONCE, 0)
 
     def versions(self, path: str, reach: Reach) -> Answer:
         return self._modules.versions(path, reach)
@@ -11905,7 +11906,7 @@ class ReadAhead:
         self._storage = storage
         self._sessions: collections.OrderedDict[str, _Session] = collections.OrderedDict()
         self._mind = Lane("mind", 1)  # sessions belong to this one thread
-        self._lane = Lane("ahead", self._THREADS)
+        self._lane = Lane("ahead", self._THREADS, room=Lane.TOGETHER // 2)
 
     def saw(self, sight: Sight) -> None:
         """Takes note of a request; returns at once."""
@@ -17770,7 +17771,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 4096
     _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS = 4, 24, 12, 4
     _PASSWORDS, _HANDSHAKES, _UPLOADS, _PULLS, _PUSHES = 2, 2, 4, 16, 16
-    _ROOM = Lane.TOGETHER - 16  # for who waits: there is room left for what they wait for
+    _ROOM = Lane.TOGETHER - 8  # for who waits: there is room left for what they wait for
     _KNOWN = 4096
 
     def __init__(
@@ -17794,13 +17795,13 @@ class Server(ThreadingHTTPServer):
         self.second = int(time.time())
         self.known: dict[bytes, str] = {}  # targets of plain requests, by all their bytes
         self.hot = HotMemory(app.policy, _descriptor_limit() // 8)
-        self.request_lane = Lane("request", self._REQUESTS, self._REQUESTS)
+        self.request_lane = Lane("request", self._REQUESTS, 2)
         self.upload_lane = Lane("upload", self._UPLOADS if app.gate else 1)
         self.password_lane = Lane("password", self._PASSWORDS if app.gate else 0)
         self.patient_lane = Lane("patient", self._WAITERS, room=self._ROOM)
         # Who waits for the first bytes of a zip is not in the way of who waits for a list.
         self.zip_lane = Lane("zip", self._ZIP_WAITERS, room=self._ROOM)
-        self.transfer_lane = Lane("transfer", self._TRANSFERS, self._TRANSFERS)
+        self.transfer_lane = Lane("transfer", self._TRANSFERS, 2)
         self.handshake_lane = Lane("handshake", self._HANDSHAKES if app.tls else 0)
         self.pull_lane = Lane("pull", self._PULLS if app.registry else 0, room=self._ROOM)
         self.push_lane = Lane("push", self._PUSHES if app.registry else 0, room=self._ROOM)
