@@ -11235,6 +11235,9 @@ class Cache:
             return unframed(self._outage(name) or error)
         if isinstance(error, ProxyError):
             return unframed(error)
+        if isinstance(error, MemoryError):
+            self._log.error(f"{name}: out of memory")
+            return Overloaded("out of memory")
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         self._log.error(f"{name}: {''.join(lines)}")
         return ProxyError("internal error")
@@ -16482,6 +16485,9 @@ def _respond(app: App, request: Request) -> Reply:
         raise
     except ProxyError as error:
         return refuse_registry(error) if request.is_passed else refuse(error)
+    except MemoryError:
+        app.log.error(f"{request.target}: out of memory", status=503)
+        return refuse(Overloaded("out of memory"))
     except Exception:
         app.log.error(f"{request.target}: internal error\n{traceback.format_exc()}", status=500)
         return refuse(ProxyError("internal error"))

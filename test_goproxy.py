@@ -35,6 +35,7 @@ import pwd
 import queue
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -8593,6 +8594,24 @@ def test_a_file_that_the_disk_can_read_no_more_is_fetched_again(
         assert not proxy.get(BIG).whole
         assert [proxy.get(BIG).body for _ in range(2)] == [SITE[BIG]] * 2
     assert "cannot be read" in proxy.log
+
+
+@pytest.mark.soak
+@needs_proc
+def test_who_finds_no_memory_is_told_to_come_again(run: Run, upstream: Upstream) -> None:
+    """And the process lives on."""
+    proxy = run({"MALLOC_ARENA_MAX": "1"}, upstream=upstream.url())
+    pid, names = proxy.process.pid, [f"example.com/m{number}/@v/v1.0.0.mod" for number in range(6)]
+    upstream.files.update(dict.fromkeys(names, b"module m\n".ljust(15 << 20, b"\n")))
+    together(6, lambda number: proxy.get(INFO))  # so that the threads are there
+    status = Path(f"/proc/{pid}/status").read_text()
+    room = int(re.findall(r"VmSize:\s+(\d+)", status)[0]) * 1024 + (10 << 20)
+    resource.prlimit(pid, resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+    answers = [proxy.get(name) for name in names]
+    assert {answer.status for answer in answers} <= {200, 503}
+    assert proxy.get(INFO).body == SITE[INFO]
+    resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    assert [proxy.get(name).status for name in names] == [200] * 6
 
 
 @contextlib.contextmanager
