@@ -4617,6 +4617,9 @@ class CachingResolver(Resolver):
 
     def _fly(self, name: str) -> DnsAnswer:
         try:
+            found = self._fresh.get(name)
+            if found:  # the flight before this one landed while it was boarded
+                return found
             found = self._ask(name, time.monotonic() + self._LOOKUP_SECONDS)
             self._fresh.put(name, found, found.ttl)
             self._stale.put(name, found, found.ttl + self._OLD_SECONDS if found.addresses else 0)
