@@ -3404,13 +3404,22 @@ class Lane:
         """Queues work, which must not raise."""
         with Lane._mutex:
             self._unfinished += 1
-            self._grow()
+            try:
+                self._grow()
+            except RuntimeError:
+                self._unfinished -= 1
+                raise
         self._queue.put(TRACER.carried(work))
 
     @property
     def waiting(self) -> int:
         """How much work no thread has taken yet."""
         return self._queue.qsize()
+
+    @property
+    def unfinished(self) -> int:
+        """How much work is not done yet."""
+        return self._unfinished
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Queues work and promises its result."""
@@ -4552,7 +4561,7 @@ class Resolver(Protocol):
 class CachingResolver(Resolver):
     """Remembers what `ask(name, until)` answers, and asks once for all who wait for a name.
 
-    Asking has threads of its own, since nobody can cut getaddrinfo short, and few of them. While
+    Asking has a lane of its own, since nobody can cut getaddrinfo short, and a small one. While
     it fails, the last answer holds an hour longer (RFC 8767, which has these numbers)."""
 
     _LOOKUP_SECONDS, _OLD_SECONDS, _OLD_PATIENCE, _REST_SECONDS = 8.0, 3600.0, 1.8, 30.0
@@ -4563,10 +4572,7 @@ class CachingResolver(Resolver):
         self._fresh: TtlCache[DnsAnswer] = TtlCache(self._NAMES)
         self._stale: TtlCache[DnsAnswer] = TtlCache(self._NAMES)
         self._flights: Flights[Future[DnsAnswer]] = Flights()
-        self._mutex = threading.Lock()
-        self._threads = 0
-        self._unanswered = 0
-        self._waiting: collections.deque[tuple[str, Future[DnsAnswer]]] = collections.deque()
+        self._lane = Lane("lookup", self._THREADS, 0, room=Lane.TOGETHER + self._THREADS)
 
     def lookup(self, host: str, until: float) -> list[str]:
         name = _checked_host(host)
@@ -4593,27 +4599,10 @@ class CachingResolver(Resolver):
             raise UpstreamTimeout(f"dns: {name}: timed out") from None
 
     def _start(self, name: str) -> Future[DnsAnswer]:
-        promise: Future[DnsAnswer] = Future()
-        with self._mutex:
-            if self._unanswered >= self._LOOKUPS:
-                raise Overloaded("dns: too many lookups at once")
-            if self._threads < self._THREADS:
-                in_thread(self._ask_all)
-                self._threads += 1
-            self._waiting.append((name, promise))
-            self._unanswered += 1
-        return promise
-
-    def _ask_all(self) -> None:
-        while True:
-            with self._mutex:
-                if not self._waiting:
-                    self._threads -= 1
-                    return
-                name, promise = self._waiting.popleft()
-            keep_promise(promise, functools.partial(self._fly, name))
-            with self._mutex:
-                self._unanswered -= 1
+        if self._lane.unfinished >= self._LOOKUPS:
+            raise Overloaded("dns: too many lookups at once")
+        work = functools.partial(self._fly, name)
+        return contextvars.Context().run(self._lane.submit, work)  # part of nobody's trace
 
     def _fly(self, name: str) -> DnsAnswer:
         try:
