@@ -3355,6 +3355,13 @@ class GrowingBlob(FileBlob):
         self.size = self._draft.size
 
 
+def _survive(work: Callable[[], object]) -> None:
+    try:
+        work()
+    except Exception:  # a bug, which must not cost the thread as well
+        sys.excepthook(*sys.exc_info())
+
+
 class Lane:
     """Threads that take work in the order it came: `least` from the start, so that these are there
     whatever limits the machine has, more as work would wait, and never more than `most`.
@@ -3443,10 +3450,7 @@ class Lane:
         return None
 
     def _work(self, work: Callable[[], object]) -> None:
-        try:
-            work()
-        except Exception:  # a bug, which must not cost the thread as well
-            sys.excepthook(*sys.exc_info())
+        _survive(work)
         with Lane._mutex:
             self._unfinished -= 1
 
@@ -3519,7 +3523,7 @@ class Alarms:
                     self._changed.wait(at - time.monotonic())
                     continue
                 del self._due[alarm]
-            work()
+            _survive(work)
 
 
 ALARMS = Alarms()

@@ -3449,6 +3449,14 @@ def test_a_lane_that_had_no_room_grows_when_another_has_nothing_more_to_do() -> 
     narrow.close()
 
 
+def test_alarms_go_on_after_one_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    alarms, done = goproxy.Alarms(), threading.Event()
+    alarms.set(0.0, lambda: 1 // 0)
+    alarms.set(0.001, done.set)
+    assert done.wait(PATIENCE)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 # --- traces ------------------------------------------------------------------
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # W3C Trace Context, 3.2
