@@ -18162,20 +18162,23 @@ def _unblock_signals() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
+def _call_glibc(function: str, *values: int) -> None:
+    with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
+        import ctypes  # other C libraries lack the functions, and not every Python has ctypes
+
+        getattr(ctypes.CDLL(None), function)(*values)
+
+
 def _slim() -> None:
     """Gives memory back, first what compiling this file took (10 MB of 37, in every process), and
     keeps the C library from making a heap per thread."""
-    with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
-        import ctypes  # only glibc has both, and not every Python has ctypes
-
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_ARENA_MAX, 2)
-        libc.malloc_trim(0)
+    _call_glibc("mallopt", _M_ARENA_MAX, 2)
+    _call_glibc("malloc_trim", 0)
 
 
 def _keep_slim() -> None:
     """Gives memory back every so often: what many clients took at once is kept by the C library."""
-    _slim()
+    _call_glibc("malloc_trim", 0)
     ALARMS.set(_SLIM_SECONDS, _keep_slim)
 
 
