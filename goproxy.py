@@ -3614,8 +3614,7 @@ METRICS = {
     "goproxy_build_info": Metric("gauge", "Always 1; the labels tell what runs.", "version,python"),
     "goproxy_comparisons_total": Metric(
         "counter",
-        "Fetched files by what the checksum database says: agrees, unknown, not asked, mismatch, "
-        "or contradicts itself.",
+        "Fetched files by what the checksum database says of them.",
         "result",
         ("agrees", "unknown", "not asked", "mismatch", "contradicts itself"),
     ),
