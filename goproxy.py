@@ -15164,9 +15164,10 @@ _AUTHORITY = re.compile(r"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(:[0-
 
 def without_passing(head: bytes) -> tuple[bytes, dict[str, str]]:
     """A head without the lines of _PASSING, and these; all of it if one is there twice."""
-    lines = _PASSING.findall(head)
-    told = {name.decode().lower(): value.decode().strip() for name, value in lines}
-    return (_PASSING.sub(b"", head), told) if len(told) == len(lines) else (head, {})
+    parts = _PASSING.split(head)  # what is around a line, its name, its value, and so on
+    names = [name.decode().lower() for name in parts[1::3]]
+    told = dict(zip(names, (value.decode().strip() for value in parts[2::3])))
+    return (b"".join(parts[::3]), told) if len(told) == len(names) else (head, {})
 
 
 def with_upload(request: Request, sock: socket.socket, ahead: bytes) -> Request:
