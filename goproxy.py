@@ -1236,6 +1236,11 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         return mask(self.text)
 
+    @property
+    def path(self) -> str:
+        """The folder or file that it is; "" for what is not on this machine's disks."""
+        return {"folder": self.text, "sqlite": self.text.partition(":")[2]}.get(self.kind, "")
+
 
 def _place(text: str) -> Place:
     """A folder, or one of the kinds in _PLACES."""
@@ -19228,10 +19233,10 @@ def _way_findings(settings: Settings, dialer: Dialer, ca_file: str | None) -> It
 
 
 def _store_finding(settings: Settings, means: Means) -> Finding:
-    """Opens what -cache names; something small is put there, read, and removed. A folder is not
-    made for this. Raises UsageError."""
-    folder = os.path.abspath(settings.cache.text)
-    if settings.cache.kind == "folder" and not os.path.exists(folder):
+    """Opens what -cache names; something small is put there, read, and removed. A folder or file
+    is not made for this. Raises UsageError."""
+    folder = os.path.abspath(settings.cache.path)
+    if not os.path.exists(folder):
         while not os.path.exists(folder):
             folder = os.path.dirname(folder)
         may = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
@@ -19337,9 +19342,17 @@ def _at_work(settings: Settings, environ: Mapping[str, str]) -> Iterator[Answeri
         yield stack.enter_context(answering(settings, outside, client, storage, log))
 
 
+def _check_is_there(settings: Settings) -> None:
+    """For commands that make no store. Raises StartError."""
+    if not os.path.exists(os.path.abspath(settings.cache.path)):
+        origin = settings.origins.get("cache", "-cache")
+        raise StartError(f"{origin}={settings.cache}: no store is there")
+
+
 def run_verify(settings: Settings, environ: Mapping[str, str]) -> int:
     """Holds all that is stored of versions to what it should be; 1 if anything is not, or could not
     be read. Raises UsageError, StartError."""
+    _check_is_there(settings)
     progress = Progress("verify", settings.given[_AS_JSON.name])
     with _at_work(settings, environ) as found, _layers_at_work(settings, environ) as layers:
         compares = settings.verify and not settings.offline
@@ -19594,6 +19607,7 @@ def _choice(given: Mapping[str, Any]) -> Choice:
 def run_export(settings: Settings, environ: Mapping[str, str]) -> int:
     """Copies the store, or a part of it, to a tar archive or a folder; 1 if something named is
     missing. Raises UsageError, StartError."""
+    _check_is_there(settings)
     place = settings.given["FILE"]
     choice = _choice(settings.given)
     with contextlib.ExitStack() as stack:
@@ -19681,6 +19695,7 @@ _IMPORT_ARGUMENTS = (
 def run_restore(settings: Settings, environ: Mapping[str, str]) -> int:
     """Brings back what a re-check has moved aside; 1 if nothing was. Raises UsageError,
     StartError."""
+    _check_is_there(settings)
     progress = Progress("restore", settings.given[_AS_JSON.name])
     try:
         choice = Choice(settings.given["WHAT..."], {})
@@ -19703,6 +19718,7 @@ _RESTORE_ARGUMENTS = (
 
 def run_gc(settings: Settings, environ: Mapping[str, str]) -> int:
     """Removes what nobody can use. Raises UsageError, StartError."""
+    _check_is_there(settings)
     progress = Progress("gc", settings.given[_AS_JSON.name])
     only_tells = settings.given["-dry-run"]
     with _opened(settings, environ) as storage:

@@ -6088,9 +6088,10 @@ def test_a_bad_way_out_is_one_line_and_status_2(
 def checked(folder: Path, *arguments: str, **variables: str) -> tuple[int, str]:
     """The status of a check of nothing else, and its lines with every time as n, but for that of
     the cache."""
+    place = variables.get("CACHE_DIR", "./cache")
     ended = finish(folder, "check", "-sumdb=off", *arguments, environ=variables)
     assert ended.err == "" and list(folder.iterdir()) == []
-    cache = f"ok    cache  ./cache  not there, and can be made in {folder}\n"
+    cache = f"ok    cache  {place}  not there, and can be made in {folder}\n"
     assert ended.out.endswith(cache)
     return ended.status, re.sub(r"\d+ ms", "n ms", ended.out[: -len(cache)])
 
@@ -6116,9 +6117,11 @@ def test_check_tells_a_bad_certificate(tmp_path: Path, secured: Upstream) -> Non
     assert out.startswith(f"FAIL  upstream  {secured.url()}  ") and ": certificate: self" in out
 
 
-@pytest.mark.parametrize("fault", ["401", "500"])
-def test_check_tells_a_status_in_words(tmp_path: Path, upstream: Upstream, fault: str) -> None:
-    status, out = checked(tmp_path, f"-upstream={upstream.url(fault)}")
+@pytest.mark.parametrize(("fault", "place"), [("401", "./cache"), ("500", "sqlite:a/x.db")])
+def test_check_tells_a_status_in_words_and_makes_no_store(
+    tmp_path: Path, upstream: Upstream, fault: str, place: str
+) -> None:
+    status, out = checked(tmp_path, f"-upstream={upstream.url(fault)}", CACHE_DIR=place)
     assert status == 1
     assert re.search(rf"answered {fault} (Unauthorized|Internal Server Error)\n$", out)
 
@@ -12689,7 +12692,8 @@ def test_what_was_exported_serves_offline_elsewhere(
 
 
 def test_nothing_to_export_or_to_import_is_told(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "cache"):
+        (tmp_path / folder).mkdir()
     ended = finish(tmp_path, "export", "out.tar")
     assert (ended.status, "no module is in it" in ended.out) == (1, True)
     for source in ("out.tar", "empty", "none"):
@@ -12780,6 +12784,24 @@ def test_a_restore_does_not_change_what_was_fetched_since(tmp_path: Path) -> Non
     storage.put(ZIP, b"since")
     assert finish(tmp_path, "restore").status == 0
     assert read(storage, ZIP) == b"since"
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["export", "out.tar"], "./cache"),
+        (["gc"], "a/folder"),
+        (["restore"], "sqlite:x.db"),
+        (["verify"], "sqlite:a/folder/x.db"),
+    ],
+)
+def test_who_only_looks_into_a_store_makes_none(
+    tmp_path: Path, words: list[str], place: str
+) -> None:
+    ended = finish(tmp_path, *words, *flags({"cache": place, "sumdb": "off"}))
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err == f"goproxy.py: -cache={place}: no store is there\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def stored_below(folder: Path) -> set[str]:
