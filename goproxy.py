@@ -4865,13 +4865,28 @@ def _basic(user: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
 
 
+def hide(text: str, shown: Iterable[str]) -> str:
+    """The text of somebody to whom the Authorization values `shown` went, without these and what
+    is in them."""
+    for value in shown:
+        token = value.rpartition(" ")[2]
+        secrets = [token]
+        with contextlib.suppress(ValueError):  # it is no Basic one
+            user, mark, password = base64.b64decode(token, validate=True).decode().partition(":")
+            secrets += [password or user] if mark else []
+        for secret in filter(None, secrets):
+            text = text.replace(secret, "***")
+    return text
+
+
 def connect_tunnel(exact: _Exact, host: str, port: int, proxy: Url) -> None:
     """Has an HTTP proxy connect us (RFC 9110, section 9.3.6).
     Raises OSError, and BadUpstream for what a second try would not mend."""
     where = _authority(_checked_host(host), port)
     request = f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n"
+    shown = _basic(proxy.user, proxy.password)
     if proxy.user:
-        request += f"Proxy-Authorization: {_basic(proxy.user, proxy.password)}\r\n"
+        request += f"Proxy-Authorization: {shown}\r\n"
     exact.send(f"{request}\r\n".encode("ascii"))
     line = exact.head().partition(b"\r\n")[0].decode("latin-1")
     match = re.fullmatch(r"HTTP/1\.[01] ([0-9]{3})( [ -~]*)?", line)
@@ -4880,7 +4895,7 @@ def connect_tunnel(exact: _Exact, host: str, port: int, proxy: Url) -> None:
     if match[1] in ("401", "407"):  # tinyproxy says 401 to a wrong password
         raise BadUpstream(_unwelcome(proxy))
     if match[1][0] != "2":
-        raise ConnectionError(f"refuses {where}: {line[9:109]}")
+        raise ConnectionError(f"refuses {where}: {hide(line[9:], [shown])[:100]}")
 
 
 def _unwelcome(proxy: Url) -> str:
@@ -5157,6 +5172,7 @@ class Response(Blob):
     ) -> None:
         self._wire = wire
         self.peer = wire.peer  # who answers, in words
+        self.shown: Sequence[str] = ()  # the Authorization values of the request
         self._host = METER.host(wire.peer.partition(" ")[0])
         self._patience = patience
         self._release = release
@@ -5495,6 +5511,7 @@ class Client:
         host = METER.host(request.url.authority)
         with _traced(request) as span, _metered(host):
             response = self._send(_with_trace(request), proxy, patience, until)
+            response.shown = _credentials_in(request, proxy)
             span.note("http.response.status_code", response.status)
             if response.status >= 400 and response.status not in _ANSWERS:
                 span.fail(str(response.status), f"answered {response.status}")
@@ -5597,6 +5614,12 @@ class Client:
             self._idle.clear()
         for wire in wires:
             wire.close()
+
+
+def _credentials_in(request: Outgoing, proxy: Url | None) -> Sequence[str]:
+    """The Authorization values of a request, with that for the proxy to which it goes."""
+    values = [value for name, value in request.headers if name.lower() == "authorization"]
+    return [*values, _basic(proxy.user, proxy.password)] if proxy else values
 
 
 _ANSWERS = (404, 410, 412)  # absence, and that another was first, are no failures
@@ -9087,7 +9110,7 @@ def _words(response: Response) -> str:
         text = response.read(2000).decode()
     except (BadUpstream, UnicodeDecodeError):
         return ""
-    line = text.strip().partition("\n")[0][:300]
+    line = hide(text, response.shown).strip().partition("\n")[0][:300]
     return line[len("not found: ") :] if line.startswith("not found: ") else line
 
 
@@ -9537,8 +9560,8 @@ class Site(NamedTuple):
 class _GitFailed(Exception):
     """git ended with a status that is not 0; the text is the end of what it said."""
 
-    def __init__(self, status: int, said: bytes) -> None:
-        super().__init__(said[-2000:].decode("utf-8", "replace"))
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(said[-2000:])
         self.status = status
 
 
@@ -9558,6 +9581,11 @@ class _Order(NamedTuple):
     aloud: bool = False
     lock: int | None = None
     largest: int | None = None
+
+    @property
+    def shown(self) -> Sequence[str]:
+        """The Authorization that goes to the server, if any."""
+        return re.findall('"Authorization: (.*)"', self.variables.get("GIT_CONFIG_GLOBAL", ""))
 
 
 # Limits the files that git may write, in units of 512 bytes as POSIX has it, and ends git with all
@@ -9737,7 +9765,7 @@ class GitRunner:
                 raise BadUpstream(f"git says more than {self._LIMIT} bytes")
             status = git.wait()
             if status:
-                raise _GitFailed(status, said)
+                raise _GitFailed(status, hide(said.decode("utf-8", "replace"), order.shown))
             return said
 
     def close(self) -> None:

@@ -5580,6 +5580,26 @@ def test_wrong_password_is_told_without_it(
     assert target.connections == 0
 
 
+def quoting(heard: Heard) -> Said:
+    """The answer of a server that says what it was shown."""
+    shown = [heard.headers.get(name, "") for name in ("authorization", "proxy-authorization")]
+    words = [base64.b64decode(one.partition(" ")[2]).decode() for one in shown]
+    return Said(400, {"Via": "1.1 gw"}, f"not with {shown} or {words}".encode())
+
+
+@pytest.mark.parametrize(("way", "count"), [("", 2), ("http://joe:sesame@{}", 4)])
+def test_credentials_that_an_upstream_repeats_are_not_told(run: Run, way: str, count: int) -> None:
+    with scripted(quoting) as server:
+        url = server.base.replace("//", "//user:p%40ss%3Aword@")
+        proxy = run(upstream=url, proxy=way.format(f"127.0.0.1:{server.port}"))
+        answer = proxy.get(INFO)
+        assert (answer.status, answer.text.count("***")) == (502, count)
+        told = answer.text + proxy.stop().log
+        shown = [one.partition(" ")[2] for one in server.seen[0].headers.values() if "Basic" in one]
+    assert len(shown) == count / 2
+    assert [one for one in ("p@ss:word", "sesame", *shown) if one in told] == []
+
+
 @pytest.mark.parametrize("name", ["open_socks", "dante", "tinyproxy", "squid"])
 def test_target_that_refuses_is_told_by_the_proxy(
     name: str, closed: int, request: pytest.FixtureRequest
@@ -5702,6 +5722,14 @@ def test_what_is_no_proxy_is_told_in_words(
         url = f"{scheme}://127.0.0.1:{proxy.port}"
         with pytest.raises(goproxy.BadUpstream, match=rf"^proxy {url}: .*{problem}"):
             dialer(url).connect("1.2.3.4", 80, soon())
+
+
+def test_a_password_that_a_proxy_repeats_is_not_told() -> None:
+    line = b"HTTP/1.1 400 am9lOnNlc2FtZQ== is joe:sesame\r\n\r\n"
+    with Peer(Script((b"\r\n\r\n", line))) as proxy:
+        through = dialer(f"http://joe:sesame@127.0.0.1:{proxy.port}")
+        with pytest.raises(goproxy.BadUpstream, match=r": 400 \*\*\* is joe:\*\*\*$"):
+            through.connect("1.2.3.4", 80, soon())
 
 
 def test_socks5_tries_the_next_address() -> None:
@@ -10380,13 +10408,14 @@ def test_what_cannot_go_through_the_proxy_does_not_go_around_it(url: str) -> Non
 class Forge(ThreadingHTTPServer):
     """A forge over TLS, by any host name: pages for ?go-get=1, and git's own server for the bare
     repositories in a folder. `accepted` are the Authorization values that open it; empty: none is
-    needed. What it was asked is remembered."""
+    needed. `quotes`: it opens to nobody, and repeats what it is shown. What it was asked is
+    remembered."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path, tls: ssl.SSLContext) -> None:
         super().__init__(("127.0.0.1", 0), ForgeExchange)
-        self.folder, self.accepted = folder, set[str]()
+        self.folder, self.accepted, self.quotes = folder, set[str](), False
         self.pages: dict[str, tuple[int, str]] = {}
         self.moved: dict[str, str] = {}
         self.seen: list[tuple[str, str, str]] = []  # host, path with query, Authorization
@@ -10431,6 +10460,8 @@ class ForgeExchange(BaseHTTPRequestHandler):
         elif path.partition("/info/")[0] in self.server.moved:
             place = self.server.moved[path.partition("/info/")[0]]
             self.answer(301, b"", "text/plain", ("Location", f"{place}/info/refs?{query}"))
+        elif self.server.quotes:
+            self.answer(403, f"not with {shown}".encode(), "text/plain")
         elif self.server.accepted and shown not in self.server.accepted:
             self.answer(401, b"who are you?", "text/plain", ("WWW-Authenticate", 'Basic realm="x"'))
         else:
@@ -10653,6 +10684,14 @@ def test_credentials_open_a_repository(world: World, line: str, shown: str) -> N
     world.forge.accepted = {shown}
     assert world.start(line).get(f"{TOOL}/v1.0.0.info").version == "v1.0.0"
     assert world.forge.shown <= {shown, ""}
+
+
+def test_credentials_that_a_forge_repeats_are_not_told(world: World) -> None:
+    world.forge.quotes = True
+    proxy = world.start(f"git.test basic deploy {SECRET}")
+    assert "not with Basic ***" in proxy.get(f"{TOOL}/list").text
+    assert DEPLOY.partition(" ")[2] not in proxy.stop().log
+    assert world.forge.shown == {DEPLOY}
 
 
 def test_credentials_of_netrc_open_a_repository(world: World) -> None:
