@@ -11326,14 +11326,15 @@ class Cache:
                     break
                 with store_errors(name):
                     draft.write(data)
-        side_name, side = check(draft)
+        failing, side = check(draft)
         try:
-            self.storage.put(side_name, side, replace=False)
+            self.storage.put(failing, side, replace=False)
+            failing = name
             is_ours = self.storage.adopt(name, draft)
         except ProxyError as error:
             with contextlib.suppress(OSError):  # it may have got its name before that
                 os.unlink(draft.path)
-            self._log.error(f"{name}: not stored: {error}")
+            self._log.error(f"{failing}: not stored: {error}")
         else:
             if is_ours:
                 self.on_stored(name, draft.written + len(side))

@@ -7512,6 +7512,18 @@ def test_memory_says_that_nothing_survives_and_serves_from_one_process(
     assert sorted(path.name for path in run.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("limit", "told"), [(500, f"{ZIP}hash: not stored: 47 "), (600, f"{ZIP}: not stored: ")]
+)
+def test_what_memory_has_no_room_for_is_told_by_its_name(
+    run: Run, upstream: Upstream, limit: int, told: str
+) -> None:
+    proxy = run(cache="memory:", max_size=limit, upstream=upstream.url())
+    assert proxy.get(ZIP).body == SITE[ZIP]
+    told += "" if limit == 500 else f"{len(SITE[ZIP])} "
+    assert f"{told}bytes are more than the whole store holds" in proxy.stop().log
+
+
 def test_memory_refuses_several_processes(tmp_path: Path) -> None:
     ended = finish(tmp_path, "-cache=memory:", "-workers=2", "-port=0")
     assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
