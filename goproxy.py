@@ -1844,6 +1844,7 @@ MAX_GO_MOD = 16 << 20
 MAX_LICENSE = 16 << 20
 MAX_ZIP = 500 << 20  # of the file, and of all it holds (x/mod/zip)
 _MAX_ENTRIES = 1_000_000
+_MAX_FILES = 250_000  # of a zip that is made here, each of 2 KiB if it is as large as it may be
 _MAX_DIRECTORY = 64 << 20  # bounds the memory that names can take
 _CHUNK = 256 << 10
 _SECTOR = 4 << 10
@@ -2721,6 +2722,8 @@ def choose_files(sizes: Mapping[str, int | None], go_mod: bytes) -> list[str]:
         if not (_is_vendored(name, modern) or _is_below(name, nested) or name == ".hg_archival.txt")
     ]
     chosen = {name: size for name in kept if (size := sizes[name]) is not None}
+    if len(chosen) > _MAX_FILES:
+        raise BadUpstream(f"module source tree has more than {_MAX_FILES} files")
     for name in kept:
         _check_chosen(name, chosen.get(name))
     _check_collisions([name.encode() for name in kept])
@@ -2772,18 +2775,18 @@ class _Sink(io.RawIOBase):
     """Takes what a ZipFile writes; it cannot seek, so that a zip can leave while it grows."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        self._data = bytearray()
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self._parts.append(bytes(data))
+        self._data += data
         return len(data)
 
     def take(self) -> bytes:
-        taken = b"".join(self._parts)
-        self._parts.clear()
+        taken = bytes(self._data)
+        self._data.clear()
         return taken
 
 
@@ -2805,6 +2808,7 @@ def zip_pieces(
                 for piece in pieces:
                     out.write(piece)
                     yield sink.take()
+            archive.NameToInfo.clear()  # which nobody asks here, and there may be many
     yield sink.take()
 
 
@@ -9588,11 +9592,14 @@ class _Order(NamedTuple):
         return re.findall('"Authorization: (.*)"', self.variables.get("GIT_CONFIG_GLOBAL", ""))
 
 
-# Limits the files that git may write, in units of 512 bytes as POSIX has it, and ends git with all
-# that it began as soon as its input ends: ours is held open as long as we live.
+# Limits the files that git may write, in units of 512 bytes as POSIX has it, and the memory of each
+# of its processes, in KiB: a few bytes of a pack can stand for gigabytes. Memory is what they may
+# write to: address space would count the packs that they look into as well. Ends git with all that
+# it began as soon as its input ends: ours is held open as long as we live.
 _LEASHED = (
     "exec {leash}<&0; (read -r _ <&{leash}; kill -9 0) >/dev/null 2>&1 & "
-    'ulimit -f {blocks} 2>/dev/null; exec git "$@" {leash}<&- </dev/null'
+    "ulimit -f {blocks} 2>/dev/null; ulimit -d {memory} 2>/dev/null; "
+    'exec git "$@" {leash}<&- </dev/null'
 )
 
 
@@ -9659,6 +9666,7 @@ _GIT_OPTIONS = (
     "http.lowSpeedLimit=1000",
     "http.lowSpeedTime=30",
     "maintenance.autoDetach=false",
+    "pack.threads=4",
     "protocol.version=2",
     "safe.bareRepository=all",
     "safe.directory=*",
@@ -9697,9 +9705,11 @@ def _hidden(order: _Order) -> Iterator[tuple[str, int]]:
 class GitRunner:
     """Runs git so that nothing of a repository is executed, nothing of this machine's settings
     counts, nothing asks questions, and no more than eight run at once. Those that use the network
-    end with this process, however it ends, and cannot fill the disk."""
+    end with this process, however it ends, and can fill neither the disk nor the memory. The others
+    unfold nothing that those have not unfolded before."""
 
     LARGEST = 8 << 30  # bytes of a pack
+    MEMORY = 2 << 30  # bytes: a file of 500 MiB, what it is a delta to, and as much again
     _AT_ONCE = 8
     _QUEUE_SECONDS = 60.0
     _LIMIT = 64 << 20  # of bytes that git may say
@@ -9738,7 +9748,9 @@ class GitRunner:
         if order.aloud:
             blocks = (order.largest or self.LARGEST) // 512
             leash = next(number for number in (3, 4, 5) if number not in handed)
-            program = ["sh", "-c", _LEASHED.format(leash=leash, blocks=blocks), "git"]
+            memory = self.MEMORY >> 10
+            script = _LEASHED.format(leash=leash, blocks=blocks, memory=memory)
+            program = ["sh", "-c", script, "git"]
         try:
             process = subprocess.Popen(
                 [*program, *options, *order.arguments],
@@ -9762,7 +9774,7 @@ class GitRunner:
         with self.start(order) as git:
             said = git.out.read(self._LIMIT + 1)
             if len(said) > self._LIMIT:
-                raise BadUpstream(f"git says more than {self._LIMIT} bytes")
+                raise BadUpstream(f"git {order.arguments[0]} says more than {self._LIMIT} bytes")
             status = git.wait()
             if status:
                 raise _GitFailed(status, hide(said.decode("utf-8", "replace"), order.shown))
@@ -9914,6 +9926,9 @@ class BareRepository:
                 self._sweep()
             if outgrew:
                 raise BadUpstream(f"more than {shown_size(largest)} for one fetch") from None
+            if "Out of memory" in str(error):
+                told = f"more than {shown_size(self._git.MEMORY)} of memory for one fetch"
+                raise BadUpstream(told) from None
             raise
         os.unlink(self._unfinished)
 
@@ -9933,6 +9948,7 @@ _REF_LINE = re.compile(
     rb"^([0-9a-f]{40}|[0-9a-f]{64})\t(HEAD|refs/(?:heads|tags)/[^\x00-\x20\x7f~^:?*\[\\]+)(\^\{\})?$",
     re.MULTILINE,
 )
+_TREE_ROW = re.compile(rb"(\d{3})\d{3} \w+ [0-9a-f]+ +(\d+|-)\t([^\0]+)\0")
 _ALL = ("+refs/heads/*:refs/{}heads/*", "+refs/tags/*:refs/{}tags/*")
 
 
@@ -9982,7 +9998,7 @@ class Repository:
 
     def _ask_refs(self) -> Mapping[str, str]:
         asked_at = time.monotonic()
-        found = _REF_LINE.findall(self._listed())
+        found = map(re.Match.groups, _REF_LINE.finditer(self._listed()))
         # A line with ^{} comes after that of its tag and tells the commit behind the tag's object.
         refs = {ref.decode("utf-8", "surrogateescape"): name.decode() for name, ref, _ in found}
         self._known = (asked_at, refs)
@@ -10126,13 +10142,12 @@ class Repository:
         """The files below a folder ("" for the top) with their sizes in bytes; None for links."""
         words = ("ls-tree", "-r", "-l", "-z", "--full-tree", "--end-of-options", commit.hash)
         said = self._ask_content(commit, *words, *([folder + "/"] if folder else []))
-        rows = [line.partition(b"\t") for line in said.split(b"\0") if line]
         return {
-            name.decode("utf-8", "surrogateescape")[len(folder) + bool(folder) :]: (
-                int(head.split()[3]) if head.startswith(b"100") else None
+            row[3].decode("utf-8", "surrogateescape")[len(folder) + bool(folder) :]: (
+                int(row[2]) if row[1] == b"100" else None
             )
-            for head, _, name in rows
-            if not head.startswith(b"160000")  # a submodule: an empty folder
+            for row in _TREE_ROW.finditer(said)  # one at a time: there may be a million
+            if row[1] != b"160"  # a submodule: an empty folder
         }
 
     def archive(self, commit: Commit, folder: str) -> Generator[FileContent, None, None]:

@@ -9295,14 +9295,170 @@ def test_a_module_of_more_than_500_mib_is_refused_before_it_is_packed(tmp_path: 
     origin = Origin(tmp_path / "quote", [Step({"go.mod": GIT_MOD, "a": bytes(1 << 20)})])
     big = origin("rev-parse", "main:a").strip()
     rows = "".join(f"100644 blob {big}\tf{number}\n" for number in range(501))
-    tree = git(f"--git-dir={origin.folder}", "mktree", feed=rows.encode()).strip()
-    who = ("-c", "user.name=A", "-c", "user.email=a@example.com")
-    origin("tag", "v1.0.0", origin(*who, "commit-tree", "-m", ".", tree).strip())
+    tag_tree(origin, "v1.0.0", rows)
     source = git_source(origin)
     assert source.resolve(ACME_QUOTE, "v1.0.0").version == "v1.0.0"
     with pytest.raises(goproxy.BadUpstream, match="module source tree too large"):
         source.open(goproxy.Artifact(ACME_QUOTE, "v1.0.0", "zip"))
     assert weight(tmp_path / "kept") < 1 << 20
+
+
+def pack_number(value: int, first: int = 0, bits: int = 7) -> bytes:
+    """A number as packs have it, seven bits a byte, the lowest first; the first byte may have room
+    for fewer besides what `first` says."""
+    out = bytearray([first | value & (1 << bits) - 1])
+    value >>= bits
+    while value:
+        out[-1] |= 128
+        out.append(value & 127)
+        value >>= 7
+    return bytes(out)
+
+
+PIECE = 0xFFFFFF  # the most that one instruction of a delta copies
+
+
+def bomb(origin: Origin, copies: int) -> int:
+    """Adds a tag v1.0.0 whose bomb.go is so many times 16 MiB, as a delta to one of them: a pack
+    made by hand, because git would unfold it. Gives the size of the pack."""
+    piece, size = bytes(PIECE), copies * PIECE
+    base = hashlib.sha1(b"blob %d\0" % PIECE + piece).digest()
+    whole = hashlib.sha1(b"blob %d\0" % size)
+    for _ in range(copies):
+        whole.update(piece)
+    delta = pack_number(PIECE) + pack_number(size) + b"\xf0\xff\xff\xff" * copies
+    objects = [
+        (base, pack_number(PIECE, 3 << 4, 4) + zlib.compress(piece)),
+        (whole.digest(), pack_number(len(delta), 7 << 4, 4) + base + zlib.compress(delta)),
+    ]
+    rows = "".join(f"100644 blob {name.hex()}\t{name.hex()}.go\n" for name, _ in objects)
+    written = add_pack(origin.folder / "objects" / "pack", objects)
+    tag_tree(origin, "v1.0.0", rows)
+    return written
+
+
+def add_pack(folder: Path, objects: Sequence[tuple[bytes, bytes]]) -> int:
+    """Writes a pack of objects that are packed already, and its index (gitformat-pack)."""
+    data, rows = b"PACK" + struct.pack(">2I", 2, len(objects)), []
+    for name, packed in objects:
+        rows.append((name, struct.pack(">I", zlib.crc32(packed)), struct.pack(">I", len(data))))
+        data += packed
+    rows.sort()
+    data += hashlib.sha1(data).digest()
+    index = b"\xfftOc" + struct.pack(">I", 2)
+    index += struct.pack(">256I", *(sum(row[0][0] <= byte for row in rows) for byte in range(256)))
+    index += b"".join(b"".join(column) for column in zip(*rows)) + data[-20:]
+    (folder / "pack-0.pack").write_bytes(data)
+    (folder / "pack-0.idx").write_bytes(index + hashlib.sha1(index).digest())
+    return len(data)
+
+
+def tag_tree(origin: Origin, tag: str, rows: str) -> None:
+    """Tags a commit with just these files, in the words of ls-tree."""
+    place = f"--git-dir={origin.folder}"
+    tree = git(place, "mktree", "--missing", feed=rows.encode()).strip()
+    who = ("-c", "user.name=A", "-c", "user.email=a@example.com")
+    origin("tag", tag, origin(*who, "commit-tree", "-m", ".", tree).strip())
+
+
+class ThriftyRunner(goproxy.GitRunner):
+    MEMORY = 64 << 20
+
+
+def test_a_pack_that_unfolds_to_more_than_memory_is_refused(quote: Origin, tmp_path: Path) -> None:
+    quote("tag", "-d", "v1.0.0")
+    assert bomb(quote, 5) < 40_000
+    kept, path = tmp_path / "kept", os.environ["PATH"]
+    with pytest.raises(goproxy.BadUpstream, match=r"more than 67.1 MB of memory for one fetch"):
+        goproxy.Repository(ThriftyRunner(path), str(kept), quote.url, lambda url: {}).find("v1.0.0")
+    assert [*kept.rglob("tmp_*")] == [] and weight(kept) < 40_000
+    ample = goproxy.Repository(goproxy.GitRunner(path), str(kept), quote.url, lambda url: {})
+    assert 5 * PIECE in ample.sizes(ample.find("v1.0.0"), "").values()
+
+
+def wide_tree(origin: Origin, folders: int, files: int) -> None:
+    """Adds a tag v1.0.0 of many small files, in folders that are one and the same object."""
+    small = git(f"--git-dir={origin.folder}", "hash-object", "-w", "--stdin", feed=b".").strip()
+    names = "".join(f"100644 blob {small}\tf{number}.go\n" for number in range(files))
+    tree = git(f"--git-dir={origin.folder}", "mktree", feed=names.encode()).strip()
+    tag_tree(origin, "v1.0.0", "".join(f"040000 tree {tree}\td{n}\n" for n in range(folders)))
+
+
+def test_a_tree_of_too_many_files_is_refused(tmp_path: Path) -> None:
+    """A hundred thousand billion of them, in a few objects."""
+    origin = Origin(tmp_path / "acme" / "quote", ACME[:0])
+    wide_tree(origin, 1, 100)
+    for _ in range(6):
+        tree = origin("rev-parse", "v1.0.0^{tree}").strip()
+        origin("tag", "-d", "v1.0.0")
+        tag_tree(origin, "v1.0.0", "".join(f"040000 tree {tree}\td{n}\n" for n in range(100)))
+    with pytest.raises(goproxy.BadUpstream, match="git ls-tree says more than"):
+        git_source(origin).open(goproxy.Artifact(ACME_QUOTE, "v1.0.0", "zip"))
+
+
+def test_more_files_than_a_module_of_500_mib_has_are_refused() -> None:
+    sizes = dict.fromkeys(map("f{}.go".format, range(250_001)), 1)
+    with pytest.raises(goproxy.BadUpstream, match="more than 250000 files"):
+        goproxy.choose_files(sizes, b"")
+
+
+def huge_file(origin: Origin) -> None:
+    with open(origin.folder / "huge", "wb") as file:
+        file.truncate(600 << 20)
+    tag_tree(origin, "v1.0.0", f"100644 blob {origin('hash-object', '-w', file.name).strip()}\tx\n")
+
+
+def memory_below(process: int) -> collections.Counter[str]:
+    """Memory of its own of a process, and of the largest that it or one of these began, in MB."""
+    found = collections.Counter(proxy=own_memory(process))
+    for child in gits_of(process):
+        found |= collections.Counter(git=own_memory(child))
+    return found
+
+
+def gits_of(process: int) -> list[int]:
+    """All that a process has begun, in whatever thread, and what these have begun."""
+    found: list[int] = []
+    for file in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it may have ended by now
+            found += map(int, file.read_text().split())
+    return [*found, *itertools.chain.from_iterable(map(gits_of, found))]
+
+
+def own_memory(process: int) -> int:
+    with contextlib.suppress(OSError, ValueError):  # it may have ended by now
+        return status_of(process, "RssAnon") // 1000
+    return 0
+
+
+BURDENS: dict[str, tuple[Callable[[Origin], object], str]] = {
+    "900,000 files": (lambda origin: wide_tree(origin, 900, 1000), "more than 250000 files"),
+    "a file of 600 MiB": (huge_file, "module source tree too large"),
+    "a delta of 8 GB": (lambda origin: bomb(origin, 512), "more than 2.1 GB of memory"),
+    "a million files": (lambda origin: wide_tree(origin, 1000, 1000), "git ls-tree says more than"),
+}
+
+
+@needs_proc
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", BURDENS)
+def test_a_repository_that_is_a_burden_is_refused(run: Run, tmp_path: Path, kind: str) -> None:
+    fill, words = BURDENS[kind]
+    fill(origin := Origin(tmp_path / "acme" / "quote", []))
+    run.command = plainly
+    proxy = run(vcs=f"{ACME_QUOTE}={origin.url}", private=ACME_QUOTE, upstream="off", workers=1)
+    start, peaks, slowest = time.monotonic(), collections.Counter[str](), 0.0
+    patient = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=600)
+    with contextlib.closing(patient):
+        answer = goproxy.in_thread(lambda: ask(patient, "GET", f"/{ACME_QUOTE}/@v/v1.0.0.zip", {}))
+        while not answer.done():
+            slowest = max(slowest, timed(lambda: proxy.get("version")))
+            peaks |= memory_below(proxy.process.pid)
+    seconds, kept = time.monotonic() - start, weight(run.cache)
+    print(f"{kind}: {seconds:.1f} s, {dict(peaks)} MB, {kept} bytes kept, slowest {slowest:.2f} s")
+    assert (answer.result().status, words in answer.result().text) == (502, True)
+    assert peaks["proxy"] < 200 and peaks["git"] < 2200 and slowest < 2 and kept < 5 << 20
+    assert not [*run.cache.rglob("tmp_*"), *gits_of(proxy.process.pid)]
 
 
 def test_half_a_zip_leaves_no_git(quote: Origin, tmp_path: Path) -> None:
