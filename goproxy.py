@@ -17273,17 +17273,19 @@ class Handler(Courier, BaseHTTPRequestHandler):
             self.advance()
 
     def _serve_hot(self, data: bytes) -> bool:
-        """Answers in the loop itself, if `data` is exactly one request that is known word by word
-        and its reply is at hand."""
-        loop = self.loop
-        target, span = loop.known.get(data), None
-        if target is None and len(data) <= _KNOWN_LIMIT:
-            data, told = without_passing(data)
-            target = loop.known.get(data)
+        """Answers in the loop itself, if `data` is exactly one request whose fields are known word
+        by word and its reply is at hand."""
+        loop, span = self.loop, None
+        end = data.find(b"\r\n")
+        fields = data[end:]
+        if fields not in loop.known and len(data) <= _KNOWN_LIMIT:
+            fields, told = without_passing(fields)
             span = TRACER.serve(told) if "traceparent" in told else None
-        if target is None or loop.draining or self.served >= _REQUESTS_PER_CONNECTION:
+        if fields not in loop.known or loop.draining or self.served >= _REQUESTS_PER_CONNECTION:
             return False
-        reply = loop.hot.get(target)
+        if data[:4] != b"GET " or data[end - 9 : end] != b" HTTP/1.1":
+            return False
+        reply = loop.hot.get(data[4 : end - 9].decode("latin-1"))
         if reply is None:
             return False
         loop.app.used(reply.stored.name)
@@ -17325,7 +17327,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
                 self._asked = with_upload(self._asked, self.sock, self._buffer)
                 self._buffer, self._skip = b"", 0
             if not self._buffer and len(received) <= _KNOWN_LIMIT and self._is_alike():
-                self.loop.know(without_passing(received)[0], self._asked.target)
+                self.loop.know(without_passing(received[received.find(b"\r\n") :])[0])
         taken = min(self._skip, len(self._buffer))
         self._skip -= taken
         self._buffer = self._buffer[taken:]
@@ -17333,7 +17335,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
             self._begin(self._asked)
 
     def _is_alike(self) -> bool:
-        """Whether whoever sends these very bytes again gets the same, if it is still there."""
+        """Whether whoever sends these very fields again gets the same as everybody."""
         return bool(self._asked and self._asked.is_plain and not self.loop.app.gate)
 
     def _begin(self, request: Request) -> None:
@@ -17827,7 +17829,7 @@ class Server(ThreadingHTTPServer):
     _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS = 4, 24, 12, 4
     _PASSWORDS, _HANDSHAKES, _UPLOADS, _PULLS, _PUSHES = 2, 2, 4, 16, 16
     _ROOM = Lane.TOGETHER - 8  # for who waits: there is room left for what they wait for
-    _KNOWN = 4096
+    _KNOWN = 1024
 
     def __init__(
         self,
@@ -17848,7 +17850,7 @@ class Server(ThreadingHTTPServer):
         self.draining = False
         self.now = time.monotonic()
         self.second = int(time.time())
-        self.known: dict[bytes, str] = {}  # targets of plain requests, by all their bytes
+        self.known: set[bytes] = set()  # all fields of plain requests: clients have few of them
         self.hot = HotMemory(app.policy, _descriptor_limit() // 8)
         self.request_lane = Lane("request", self._REQUESTS, 2)
         self.upload_lane = Lane("upload", self._UPLOADS if app.gate else 1)
@@ -18019,11 +18021,11 @@ class Server(ThreadingHTTPServer):
             return self.pull_lane
         return self.zip_lane if request.target.endswith(".zip") else self.patient_lane
 
-    def know(self, received: bytes, target: str) -> None:
-        """Remembers what the bytes of a plain request ask for."""
+    def know(self, fields: bytes) -> None:
+        """Remembers the fields of a plain request, from the end of its first line on."""
         if len(self.known) >= self._KNOWN:
             self.known.clear()
-        self.known[received] = target
+        self.known.add(fields)
 
     def remember(self, target: str, stored: Stamped, message: Message) -> None:
         """Keeps a good reply in the hot memory; may be called from any thread."""

@@ -15315,6 +15315,32 @@ def test_conditions_are_heeded_by_what_is_remembered(proxy: Proxy) -> None:
     assert proxy.get(INFO, method="HEAD").body == b""
 
 
+ODD_LINES = [
+    "DELETE /{} HTTP/1.1", "GET  /{} HTTP/1.1", "GET //{} HTTP/1.1", "GET /{} HTTP/1.0",
+    "GET /{} HTTP/1.1 ", "GET /{} HTTP/1.10", "GET /{} HTTP/2.1", "GET /{}", "GET /{}#x HTTP/1.1",
+    "GET /{}%20 HTTP/1.1", "GET /{}/ HTTP/1.1", "GET /{}\tHTTP/1.1", "GET /{}\x00 HTTP/1.1",
+    "GET http://x/{} HTTP/1.1", "GET /{}?go-get=1 HTTP/1.1", "GET {} HTTP/1.1", "HEAD /{} HTTP/1.1",
+    "POST /{} HTTP/1.1", "get /{} HTTP/1.1", "\r\nGET /{} HTTP/1.1", "\nGET /{} HTTP/1.1",
+]  # fmt: skip
+
+
+def test_well_known_fields_excuse_no_odd_first_line(proxy: Proxy) -> None:
+    for line in ODD_LINES:
+        odd, said = line.format(INFO).encode(), []
+        with dial(proxy.port) as known, dial(proxy.port) as new:
+            for _ in range(2):
+                known.sendall(b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % INFO.encode())
+                answer = http.client.HTTPResponse(known)
+                answer.begin()
+                assert answer.read() == SITE[INFO]
+            for client, fields in ((known, b"Host: x"), (new, b"Host: x\r\nX-New: 1")):
+                client.sendall(b"%b\r\n%b\r\n\r\n" % (odd, fields))
+                client.shutdown(socket.SHUT_WR)
+                answers = responses(read_all(client), line.split()[0])
+                said.append([varying(each) for each in answers])
+        assert said[0] == said[1] and len(said[0]) == 1, line
+
+
 def test_pipelined_requests_for_remembered_files_are_in_order(proxy: Proxy) -> None:
     paths = [INFO, BIG, MOD, ZIP, INFO, BIG, MOD]
     for path in paths:
