@@ -365,6 +365,7 @@ _ESCAPE = re.compile(r"!([a-z])")
 _BAD_ESCAPE = re.compile(r"[A-Z]|!(?![a-z])")
 _DIGITS = "0123456789"
 _PATHS = 8192  # paths whose escaping is remembered: each is needed several times in a request
+_VERSIONS = 512  # the same for versions
 
 
 def quoted(text: str) -> str:
@@ -451,12 +452,14 @@ def unescape_path(escaped: str) -> str:
     return path
 
 
+@functools.lru_cache(maxsize=_VERSIONS)
 def escape_version(version: str) -> str:
     """`version` as it stands in URLs and file names: each capital X as !x. Raises BadName."""
     check_version(version)
     return _escape(version)
 
 
+@functools.lru_cache(maxsize=_VERSIONS)
 def unescape_version(escaped: str) -> str:
     """The version, branch or commit that `escaped` stands for. Raises BadName."""
     version = _unescape(escaped, "version")
@@ -564,6 +567,7 @@ _SEMVER = re.compile(rf"v{_NUMBER}(?:\.{_NUMBER}(?:\.{_NUMBER}{_TAIL})?)?")
 _STAMP = re.compile(r"[0-9]{14}-[0-9A-Za-z]+")
 
 
+@functools.lru_cache(maxsize=_VERSIONS)
 def _parse(version: str) -> _Semver | None:
     found = _SEMVER.fullmatch(version)
     if not found:
@@ -3160,12 +3164,11 @@ class FileBlob(Blob):
 
     def wait(self) -> int | None:
         """As ready, but blocks instead of answering 0."""
-        woken = threading.Event()
         while True:
             count = self.ready()
             if count != 0:
                 return count
-            woken.clear()
+            woken = threading.Event()
             self.when_ready(woken.set)
             woken.wait()
 
@@ -16986,7 +16989,8 @@ class Courier:
         self.sock = sock
         self.deadline = server.now + _IDLE_SECONDS  # monotonic; then the loop loses patience
         self.filed = 0  # the second at which the loop looks at the deadline
-        self.interest = 0  # what the loop polls it for
+        self.interest = 0  # what the loop waits for
+        self.polled = 0  # what the poller has been told
         self.served = 0  # replies
         self._transfer: Transfer | None = None
 
@@ -17870,6 +17874,7 @@ class Server(ThreadingHTTPServer):
         self._wheel = Wheel(self.now)
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
         self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._is_woken = False
         self._stop_at: float | None = None
         self._accept_at = 0.0
 
@@ -17923,24 +17928,33 @@ class Server(ThreadingHTTPServer):
             self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # a full pipe wakes the loop as well
-            self._wake_sender.send(b"\0")
+        if not self._is_woken:
+            self._is_woken = True
+            with contextlib.suppress(OSError):  # a full pipe wakes the loop as well
+                self._wake_sender.send(b"\0")
 
     def _drain_wakes(self) -> None:
+        self._is_woken = False  # first: what is posted from here on may be too late for this turn
         with contextlib.suppress(BlockingIOError):
             self._wake_receiver.recv(4096)
 
     def poll(self, handler: Courier, interest: int) -> None:
-        """Polls a connection for 0 (a lane has it), READABLE or WRITABLE."""
-        before, handler.interest = handler.interest, interest
-        if before == interest:
-            return
+        """Waits for a connection to be READABLE or WRITABLE, or for nothing: 0, a lane has it. The
+        poller hears of that only if something comes meanwhile, which is rare."""
+        handler.interest = interest
         descriptor = handler.sock.fileno()
-        self._poller.set(descriptor, before, interest)
-        if interest:
-            self._events[descriptor] = handler.on_event
-        else:
-            del self._events[descriptor]
+        if interest and interest != handler.polled:
+            self._poller.set(descriptor, handler.polled, interest)
+            handler.polled = interest
+        if handler.polled:
+            ignore = functools.partial(self._ignore, handler)
+            self._events[descriptor] = handler.on_event if interest else ignore
+
+    def _ignore(self, handler: Courier) -> None:
+        descriptor = handler.sock.fileno()
+        self._poller.set(descriptor, handler.polled, 0)
+        handler.polled = 0
+        del self._events[descriptor]
 
     def allow(self, handler: Courier, seconds: float) -> None:
         """Gives a connection a deadline."""
@@ -17999,8 +18013,10 @@ class Server(ThreadingHTTPServer):
         return handler
 
     def forget(self, handler: Courier) -> None:
-        """A connection is about to close."""
-        self.poll(handler, 0)
+        """A connection is about to close, here at least: another process may have it, too."""
+        handler.interest = 0
+        if handler.polled:
+            self._ignore(handler)
         self._wheel.unfile(handler)
         self._handlers.discard(handler)
 
