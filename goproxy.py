@@ -16939,11 +16939,12 @@ class _Remembered:
 
 
 class HotMemory:
-    """Replies the loop can give without a thread: immutable artifacts, by request target. Small
-    bodies are kept in memory, big ones as open files. Each is used only while the store still has
-    the very file it was made from, which one stat tells."""
+    """Replies the loop can give without a thread: immutable artifacts, by the first line of their
+    request, for the `fields` that decide nothing: clients send few different ones. Small bodies are
+    kept in memory, big ones as open files. Each is used only while the store still has the very
+    file it was made from, which one stat tells."""
 
-    _BYTES, _FILES, _SMALL = 32 << 20, 64, 64 << 10
+    _BYTES, _FILES, _SMALL, _FIELDS = 32 << 20, 64, 64 << 10, 1024
 
     def __init__(self, policy: Policy, files: int) -> None:
         """`files`: how many may be kept open."""
@@ -16951,13 +16952,20 @@ class HotMemory:
         self._files = max(8, min(files, self._FILES))
         self._open = 0
         self._cost = 0
-        self._replies: collections.OrderedDict[str, _Remembered] = collections.OrderedDict()
+        self._replies: collections.OrderedDict[bytes, _Remembered] = collections.OrderedDict()
+        self.fields: set[bytes] = set()
 
-    def get(self, target: str) -> _Remembered | None:
-        reply = self._replies.get(target)
+    def know(self, fields: bytes) -> None:
+        """Remembers the fields of a plain request, from the end of its first line on."""
+        if len(self.fields) >= self._FIELDS:
+            self.fields.clear()
+        self.fields.add(fields)
+
+    def get(self, line: bytes, fields: bytes) -> _Remembered | None:
+        reply = self._replies.get(line) if fields in self.fields else None
         stored = reply.stored if reply else None
         if stored and (stored.stamp in UNREADABLE or self._stamp(stored.name) != stored.stamp):
-            self._drop(target)
+            self._drop(line)
             return None
         return reply
 
@@ -16967,15 +16975,16 @@ class HotMemory:
             return
         if message.blob:
             message = message._replace(blob=message.blob.again())
-        self._drop(target)
-        self._replies[target] = reply = _Remembered(target, stored, message)
+        line = f"GET {target} HTTP/1.1".encode()
+        self._drop(line)
+        self._replies[line] = reply = _Remembered(target, stored, message)
         self._cost += reply.cost
         self._open += reply.blob is not None
         while self._cost > self._BYTES or self._open > self._files:
             self._drop(next(iter(self._replies)))
 
-    def _drop(self, target: str) -> None:
-        reply = self._replies.pop(target, None)
+    def _drop(self, line: bytes) -> None:
+        reply = self._replies.pop(line, None)
         if reply:
             self._cost -= reply.cost
             self._open -= reply.blob is not None
@@ -17282,14 +17291,12 @@ class Handler(Courier, BaseHTTPRequestHandler):
         loop, span = self.loop, None
         end = data.find(b"\r\n")
         fields = data[end:]
-        if fields not in loop.known and len(data) <= _KNOWN_LIMIT:
+        if fields not in loop.hot.fields and len(data) <= _KNOWN_LIMIT:
             fields, told = without_passing(fields)
             span = TRACER.serve(told) if "traceparent" in told else None
-        if fields not in loop.known or loop.draining or self.served >= _REQUESTS_PER_CONNECTION:
+        if loop.draining or self.served >= _REQUESTS_PER_CONNECTION:
             return False
-        if data[:4] != b"GET " or data[end - 9 : end] != b" HTTP/1.1":
-            return False
-        reply = loop.hot.get(data[4 : end - 9].decode("latin-1"))
+        reply = loop.hot.get(data[:end], fields)
         if reply is None:
             return False
         loop.app.used(reply.stored.name)
@@ -17331,7 +17338,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
                 self._asked = with_upload(self._asked, self.sock, self._buffer)
                 self._buffer, self._skip = b"", 0
             if not self._buffer and len(received) <= _KNOWN_LIMIT and self._is_alike():
-                self.loop.know(without_passing(received[received.find(b"\r\n") :])[0])
+                self.loop.hot.know(without_passing(received[received.find(b"\r\n") :])[0])
         taken = min(self._skip, len(self._buffer))
         self._skip -= taken
         self._buffer = self._buffer[taken:]
@@ -17825,6 +17832,31 @@ class Inbox:
         self.is_open = False
 
 
+class Bell:
+    """Wakes a loop that waits for `sock`, and then does what has been posted."""
+
+    def __init__(self) -> None:
+        self.sock, self._rope = socket.socketpair()
+        self._rope.setblocking(False)
+        self._rings = False
+
+    def ring(self) -> None:
+        """May be called from any thread, after posting."""
+        if not self._rings:
+            self._rings = True
+            with contextlib.suppress(OSError):  # a full pipe wakes the loop as well
+                self._rope.send(b"\0")
+
+    def still(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self.sock.recv(4096)
+        self._rings = False  # last: a byte taken together with others must not count as there
+
+    def close(self) -> None:
+        self.sock.close()
+        self._rope.close()
+
+
 class Server(ThreadingHTTPServer):
     """The front loop: one thread owns accepting, request heads, idle and slow connections and all
     deadlines. Complete requests go to lanes of few threads; nothing is spawned per client."""
@@ -17833,7 +17865,6 @@ class Server(ThreadingHTTPServer):
     _REQUESTS, _WAITERS, _ZIP_WAITERS, _TRANSFERS = 4, 24, 12, 4
     _PASSWORDS, _HANDSHAKES, _UPLOADS, _PULLS, _PUSHES = 2, 2, 4, 16, 16
     _ROOM = Lane.TOGETHER - 8  # for who waits: there is room left for what they wait for
-    _KNOWN = 1024
 
     def __init__(
         self,
@@ -17854,7 +17885,6 @@ class Server(ThreadingHTTPServer):
         self.draining = False
         self.now = time.monotonic()
         self.second = int(time.time())
-        self.known: set[bytes] = set()  # all fields of plain requests: clients have few of them
         self.hot = HotMemory(app.policy, _descriptor_limit() // 8)
         self.request_lane = Lane("request", self._REQUESTS, 2)
         self.upload_lane = Lane("upload", self._UPLOADS if app.gate else 1)
@@ -17873,16 +17903,14 @@ class Server(ThreadingHTTPServer):
         self._handlers: set[Courier] = set()
         self._wheel = Wheel(self.now)
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
-        self._wake_receiver, self._wake_sender = socket.socketpair()
-        self._is_woken = False
+        self._bell = Bell()
         self._stop_at: float | None = None
         self._accept_at = 0.0
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Runs until `stop`, and then until running replies are out, or its time is up."""
         self._thread = threading.get_ident()
-        self._wake_sender.setblocking(False)
-        self._watch(self._wake_receiver, self._drain_wakes)
+        self._watch(self._bell.sock, self._bell.still)
         self._listen()
         if self._inbox.sock:
             self._watch(self._inbox.sock, self._inbox.take)
@@ -17925,18 +17953,7 @@ class Server(ThreadingHTTPServer):
         """Has the loop do something in its next turn; may be called from any thread."""
         self._posts.append(work)
         if threading.get_ident() != self._thread:
-            self._wake()
-
-    def _wake(self) -> None:
-        if not self._is_woken:
-            self._is_woken = True
-            with contextlib.suppress(OSError):  # a full pipe wakes the loop as well
-                self._wake_sender.send(b"\0")
-
-    def _drain_wakes(self) -> None:
-        self._is_woken = False  # first: what is posted from here on may be too late for this turn
-        with contextlib.suppress(BlockingIOError):
-            self._wake_receiver.recv(4096)
+            self._bell.ring()
 
     def poll(self, handler: Courier, interest: int) -> None:
         """Waits for a connection to be READABLE or WRITABLE, or for nothing: 0, a lane has it. The
@@ -18037,12 +18054,6 @@ class Server(ThreadingHTTPServer):
             return self.pull_lane
         return self.zip_lane if request.target.endswith(".zip") else self.patient_lane
 
-    def know(self, fields: bytes) -> None:
-        """Remembers the fields of a plain request, from the end of its first line on."""
-        if len(self.known) >= self._KNOWN:
-            self.known.clear()
-        self.known.add(fields)
-
     def remember(self, target: str, stored: Stamped, message: Message) -> None:
         """Keeps a good reply in the hot memory; may be called from any thread."""
         kept = message._replace(blob=message.blob.again()) if message.blob else message
@@ -18052,7 +18063,7 @@ class Server(ThreadingHTTPServer):
         """Ends serve_forever: no new connections; running replies have so many seconds. A second
         call that leaves them no less ends it at once. May be called from a signal handler."""
         self.post(lambda: self._begin_drain(seconds))
-        self._wake()  # a signal handler runs in the loop's own thread
+        self._bell.ring()  # a signal handler runs in the loop's own thread
 
     def _begin_drain(self, seconds: float) -> None:
         stop_at, self._stop_at = self._stop_at, self.now + seconds
@@ -18085,8 +18096,7 @@ class Server(ThreadingHTTPServer):
         for lane in (*lanes, self.pull_lane, self.push_lane):
             lane.close()
         self._poller.close()
-        self._wake_receiver.close()
-        self._wake_sender.close()
+        self._bell.close()
 
 
 _ACCEPTS_PER_TURN = 16
