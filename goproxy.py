@@ -16774,7 +16774,7 @@ class Transfer:
     """A message on its way: as much as the socket takes and the body has, in turns, so that one
     big body does not keep the others waiting."""
 
-    TURN = 512 * 1024  # bytes
+    TURN = 1024 * 1024  # bytes
 
     def __init__(
         self,
