@@ -981,22 +981,97 @@ class Ended(NamedTuple):
     err: str
 
 
+# For a process that has imported the program: it forks for each request. The child of that child
+# goes on where this ends; its parent writes its number and then its status.
+FORKING = """
+import json, os, signal, socket, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+door = socket.socket(fileno=0)
+while True:
+    told, given = socket.recv_fds(door, 1, 4)[:2]
+    if not told:
+        os._exit(0)
+    if not os.fork():
+        break
+    for each in given:
+        os.close(each)
+door.detach()
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+if child := os.fork():
+    os.write(given[3], b"%d " % child)
+    os.write(given[3], b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    os._exit(0)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(given[1], 1)
+os.dup2(given[2], 2)
+with open(given[0]) as request:
+    words, environ, folder = json.load(request)
+for each in given[1:]:
+    os.close(each)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environ)
+sys.argv[1:] = words
+"""
+
+
+class Nursery:
+    """Begins goproxy.py without the start of an interpreter, which would take longer than most of
+    what is asked of commands here."""
+
+    def __init__(self) -> None:
+        self._door, theirs = socket.socketpair()
+        with theirs:
+            words = command(begin=f"exec({FORKING!r})")
+            self._process = subprocess.Popen(
+                words, stdin=theirs.fileno(), env=clean_environment(HERE)
+            )
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        self._door.close()
+        self._process.wait(PATIENCE)
+
+    def run(self, words: Sequence[str], environ: Mapping[str, str], folder: Path) -> list[bytes]:
+        """What it wrote to stdout and to stderr, and its exit status."""
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+            files[0].write(json.dumps([words, environ, str(folder)]).encode())
+            files[0].seek(0)
+            source, sink = os.pipe()
+            with open(source, "rb", 0) as told:
+                given = [*(file.fileno() for file in files), sink]
+                socket.send_fds(self._door, [b"x"], given)
+                os.close(sink)
+                status = self._status(told)
+            for file in files:
+                file.seek(0)
+            return [*(file.read() for file in files[1:]), status]
+
+    @staticmethod
+    def _status(told: io.FileIO) -> bytes:
+        text = b""
+        while select.select([told], [], [], PATIENCE)[0] and (part := told.read(64)):
+            text += part
+        number, _, status = text.partition(b" ")
+        if not status:
+            os.kill(int(number), signal.SIGKILL)
+        assert status, "does not end"
+        return status
+
+
+ONE_NURSERY, nursery = threading.Lock(), functools.cache(Nursery)
+
+
 def finish(
     folder: Path, *arguments: str, environ: Mapping[str, str] | None = None, text: bool = True
 ) -> Ended:
     """A goproxy.py that is expected to end by itself, run in `folder`. Output that is no text
     comes as latin-1."""
-    done = subprocess.run(
-        command(*arguments),
-        env=clean_environment(folder, environ),
-        cwd=folder,
-        capture_output=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    return Ended(
-        done.returncode, done.stdout.decode("utf-8" if text else "latin-1"), done.stderr.decode()
-    )
+    with ONE_NURSERY:
+        begun = nursery()
+    out, err, status = begun.run(arguments, clean_environment(folder, environ), folder)
+    return Ended(int(status), out.decode("utf-8" if text else "latin-1"), err.decode())
 
 
 SITE = site(MODULES)
