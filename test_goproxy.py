@@ -10173,7 +10173,11 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.xdist_group("git")  # what they are asked of is long in the making
+# What they are asked of is long in the making, and each process of the tests would make its own.
+one_comparison = pytest.mark.xdist_group("git")
+
+
+@one_comparison
 @pytest.mark.parametrize("number", range(len(QUESTIONS)), ids=map("@".join, QUESTIONS))
 def test_git_modules_are_those_of_go(compared: Comparison, number: int) -> None:
     key = compared.questions[number]
@@ -10255,6 +10259,7 @@ def test_git_modules_of_random_histories_are_those_of_go(tmp_path: Path, seed: i
     assert comparison.found == comparison.said
 
 
+@one_comparison
 def test_git_lists_are_those_of_go(compared: Comparison) -> None:
     def ours(path: str) -> list[str]:
         try:
@@ -19001,7 +19006,9 @@ class Go:
 
 @pytest.fixture(scope="session")
 def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gocache")
+    """One for all that run side by side: go compiles its library once. It is made to be shared."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "gocache"
 
 
 GoMaker = Callable[..., Go]
@@ -19554,7 +19561,7 @@ def as_repositories(public: Public, folder: Path, count: int) -> tuple[list[str]
 
 
 @needs_go
-@pytest.mark.network
+@one_public
 def test_real_modules_as_repositories_have_the_sums_of_the_database(
     public: Public, run: Run, tmp_path: Path
 ) -> None:
