@@ -7775,6 +7775,28 @@ def _digest_of(blob: FileBlob) -> bytes:
     return digest.digest()
 
 
+class _Marks:
+    """Hashes of the latest 50,000 or so things, in half a MB that never becomes more: a new one
+    takes the place of the eighth before it in its row. A set of as many takes ten times that."""
+
+    _ROWS, _ROW, _MARK = 8192, 64, 8  # bytes
+
+    def __init__(self) -> None:
+        self._bytes = bytearray(self._ROWS * self._ROW)
+
+    def _place(self, thing: object) -> tuple[bytes, int, int]:
+        number = hash(thing)
+        start = number % self._ROWS * self._ROW
+        return number.to_bytes(self._MARK, "little", signed=True), start, start + self._ROW
+
+    def __contains__(self, thing: object) -> bool:
+        return self._bytes.find(*self._place(thing)) >= 0
+
+    def add(self, thing: object) -> None:
+        mark, start, end = self._place(thing)
+        self._bytes[start:end] = mark + self._bytes[start : end - self._MARK]
+
+
 class DiskStorage(Folder, Storage):
     """A folder in the layout that file:// and nginx read as well.
 
@@ -7784,12 +7806,11 @@ class DiskStorage(Folder, Storage):
 
     _OWN = OWN_MARK + "drafts"
     _SEAL = "user.goproxy.sha256"
-    _REMEMBERED = 20_000
 
     def __init__(self, folder: str) -> None:
         """Creates the folder and sweeps drafts of dead processes. Raises StartError."""
         super().__init__(folder)
-        self._sound: set[int] = set()  # of stamps of files whose bytes were found to be right
+        self._sound = _Marks()  # of stamps of files whose bytes were found to be right
         self._drafts = os.path.join(self._root, self._OWN)
         try:
             self._make_folder(self._drafts)
@@ -7816,8 +7837,7 @@ class DiskStorage(Folder, Storage):
     def open(self, name: str) -> FileBlob:
         """Raises Spoiled, too; the file has been moved aside then."""
         blob = super().open(name)
-        is_sound = hash(blob.stamp) in self._sound  # in a third of the memory of the stamps
-        if not is_sound or blob.stamp in UNREADABLE:
+        if blob.stamp not in self._sound or blob.stamp in UNREADABLE:
             with store_errors(name):
                 self._check(name, blob)
         return blob
@@ -7829,9 +7849,7 @@ class DiskStorage(Folder, Storage):
             self._make_folder(os.path.dirname(aside))
             os.replace(self._path(name), aside)
             raise Spoiled(f"its bytes have changed on the disk: moved aside to {BAD_PLACE}/{name}")
-        if len(self._sound) >= self._REMEMBERED:
-            self._sound = set()
-        self._sound.add(hash(blob.stamp))
+        self._sound.add(blob.stamp)
         UNREADABLE.discard(blob.stamp)
 
     def draft(self) -> Draft:
@@ -10190,6 +10208,8 @@ def _next_blob(said: BinaryIO) -> bytes | None:
 class Repositories:
     """All repositories that have been asked for, kept below a folder."""
 
+    _RECENT, _RECENT_SECONDS = 500, 3600.0
+
     def __init__(
         self,
         folder: str,
@@ -10203,17 +10223,22 @@ class Repositories:
         self._environment = environment
         self._git = GitRunner(search_path)
         self._mutex = threading.Lock()
-        self._repositories: dict[str, Repository] = {}
+        # All that anybody uses, and the latest with what they know: anybody may ask for one more.
+        self._used: weakref.WeakValueDictionary[str, Repository] = weakref.WeakValueDictionary()
+        self._recent: TtlCache[Repository] = TtlCache(self._RECENT)
 
     def at(self, url: str) -> Repository:
         """The repository at a URL. Raises Forbidden for one that is not meant for git."""
         if not _SCHEME.fullmatch(url):
             raise Forbidden(f"not a URL that git may be given: {printable(mask(url))}")
         with self._mutex:
-            if url not in self._repositories:
+            found = self._used.get(url)
+            if not found:
                 folder = os.path.join(self._folder, hashlib.sha256(url.encode()).hexdigest())
-                self._repositories[url] = Repository(self._git, folder, url, self._environment)
-            return self._repositories[url]
+                found = Repository(self._git, folder, url, self._environment)
+                self._used[url] = found
+            self._recent.put(url, found, self._RECENT_SECONDS)
+            return found
 
     def close(self) -> None:
         """Ends every git."""
