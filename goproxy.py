@@ -364,7 +364,7 @@ _UPPER = re.compile(r"[A-Z]")
 _ESCAPE = re.compile(r"!([a-z])")
 _BAD_ESCAPE = re.compile(r"[A-Z]|!(?![a-z])")
 _DIGITS = "0123456789"
-_PATHS = 8192  # paths whose escaping is remembered: each is needed several times in a request
+_PATHS = 2048  # paths whose escaping is remembered: each is needed several times in a request
 _VERSIONS = 512  # the same for versions
 
 
@@ -3573,7 +3573,10 @@ class Flights(Generic[T]):
 
 
 class TtlCache(Generic[T]):
-    """At most `limit` values, each for its own number of seconds; the oldest go first."""
+    """At most `limit` values, each for its own number of seconds; the oldest go first. A key that
+    only an attacker thinks up is not remembered: a request may name 8,000 characters."""
+
+    _LONGEST = 1000
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -3592,6 +3595,8 @@ class TtlCache(Generic[T]):
         now = time.monotonic()
         with self._mutex:
             self._values.pop(key, None)
+            if len(key) > self._LONGEST:
+                return
             self._values[key] = (now + seconds, value)
             for _ in range(2):  # two go for one that comes, so that what has expired does not stay
                 until, _ = next(iter(self._values.values()))
@@ -11975,7 +11980,8 @@ class ReadAhead:
     A guess is never in the way: few run at once, each kind stops when guesses go unused, and one
     that a client asks for meanwhile is the same flight."""
 
-    _THREADS, _CLIENTS, _MEMORY = 12, 64, 20_000
+    _THREADS, _CLIENTS, _MEMORY = 12, 64, 20_000  # the last of each client; less if many
+    _LONGEST_PATH = 500
     _LONGEST = 1 << 18  # bytes of a go.mod
     _WINDOW = 20  # modules ahead of a download
     _FORGET = 60.0  # seconds after which a client's next request begins something new
@@ -11989,7 +11995,8 @@ class ReadAhead:
 
     def saw(self, sight: Sight) -> None:
         """Takes note of a request; returns at once."""
-        self._mind.do(lambda: self._think(sight))
+        if len(sight.path) <= self._LONGEST_PATH:
+            self._mind.do(lambda: self._think(sight))
 
     def _think(self, sight: Sight) -> None:
         session = self._session(sight.client)
@@ -12005,13 +12012,13 @@ class ReadAhead:
     def _session(self, client: str) -> _Session:
         session = self._sessions.pop(client, None)
         now = time.monotonic()
-        if session is None or now - session.seen > self._FORGET:
-            session = _Session()
-        if session.size() > self._MEMORY:
+        share = 8 * self._MEMORY // max(8, len(self._sessions) + 1)
+        if session is None or now - session.seen > self._FORGET or session.size() > share:
             session = _Session()
         session.seen = now
         self._sessions[client] = session
-        if len(self._sessions) > self._CLIENTS:
+        oldest = next(iter(self._sessions.values()))
+        if len(self._sessions) > self._CLIENTS or now - oldest.seen > self._FORGET:
             self._sessions.popitem(last=False)
         return session
 

@@ -3461,6 +3461,13 @@ def test_a_memory_forgets_after_the_time() -> None:
     assert (memory.get("gone"), memory.get("dropped"), memory.get("never")) == (None, None, None)
 
 
+def test_a_memory_does_not_keep_keys_that_only_an_attacker_thinks_up() -> None:
+    memory: goproxy.TtlCache[int] = goproxy.TtlCache(3)
+    for length in (1000, 1001):
+        memory.put("x" * length, length, 60)
+    assert [memory.get("x" * length) for length in (1000, 1001)] == [1000, None]
+
+
 def test_a_memory_does_not_hold_on_to_what_has_expired() -> None:
     memory: goproxy.TtlCache[goproxy.NotFound] = goproxy.TtlCache(3)
     values = [goproxy.NotFound("") for _ in range(3)]
@@ -8592,6 +8599,14 @@ def test_a_spoiled_file_is_not_served_offline(run: Run, upstream: Upstream) -> N
     assert run(offline="true").get(ZIP).status == 404
 
 
+def test_of_checked_files_the_latest_are_known_in_a_room_of_one_size() -> None:
+    marks = goproxy._Marks()
+    for number in range(60_000):
+        marks.add((number, 1))
+    known = [sum((number, kind) in marks for number in range(40_000, 60_000)) for kind in (1, 2)]
+    assert (known[0] > 19_900, known[1], len(marks._bytes)) == (True, 0, 1 << 19)
+
+
 @pytest.mark.parametrize("kind", ["fifo", "link"])
 def test_only_a_regular_file_is_a_stored_one(run: Run, upstream: Upstream, kind: str) -> None:
     """Whatever else has its name is neither waited for nor followed, but in nobody's way."""
@@ -9319,6 +9334,14 @@ def test_gits_that_hang_are_ended_with_all_they_began(quote: Origin, tmp_path: P
     assert ended
     assert all(map(ends, ended))
     assert 1 < runner.peak <= 8
+
+
+def test_of_many_repositories_the_latest_are_held_and_those_in_use(tmp_path: Path) -> None:
+    kept = goproxy.Repositories(str(tmp_path), lambda url: {})
+    used = kept.at("https://used.test/")
+    latest = [weakref.ref(kept.at(f"https://m{number}.test/")) for number in range(600)][-500:]
+    assert {id(one) for _, one in kept._recent._values.values()} == {id(one()) for one in latest}
+    assert kept.at("https://used.test/") is used
 
 
 def test_whoever_closes_the_repositories_ends_their_gits(quote: Origin, tmp_path: Path) -> None:
@@ -12138,6 +12161,20 @@ def ahead(run: Run, upstream: Upstream) -> Proxy:
     """A proxy that reads ahead of its clients, in front of GRAPH."""
     upstream.files.update(GRAPH)
     return run(upstream=upstream.url(), read_ahead="true", exclude="example.com/secret")
+
+
+class ForgetfulReadAhead(goproxy.ReadAhead):
+    _MEMORY = 100
+
+
+@pytest.mark.parametrize(("clients", "most"), [(1, 101), (64, 13)])
+def test_less_is_remembered_of_each_client_when_there_are_many(clients: int, most: int) -> None:
+    nobody: Any = None
+    ahead = ForgetfulReadAhead(nobody, nobody)
+    for number, client in itertools.product(range(300), range(clients)):
+        sight = goproxy.Sight(f"::{client}", f"example.com/m{number}", "v1.0.0", "zip", "here")
+        ahead._think(sight)
+        assert number < 150 or ahead._sessions[sight.client].size() <= most
 
 
 def asked_by_then(proxy: Proxy, upstream: Upstream) -> list[str]:
@@ -17678,6 +17715,29 @@ def statuses_for(port: int, request: bytes) -> tuple[float, list[bytes]]:
     said = talk(port, request + talk_get("/last"))
     found = re.findall(rb"HTTP/1\.1 ([0-9]{3}) ", said)
     return time.monotonic() - start, found if said.startswith(b"HTTP/1.1 ") else [b"no status"]
+
+
+@needs_proc
+@pytest.mark.soak
+@pytest.mark.parametrize(("kind", "long"), [("info", 0), ("info", 7000), ("zip", 0)])
+def test_names_that_are_only_thought_up_do_not_fill_the_memory(
+    crowded: Callable[..., Proxy], upstream: Upstream, kind: str, long: int
+) -> None:
+    """SOAK_REQUESTS of them, all different."""
+    proxy, memory = crowded(read_ahead="true"), list[int]()
+    padding, numbers = "/".join(["x" * 199] * (long // 200)), iter(range(SOAK_REQUESTS))
+
+    def ask(number: int) -> set[bytes]:
+        name = f"/example.com/m{number}{padding}/@v/v1.0.0.{kind}"
+        return {*statuses_for(proxy.port, talk_get(name))[1]}
+
+    for _ in range(4):
+        with ThreadPoolExecutor(8) as pool:
+            told = set.union(*pool.map(ask, itertools.islice(numbers, SOAK_REQUESTS // 4)))
+        upstream.seen.clear()
+        memory.append(held_by(proxy)[0])
+    print(f"KiB {memory}")
+    assert told == {b"404"} and memory[-1] - memory[0] <= 16 << 10
 
 
 def cold(number: int) -> str:
