@@ -301,6 +301,8 @@ class Mismatch(Untrusted):
 class Unreachable(BadUpstream):
     """An upstream refused, broke off, cut short or answered 5xx: the next try may go well."""
 
+    lasts = False  # whether the host has failed so often that nobody should try again at once
+
 
 class LoopFound(BadUpstream):
     """A request of ours has come back to us; whoever sent it on must not try again."""
@@ -3682,6 +3684,9 @@ METRICS = {
     "goproxy_upstream_failures_total": Metric(
         "counter", "Upstream requests without a usable answer, by class of failure.", "host,failure"
     ),
+    "goproxy_upstream_open": Metric(
+        "gauge", "Processes that ask this host once a second, because it has not answered.", "host"
+    ),
     "goproxy_upstream_received_bytes_total": Metric(
         "counter", "Bytes of bodies that upstreams sent.", "host"
     ),
@@ -5456,6 +5461,127 @@ class Passed(Outgoing):
 REDIRECTS = frozenset([301, 302, 303, 307, 308])  # what they lead to is asked in the same way
 
 
+_IN_HASTE: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
+    "_IN_HASTE", default=None
+)
+
+
+@contextlib.contextmanager
+def hastily() -> Iterator[list[str]]:
+    """For who may get it elsewhere: no host that fails is waited for. Gives those that were not."""
+    passed_over: list[str] = []
+    token = _IN_HASTE.set(passed_over)
+    try:
+        yield passed_over
+    finally:
+        _IN_HASTE.reset(token)
+
+
+@dataclasses.dataclass
+class _Outage:
+    """What is known of a host that has failed to answer. Times are monotonic."""
+
+    failures: int = 0  # in a row
+    kind: type[Unreachable] = Unreachable  # of the last one
+    words: str = ""
+    failed: float = 0.0  # when the latest request that failed began
+    answered: float = 0.0
+    probed: float = 0.0  # when it was asked last although it fails
+    waiting: int = 0
+
+    def refusal(self, host: str) -> Unreachable:
+        times = f"has failed {self.failures} times in a row and is asked once a second"
+        error = self.kind(f"{host} {times}: {self.words}")
+        error.lasts = True
+        return error
+
+
+class Circuits:
+    """Spares hosts that do not answer: after five requests in a row without a status line, a host
+    is asked once a second, and whoever else comes waits for what that brings.
+
+    A failure counts only for those that came before it began, so that the first request after an
+    outage goes well. Whoever has waited for 2.5 seconds fails as the last one did."""
+
+    _FAILURES, _REST, _PATIENCE, _WAITERS, _HOSTS = 5, 1.0, 2.5, 16, 1000
+
+    def __init__(self, log: Log | None) -> None:
+        self._log = log
+        self._changed = threading.Condition()
+        self._outages: dict[str, _Outage] = {}  # by scheme and authority
+
+    @contextlib.contextmanager
+    def asking(self, url: Url, until: float) -> Iterator[None]:
+        """Around one request; `until` is monotonic. Raises Unreachable, UpstreamTimeout."""
+        place = f"{url.scheme}://{url.authority}"
+        began = self._admit(place, until)
+        try:
+            yield
+        except Unreachable as error:
+            self._fail(place, began, error)
+            raise
+        except BadUpstream:
+            self._recover(place)  # nonsense or a refusal, but no outage
+            raise
+        self._recover(place)
+
+    def _admit(self, place: str, until: float) -> float:
+        """Waits while that may help; the time after it."""
+        came = now = time.monotonic()
+        passed_over = _IN_HASTE.get()
+        until = min(until, came + (self._PATIENCE if passed_over is None else 0.0))
+        with self._changed:
+            while (outage := self._open(place)) and now < outage.probed + self._REST:
+                if outage.failed > came or now >= until or outage.waiting >= self._WAITERS:
+                    if passed_over is not None:
+                        passed_over.append(place)
+                    raise outage.refusal(place)
+                outage.waiting += 1
+                self._changed.wait(min(until, outage.probed + self._REST) - now)
+                outage.waiting -= 1
+                now = time.monotonic()
+            if outage:
+                outage.probed = now
+        return now
+
+    def _open(self, place: str) -> _Outage | None:
+        outage = self._outages.get(place)
+        return outage if outage and outage.failures >= self._FAILURES else None
+
+    def _fail(self, place: str, began: float, error: Unreachable) -> None:
+        with self._changed:
+            if place not in self._outages and len(self._outages) >= self._HOSTS:
+                self._recover(next(iter(self._outages)))
+                del self._outages[next(iter(self._outages))]
+            outage = self._outages.setdefault(place, _Outage())
+            if began < outage.answered:
+                return
+            outage.failures += 1
+            outage.failed = max(began, outage.failed)
+            outage.kind, outage.words = type(error), str(error)
+            error.lasts = outage.failures >= self._FAILURES
+            if outage.failures == self._FAILURES:
+                outage.probed = time.monotonic()
+                self._tell(place, 1, str(outage.refusal(place)))
+            self._changed.notify_all()
+
+    def _recover(self, place: str) -> None:
+        if place not in self._outages:
+            return  # as nearly always
+        with self._changed:
+            outage, was_open = self._outages.get(place, _Outage()), self._open(place)
+            outage.answered, outage.failures = time.monotonic(), 0
+            if was_open:
+                self._tell(place, -1, f"{place} is asked as usual again")
+            self._changed.notify_all()
+
+    def _tell(self, place: str, change: int, words: str) -> None:
+        host = METER.host(place.partition("://")[2])
+        METER.add("goproxy_upstream_open", change, host=host)
+        if self._log:
+            self._log.line(words, "error" if change > 0 else "info")
+
+
 class Client:
     """HTTP over pooled connections: 100 idle ones in all, 10 to a host, for 90 seconds.
 
@@ -5464,10 +5590,14 @@ class Client:
 
     _IDLE_SECONDS, _IDLE_PER_HOST, _IDLE_IN_ALL, _REDIRECTS = 90.0, 10, 100, 10
 
-    def __init__(self, dialer: Dialer, credentials: Mapping[str, str]) -> None:
-        """`credentials`: Authorization values by host or host:port (see read_netrc)."""
+    def __init__(
+        self, dialer: Dialer, credentials: Mapping[str, str], log: Log | None = None
+    ) -> None:
+        """`credentials`: Authorization values by host or host:port (see read_netrc). `log` is told
+        of outages."""
         self._dialer = dialer
         self._credentials = credentials
+        self._circuits = Circuits(log)
         self._mutex = threading.Lock()
         self._idle: dict[tuple[str, str, int], list[_Wire]] = {}
         self._wires: weakref.WeakSet[_Wire] = weakref.WeakSet()
@@ -5521,7 +5651,8 @@ class Client:
         followed and no credentials are added. Raises as get does."""
         proxy = self._dialer.forward_proxy(request.url)
         host = METER.host(request.url.authority)
-        with _traced(request) as span, _metered(host):
+        asking = self._circuits.asking(request.url, until)
+        with _traced(request) as span, _metered(host), asking:
             response = self._send(_with_trace(request), proxy, patience, until)
             response.shown = _credentials_in(request, proxy)
             span.note("http.response.status_code", response.status)
@@ -7011,6 +7142,8 @@ class BucketLine:
                 words = str(error)
             except BadUpstream as failure:
                 words = f"{self.peer}: {failure}"
+                if isinstance(failure, Unreachable) and failure.lasts:
+                    break
             if time.monotonic() > start + 2 * ask.patience.header:
                 break  # who waits has waited long enough
             time.sleep(random.uniform(0.0, 0.1 * 2.0**attempt))
@@ -9106,7 +9239,7 @@ def _again(work: Callable[[], T]) -> T:
         try:
             return work()
         except Unreachable as error:
-            if isinstance(error, UpstreamTimeout):
+            if error.lasts or isinstance(error, UpstreamTimeout):
                 raise  # it has been waited for long enough
             time.sleep(random.uniform(0.05, 0.25 * attempt))
     return work()
@@ -9305,9 +9438,20 @@ class Nowhere(Source):
         raise NotFound("no upstream is configured (-upstream off)")
 
 
-def first_of(attempts: Iterable[tuple[Callable[[], T], bool]]) -> T:
+def first_of(attempts: Sequence[tuple[Callable[[], T], bool]]) -> T:
     """The first success. Absence moves on to the next attempt, other trouble only where its second
-    half says so. When all fail, trouble is told before absence, as the go command does."""
+    half says so. When all fail, trouble is told before absence, as the go command does. A host that
+    has failed for long is waited for only if no other has it."""
+    with hastily() as passed_over:
+        try:
+            return _first_of(attempts)
+        except ProxyError:
+            if not passed_over:
+                raise
+    return _first_of(attempts)
+
+
+def _first_of(attempts: Sequence[tuple[Callable[[], T], bool]]) -> T:
     trouble: ProxyError | None = None
     absence: ProxyError | None = None
     for attempt, any_error in attempts:
@@ -9331,7 +9475,7 @@ class FirstOf(Source):
 
     def _try(self, verb: Callable[[Source], T]) -> T:
         return first_of(
-            (functools.partial(verb, source), any_error) for source, any_error in self._sources
+            [(functools.partial(verb, source), any_error) for source, any_error in self._sources]
         )
 
     def versions(self, path: str) -> list[str]:
@@ -12320,8 +12464,10 @@ class SumDbOrigin:
         ]
         bases = [url for url in through if self._supports(url)] + [self.databases[database].url]
         return first_of(
-            (functools.partial(fetch_small, self._client, below(base, what), self._LIMIT), True)
-            for base in bases
+            [
+                (functools.partial(fetch_small, self._client, below(base, what), self._LIMIT), True)
+                for base in bases
+            ]
         )
 
     def _supports(self, base: Url) -> bool:
@@ -19021,7 +19167,7 @@ def _open_registry(
     """What answers below /v2/ in this process, if anything, and how to end that."""
     if not settings.registry:
         return None, (lambda: None)
-    line = RegistryLine(settings.registry, settings.registry_preserve_host, Client(dialer, {}))
+    line = RegistryLine(settings.registry, settings.registry_preserve_host, Client(dialer, {}, log))
     registry = Registry(line, layers, fetches, log)
     endings: list[Callable[[], None]] = [registry.close]
     if layers and settings.registry_blobs and fetches:
@@ -19181,7 +19327,7 @@ class Daemon:
         settings, log = self._settings, self._log
         log.start()
         _keep_slim()
-        client = Client(self._outside.dialer, self._outside.netrc_file)
+        client = Client(self._outside.dialer, self._outside.netrc_file, log)
         storage = WatchedStorage(self._storage, log)
         exporter = None
         if self._traces:

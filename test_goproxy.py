@@ -59,7 +59,7 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, Union
@@ -5607,6 +5607,164 @@ def test_a_redirect_from_https_to_http_is_refused(trust: Trust, upstream: Upstre
         assert secure.asked == [INFO]
 
 
+# --- hosts that do not answer --------------------------------------------------
+
+
+class Resting(goproxy.Circuits):
+    """A host that fails rests for ever, and nobody waits for it."""
+
+    _REST, _PATIENCE = 1e9, 0.0
+
+
+class Unsparing(goproxy.Circuits):
+    """A host that fails is asked all the same."""
+
+    _REST = 0.0
+
+
+class Waiting(Resting):
+    """Everybody waits until one is let through."""
+
+    _PATIENCE = PATIENCE
+
+    def let_one_through(self, waiting: int) -> None:
+        """Once so many wait."""
+        with self._changed:
+            (outage,) = self._outages.values()
+            while outage.waiting < waiting:
+                self._changed.wait(0.01)
+            outage.probed = -self._REST
+            self._changed.notify_all()
+
+
+class SparingClient(goproxy.Client):
+    def __init__(self, circuits: goproxy.Circuits) -> None:
+        super().__init__(dialer(), {})
+        self._circuits = circuits
+
+
+class Ailing(Peer):
+    """It hangs up without a word, until it is healed."""
+
+    def __init__(self) -> None:
+        self.is_healed = False
+        super().__init__(lambda sock: answering(sock) if self.is_healed else None)
+
+
+def failures(client: goproxy.Client, port: int, count: int) -> list[goproxy.Unreachable]:
+    """What so many requests in a row fail with."""
+    url = goproxy.Url("http", "127.0.0.1", port)
+    found = []
+    for _ in range(count):
+        with pytest.raises(goproxy.Unreachable) as caught:
+            client.get(url, goproxy.Patience(0.1, 0.1, PATIENCE))
+        found.append(caught.value)
+    return found
+
+
+def test_a_host_that_hangs_up_is_asked_five_times_and_then_rests() -> None:
+    with Ailing() as peer, contextlib.closing(SparingClient(Resting(None))) as client:
+        errors = failures(client, peer.port, 50)
+        assert peer.connections == 5
+    assert [error.lasts for error in errors] == [False] * 4 + [True] * 46
+
+
+@pytest.mark.parametrize("way", ["mute", "refused"])
+def test_who_is_refused_without_a_try_fails_as_the_last_one_did(way: str, closed: int) -> None:
+    with Peer(mute) as peer, contextlib.closing(SparingClient(Resting(None))) as client:
+        port = peer.port if way == "mute" else closed
+        errors = failures(client, port, 7)
+    kind, status = (goproxy.UpstreamTimeout, 504) if way == "mute" else (goproxy.Unreachable, 502)
+    assert {(type(error), error.status) for error in errors} == {(kind, status)}
+    words = f"http://127.0.0.1:{port} has failed 5 times in a row and is asked once a second: "
+    assert [str(error) for error in errors[5:]] == [f"{words}{errors[4]}"] * 2
+
+
+def test_the_first_request_after_an_outage_goes_well() -> None:
+    peer = Ailing()
+    with peer, contextlib.closing(goproxy.Client(dialer(), {})) as client:
+        failures(client, peer.port, 5)
+        peer.is_healed = True
+        ask_at_once(client, peer.port, 20)
+
+
+@pytest.mark.parametrize("heals", [True, False])
+def test_who_waits_for_a_host_shares_what_comes_of_one_try(heals: bool) -> None:
+    circuits, peer = Waiting(None), Ailing()
+    with peer, contextlib.closing(SparingClient(circuits)) as client:
+        failures(client, peer.port, 5)
+        peer.is_healed = heals
+
+        def work(number: int) -> None:
+            if number == 0:
+                circuits.let_one_through(9)
+            elif heals:
+                ask_at_once(client, peer.port, 1)
+            else:
+                failures(client, peer.port, 1)
+
+        together(10, work)
+        assert peer.connections == 6 or heals
+
+
+def test_no_more_than_sixteen_wait_for_a_host() -> None:
+    circuits = Waiting(None)
+    with Ailing() as peer, contextlib.closing(SparingClient(circuits)) as client:
+        failures(client, peer.port, 5)
+        with ThreadPoolExecutor(20) as pool:
+            asked = [pool.submit(failures, client, peer.port, 1) for _ in range(20)]
+            refused = set(itertools.islice(as_completed(asked, PATIENCE), 4))
+            assert {one for one in asked if one.done()} == refused
+            circuits.let_one_through(16)
+        assert peer.connections == 6
+
+
+def test_any_status_is_a_sign_of_life() -> None:
+    """The fifth of five, and so on."""
+    numbers = itertools.count(1)
+
+    def talk(sock: socket.socket) -> None:
+        if next(numbers) % 5 == 0:
+            sock.recv(1000)
+            sock.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    with Peer(talk) as peer, contextlib.closing(SparingClient(Resting(None))) as client:
+        for _ in range(4):
+            failures(client, peer.port, 4)
+            url = goproxy.Url("http", "127.0.0.1", peer.port)
+            assert client.get(url, QUICK).status == 500
+        assert peer.connections == 20
+
+
+def test_what_was_begun_before_a_host_has_answered_says_nothing_about_it() -> None:
+    circuits, url = Resting(None), goproxy.Url("http", "up.test", 80)
+
+    def ask(inner: int) -> None:
+        with contextlib.suppress(goproxy.Unreachable), circuits.asking(url, math.inf):
+            if inner < 0:
+                return
+            ask(inner - 1)
+            raise goproxy.Unreachable("late")
+
+    ask(0)
+    ask(10)
+    ask(-1)
+
+
+def test_a_thousand_hosts_are_known_to_fail() -> None:
+    circuits = Resting(None)
+    first, *others = (goproxy.Url("http", f"up{number}.test", 80) for number in range(1001))
+    for url in (*[first] * 5, *others[:-1], first):
+        with pytest.raises(goproxy.Unreachable), circuits.asking(url, math.inf):
+            raise goproxy.Unreachable("down")
+    with pytest.raises(goproxy.Unreachable, match="once a second"), circuits.asking(first, soon()):
+        pass
+    with contextlib.suppress(goproxy.Unreachable), circuits.asking(others[-1], math.inf):
+        raise goproxy.Unreachable("down")
+    with circuits.asking(first, math.inf):
+        pass
+
+
 # --- tunnels -----------------------------------------------------------------
 
 PROXIES = [
@@ -7077,6 +7235,18 @@ def test_who_refuses_a_body_is_heard_before_it_is_whole() -> None:
         bucket, _ = it
         with pytest.raises(goproxy.StoreDown, match="answered 403"):
             bucket.put("a", body, once=True)
+
+
+def test_a_bucket_that_has_not_answered_for_long_is_asked_once_at_a_time() -> None:
+    with (
+        Ailing() as peer,
+        open_bucket(f"s3://modules?endpoint=http://127.0.0.1:{peer.port}") as (bucket, _),
+    ):
+        bucket._client._circuits = Unsparing(None)
+        failures(bucket._client, peer.port, 5)
+        with pytest.raises(goproxy.StoreAway):
+            bucket.find("a")
+        assert peer.connections == 6
 
 
 @pytest.mark.parametrize(
@@ -9019,6 +9189,41 @@ def test_a_refused_upstream_moves_on_after_a_bar(
     run: Run, upstream: Upstream, refused: str
 ) -> None:
     assert run(upstream=f"{refused}|{upstream.url()}").get(ZIP).body == SITE[ZIP]
+
+
+def test_an_upstream_that_has_not_answered_for_long_is_asked_once_at_a_time() -> None:
+    with Ailing() as peer, contextlib.closing(SparingClient(Unsparing(None))) as client:
+        failures(client, peer.port, 4)
+        with pytest.raises(goproxy.Unreachable):
+            goproxy.fetch_small(client, goproxy.Url("http", "127.0.0.1", peer.port), 10)
+        assert peer.connections == 5
+
+
+def either(client: goproxy.Client, *urls: str) -> goproxy.Source:
+    """Upstreams with bars between them."""
+    parsed = map(goproxy.parse_url, urls)
+    return goproxy.FirstOf([(goproxy.Upstream(client, url), True) for url in parsed])
+
+
+def test_nobody_waits_for_an_upstream_that_fails_if_the_next_one_has_it(upstream: Upstream) -> None:
+    with Ailing() as peer, contextlib.closing(SparingClient(Waiting(None))) as client:
+        failures(client, peer.port, 5)
+        source = either(client, f"http://127.0.0.1:{peer.port}", upstream.url())
+        for _ in range(3):
+            assert sorted(source.versions("example.com/quote")) == ["v1.0.0", "v1.1.0"]
+        assert peer.connections == 5
+
+
+def test_an_upstream_that_fails_is_waited_for_if_no_other_has_it(upstream: Upstream) -> None:
+    circuits = Waiting(None)
+    with Ailing() as peer, contextlib.closing(SparingClient(circuits)) as client:
+        failures(client, peer.port, 5)
+        source = either(client, upstream.url("404"), f"http://127.0.0.1:{peer.port}")
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(source.versions, "example.com/quote")
+            circuits.let_one_through(1)
+        assert isinstance(asked.exception(), goproxy.Unreachable)
+        assert peer.connections == 6
 
 
 @pytest.mark.parametrize("fault", ["cutchunk", "reset", "truncate"])
@@ -15908,6 +16113,23 @@ def test_failures_of_an_upstream_are_counted_by_host(
     assert sum(count for key, count in found.items() if f'{name}{{host="{good}"' in key) > 0
     assert found[f'goproxy_upstream_requests_total{{host="{good}",code="404"}}'] == 1
     assert found[f'goproxy_upstream_received_bytes_total{{host="{good}"}}'] > 0
+
+
+def test_an_outage_is_told_once_and_so_is_its_end(run: Run, upstream: Upstream) -> None:
+    proxy = run(upstream=upstream.url())
+    upstream.fault = "reset"
+    assert [proxy.get(path).status for path in (INFO, MOD)] == [502] * 2
+    name = f'goproxy_upstream_open{{host="127.0.0.1:{upstream.port}"}}'
+    await_figure(proxy, name, 1)
+    upstream.fault = ""
+    assert proxy.get(INFO).body == SITE[INFO]
+    await_figure(proxy, name, 0)
+    proxy.logged(f"{upstream.base} is asked as usual again")
+    lines = re.findall(rf"^[^a-z]+ {upstream.base} .*", proxy.log, re.MULTILINE)
+    assert [line.partition(upstream.base)[2][:11] for line in lines] == [
+        " has failed",
+        " is asked a",
+    ]
 
 
 def test_open_connections_are_counted(run: Run) -> None:
