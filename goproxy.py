@@ -7905,14 +7905,6 @@ def _attribute(descriptor: int, name: str) -> bytes:
     return b""
 
 
-def _digest_of(blob: FileBlob) -> bytes:
-    digest = hashlib.sha256()
-    with contextlib.closing(blob.again()) as whole:
-        while data := whole.read(CHUNK):
-            digest.update(data)
-    return digest.digest()
-
-
 class _Marks:
     """Hashes of the latest 50,000 or so things, in half a MB that never becomes more: a new one
     takes the place of the eighth before it in its row. A set of as many takes ten times that."""
@@ -7982,7 +7974,7 @@ class DiskStorage(Folder, Storage):
 
     def _check(self, name: str, blob: FileBlob) -> None:
         seal = _attribute(blob.descriptor, self._SEAL)
-        if seal and seal != _digest_of(blob):
+        if seal and seal.hex() != digest_of(blob.again()):
             aside = os.path.join(self._root, BAD_PLACE, name)
             self._make_folder(os.path.dirname(aside))
             os.replace(self._path(name), aside)
@@ -8981,18 +8973,31 @@ def drafting(storage: Storage) -> Iterator[Draft]:
         raise
 
 
+def fill(draft: Draft, blob: Blob, name: str) -> None:
+    """Writes all bytes of a blob. Raises StoreDown, and what reading raises."""
+    for piece in pieces_of(blob):
+        with store_errors(name):
+            draft.write(piece)
+
+
 def copy(shelf: Shelf, name: str, storage: Storage, to: str) -> None:
     """Stores under the name `to` what a shelf has under `name`, in pieces."""
     with contextlib.closing(shelf.open(name)) as blob, drafting(storage) as draft:
-        for piece in pieces_of(blob):
-            with store_errors(to):
-                draft.write(piece)
+        fill(draft, blob, to)
         storage.adopt(to, draft)
 
 
 def pieces_of(blob: Blob) -> Iterator[bytes]:
     """All bytes of a blob, in pieces of at most CHUNK bytes."""
     return iter(lambda: blob.read(CHUNK), b"")
+
+
+def digest_of(blob: Blob) -> str:
+    """The SHA-256 of a whole blob in hexadecimal."""
+    digest = hashlib.sha256()
+    for piece in pieces_of(blob):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 class Means(NamedTuple):
@@ -9126,8 +9131,7 @@ class FrontedStorage(Storage):
         failures = contextlib.suppress(ProxyError, OSError)
         with failures, contextlib.closing(blob), drafting(self._near) as draft:
             draft.modified = blob.modified  # so that all replicas tell the same time of it
-            for piece in pieces_of(blob):
-                draft.write(piece)
+            fill(draft, blob, name)
             self._near.adopt(name, draft)
         with self._mutex:
             self._coming.remove(name)
@@ -11512,12 +11516,7 @@ class Cache:
         blob = self._open(name, Reach.FETCH) or fetch()
         with contextlib.closing(blob):
             draft.size = blob.size
-            while True:
-                data = blob.read(CHUNK)
-                if not data:
-                    break
-                with store_errors(name):
-                    draft.write(data)
+            fill(draft, blob, name)
         failing, side = check(draft)
         try:
             self.storage.put(failing, side, replace=False)
@@ -14183,23 +14182,11 @@ class FolderTarget(Target):
             if there.size == blob.size and stored_artifact(name):
                 return digest_of(there)
             self._storage.remove(name)
-        digest = hashlib.sha256()
         with drafting(self._storage) as draft:
             draft.modified = blob.modified
-            for piece in pieces_of(blob):
-                digest.update(piece)
-                with store_errors(name):
-                    draft.write(piece)
+            fill(draft, blob, name)
             self._storage.adopt(name, draft)
-        return digest.hexdigest()
-
-
-def digest_of(blob: Blob) -> str:
-    """The SHA-256 of a whole blob in hexadecimal."""
-    digest = hashlib.sha256()
-    for piece in pieces_of(blob):
-        digest.update(piece)
-    return digest.hexdigest()
+        return draft.digest.hexdigest()
 
 
 class Exporter:
@@ -14555,13 +14542,9 @@ class Importer:
             if there != wanted:
                 raise BadUpstream(_OTHER_BYTES)
             return
-        digest = hashlib.sha256()
         with drafting(self._storage) as draft:
-            for piece in pieces_of(blob):
-                digest.update(piece)
-                with store_errors(name):
-                    draft.write(piece)
-            self._check_digest(name, digest.hexdigest())
+            fill(draft, blob, name)
+            self._check_digest(name, draft.digest.hexdigest())
             with draft.file.reading() as file:
                 h1 = check_zip(file, artifact.path, artifact.version)
             self._put(f"{name}hash", h1.encode(), True)
@@ -15899,9 +15882,7 @@ def serve_put(app: App, request: Request, module: str, version: str, kind: str) 
         if app.own.has(*artifact[:2]) and storage.stamp(artifact.name) is None:
             raise Conflict("another folder of -modules has this version")
         assert request.upload
-        for data in iter(functools.partial(request.upload.read, CHUNK), b""):
-            with store_errors(artifact.name):
-                draft.write(data)
+        fill(draft, request.upload, artifact.name)
         sums = check_module_zip(draft, artifact.path, artifact.version)
         is_new = publish(storage, artifact, draft, sums)
     if is_new and app.overview:
