@@ -7766,6 +7766,7 @@ class Storage(Shelf, Protocol):
 
     def sweep(self) -> None:
         """Removes what processes that have ended left unfinished."""
+        return
 
     def link(self, name: str, method: str) -> str:
         """A URL at which a client can GET or HEAD a stored name by itself, for some minutes, and
@@ -7774,7 +7775,8 @@ class Storage(Shelf, Protocol):
         return ""
 
     def draft(self) -> Draft:
-        """An empty draft to be filled and adopted."""
+        """An empty draft to be filled and adopted; a file without a name if it will be copied."""
+        return draft_in(tempfile.gettempdir(), named=False)
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
         """Stores small bytes: in place of what may be there, or else only if nothing is. Whether
@@ -7789,6 +7791,7 @@ class Storage(Shelf, Protocol):
 
     def close(self) -> None:
         """Gives back what the storage holds."""
+        return
 
 
 @contextlib.contextmanager
@@ -8092,12 +8095,6 @@ class MemoryStorage(Storage):
             f"The cache is in memory, {self._limit} bytes at most: nothing survives this process"
         )
 
-    def sweep(self) -> None:
-        pass
-
-    def draft(self) -> Draft:
-        return draft_in(tempfile.gettempdir(), named=False)
-
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
         return self._hold(name, data, time.time(), replace)
 
@@ -8177,9 +8174,6 @@ class MemoryStorage(Storage):
                 raise NotFound("not in the store")
             self._drop(name)
 
-    def close(self) -> None:
-        pass
-
 
 def _version_of(name: str) -> str:
     """What the files of one module version have in common; of other names, the name itself."""
@@ -8252,12 +8246,6 @@ class RemoteStorage(Storage):
         self._stamps.drop(name)
         with self._spool_mutex:
             self._spools.pop(name, None)
-
-    def sweep(self) -> None:
-        pass
-
-    def draft(self) -> Draft:
-        return draft_in(tempfile.gettempdir(), named=False)
 
     def open(self, name: str) -> FileBlob:
         with self._spool_mutex:
@@ -8347,6 +8335,7 @@ class SqlDialect(Protocol):
 
     def check_room(self, line: SqlLine, size: int) -> None:
         """Raises StoreDown if so many bytes are known to find no room."""
+        return
 
     def refuse(self, error: StoreDown) -> None:
         """Raises StartError for an error at the start that will not go away by itself."""
@@ -8800,9 +8789,6 @@ class Postgres(SqlDialect):
 
     def connect(self) -> SqlLine:
         return PostgresLine(self._driver, self._url)
-
-    def check_room(self, line: SqlLine, size: int) -> None:
-        pass
 
     def refuse(self, error: StoreDown) -> None:
         """What cannot be reached may be there later; what the server itself refuses stays so."""
