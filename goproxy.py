@@ -8291,25 +8291,41 @@ class RemoteStorage(Storage):
             self._pour_lane.close()
 
 
-class SqlLine(Protocol):
+class SqlLine:
     """A connection to a database, for one thread at a time. Each statement, with `?` for its
     values, is committed by itself, unless it stands between BEGIN and COMMIT.
 
     Its verbs raise StoreDown; StoreAway when the connection is of no use any more."""
 
     begin: str  # how a transaction that writes begins
+    _driver: Any
+    _connection: Any
+
+    def _guarded(self) -> contextlib.AbstractContextManager[None]:
+        """With our errors in the place of the driver's."""
+        raise NotImplementedError
+
+    def _execute(self, statement: str, values: Sequence[Any]) -> Any:
+        return self._connection.execute(statement, values)
 
     def rows(self, statement: str, *values: Any) -> list[Any]:
         """What a SELECT finds."""
+        with self._guarded():
+            return list(self._execute(statement, values).fetchall())
 
     def change(self, statement: str, *values: Any) -> int:
         """How many rows a statement has changed."""
+        with self._guarded():
+            return int(self._execute(statement, values).rowcount)
 
     def is_current(self) -> bool:
         """Whether it still leads to the database; nobody is asked for that."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Never raises."""
+        with contextlib.suppress(self._driver.Error):
+            self._connection.close()
 
 
 @contextlib.contextmanager
@@ -8606,7 +8622,7 @@ class _SqliteLine(SqlLine):
     def __init__(self, driver: Any, path: str) -> None:
         self._driver = driver
         self._path = path
-        with self._errors():
+        with self._guarded():
             self._connection = driver.connect(
                 path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
@@ -8620,26 +8636,14 @@ class _SqliteLine(SqlLine):
         return (status.st_dev, status.st_ino)
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _guarded(self) -> Iterator[None]:
         try:
             yield
         except self._driver.Error as error:
             raise StoreDown(f"the store fails: {error}") from None
 
-    def rows(self, statement: str, *values: Any) -> list[Any]:
-        with self._errors():
-            return list(self._connection.execute(statement, values))
-
-    def change(self, statement: str, *values: Any) -> int:
-        with self._errors():
-            return int(self._connection.execute(statement, values).rowcount)
-
     def is_current(self) -> bool:
         return self._identity() == self._file
-
-    def close(self) -> None:
-        with contextlib.suppress(self._driver.Error):
-            self._connection.close()
 
 
 _BUSY_SECONDS = 10.0
@@ -8749,20 +8753,8 @@ class PostgresLine(SqlLine):
     def _execute(self, statement: str, values: Sequence[Any]) -> Any:
         return self._connection.execute(statement.replace("?", "%s"), values, binary=True)
 
-    def rows(self, statement: str, *values: Any) -> list[Any]:
-        with self._guarded():
-            return list(self._execute(statement, values).fetchall())
-
-    def change(self, statement: str, *values: Any) -> int:
-        with self._guarded():
-            return int(self._execute(statement, values).rowcount)
-
     def is_current(self) -> bool:
         return not self._connection.closed
-
-    def close(self) -> None:
-        with contextlib.suppress(self._driver.Error):
-            self._connection.close()
 
 
 def _first_line(error: Exception) -> str:
