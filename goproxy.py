@@ -13265,6 +13265,7 @@ class Holding(NamedTuple):
     size: int
 
 
+S = TypeVar("S", Entry, Holding)
 Sees = Callable[[str, int], bool]  # given a path and is_own: whether somebody may know of it
 
 
@@ -13285,7 +13286,10 @@ class Catalogue:
         CREATE INDEX by_time ON versions (stored);
     """
     _ENTRIES = (
-        "SELECT path, version, stored, size, own FROM modules CROSS JOIN versions ON module = id"
+        "SELECT path, version, stored, size, own FROM modules CROSS JOIN versions ON module = id "
+    )
+    _BY_TIME = (
+        "SELECT path, version, stored, size, own FROM versions CROSS JOIN modules ON id = module "
     )
     _HOLDINGS = (
         "SELECT path, own, max(stored), count(*), sum(size) "
@@ -13409,9 +13413,9 @@ class Catalogue:
         self._settle()
         return iter(self._table.execute(query, given))
 
-    def _entries(self, sees: Sees, count: int, query: str, *given: object) -> list[Entry]:
+    def _seen(self, kind: type[S], sees: Sees, count: int, query: str, *given: object) -> list[S]:
         with self._mutex:
-            rows = map(Entry._make, self._rows(f"{self._ENTRIES} {query}", *given))
+            rows = map(kind._make, self._rows(query, *given))
             return list(
                 itertools.islice((row for row in rows if sees(row.path, row.is_own)), count)
             )
@@ -13419,19 +13423,16 @@ class Catalogue:
     def after(self, path: str, version: str, count: int, sees: Sees) -> list[Entry]:
         """The next ones after a version, ordered by path and version as text."""
         order = "WHERE path >= ? AND (path > ? OR version > ?) ORDER BY path, version"
-        return self._entries(sees, count, order, path, path, version)
+        return self._seen(Entry, sees, count, self._ENTRIES + order, path, path, version)
 
     def versions(self, path: str, sees: Sees) -> list[Entry]:
         """Those of one module."""
-        return self._entries(sees, self._NEWS, "WHERE path = ?", path)
+        return self._seen(Entry, sees, self._NEWS, f"{self._ENTRIES}WHERE path = ?", path)
 
     def since(self, moment: int, count: int, sees: Sees) -> list[Entry]:
         """The first ones that came at a moment (microseconds) or later, by time; so many more that
         whoever goes on from the last one's moment gets ahead."""
-        query = (
-            "SELECT path, version, stored, size, own FROM versions CROSS JOIN modules "
-            "ON id = module WHERE stored >= ? ORDER BY stored, module, version"
-        )
+        query = f"{self._BY_TIME}WHERE stored >= ? ORDER BY stored, module, version"
         found: list[Entry] = []
         with self._mutex:
             for row in map(Entry._make, self._rows(query, moment)):
@@ -13444,29 +13445,20 @@ class Catalogue:
     def search(self, words: Sequence[str], count: int, sees: Sees) -> list[Holding]:
         """Modules with all words in their paths, in upper or lower case."""
         tests = " AND ".join(["instr(lower(path), lower(?))"] * len(words)) or "1"
-        return self._holdings(sees, count, f"WHERE {tests} GROUP BY id, own ORDER BY path", *words)
+        query = f"{self._HOLDINGS}WHERE {tests} GROUP BY id, own ORDER BY path"
+        return self._seen(Holding, sees, count, query, *words)
 
     def of(self, paths: Iterable[str], count: int, sees: Sees) -> list[Holding]:
         """The first of these modules that there are."""
-        found = (self._holdings(sees, 1, "WHERE path = ? GROUP BY id, own", path) for path in paths)
+        query = f"{self._HOLDINGS}WHERE path = ? GROUP BY id, own"
+        found = (self._seen(Holding, sees, 1, query, path) for path in paths)
         return list(itertools.islice(itertools.chain.from_iterable(found), count))
-
-    def _holdings(self, sees: Sees, count: int, query: str, *given: object) -> list[Holding]:
-        with self._mutex:
-            rows = map(Holding._make, self._rows(self._HOLDINGS + query, *given))
-            return list(
-                itertools.islice((row for row in rows if sees(row.path, row.is_own)), count)
-            )
 
     def latest(self, count: int, sees: Sees) -> list[Entry]:
         """The modules that have got a version last, with that version."""
-        query = (
-            "SELECT path, version, stored, size, own FROM versions CROSS JOIN modules "
-            "ON id = module ORDER BY stored DESC"
-        )
         found: dict[str, Entry] = {}
         with self._mutex:
-            for row in map(Entry._make, self._rows(query)):
+            for row in map(Entry._make, self._rows(f"{self._BY_TIME}ORDER BY stored DESC")):
                 if len(found) == count:
                     break
                 if row.path not in found and sees(row.path, row.is_own):
