@@ -1442,16 +1442,13 @@ def _file(text: str) -> str:
     return text
 
 
-def _private_auth(text: str) -> str:
-    if text not in ("client", "server"):
-        raise ValueError("want client or server")
-    return text
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"want {' or '.join(words)}")
+        return text
 
-
-def _log_format(text: str) -> str:
-    if text not in ("json", "text"):
-        raise ValueError("want text or json")
-    return text
+    return parse
 
 
 def _option(
@@ -1523,7 +1520,9 @@ class Settings:
     host: str = _option(
         "GOPROXY_HOST", "", _host, "ADDRESS", "listen on it: name, IP or unix:/path (default: all)"
     )
-    log_format: str = _option("GOPROXY_LOG_FORMAT", "text", _log_format, "FORMAT", "text or json")
+    log_format: str = _option(
+        "GOPROXY_LOG_FORMAT", "text", _one_of("text", "json"), "FORMAT", "text or json"
+    )
     max_size: int | None = _option(
         "GOPROXY_MAX_SIZE",
         "",
@@ -1556,7 +1555,7 @@ class Settings:
     private_auth: str = _option(
         "GOPROXY_PRIVATE_AUTH",
         "server",
-        _private_auth,
+        _one_of("client", "server"),
         "WHOSE",
         "credentials for private modules: the server's, or each client's own",
     )
