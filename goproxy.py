@@ -9377,15 +9377,12 @@ class Stored(Source):
 
     def resolve(self, path: str, query: str) -> Info:
         if query != LATEST:
-            with contextlib.closing(self._shelf.open(query_name(path, query))) as blob:
-                return read_info(blob.read_all(MAX_INFO), None)
+            return read_info(read_small(self._shelf, query_name(path, query), MAX_INFO), None)
         version = newest(self.with_zip(path))
         try:
-            blob = self._shelf.open(Artifact(path, version, "info").name)
+            return read_info(bytes_of(self, Artifact(path, version, "info")), version)
         except NotFound:
             return Info(version, "", json.dumps({"Version": version}).encode())
-        with contextlib.closing(blob):
-            return read_info(blob.read_all(MAX_INFO), version)
 
     def open(self, artifact: Artifact) -> Blob:
         return self._shelf.open(artifact.name)
@@ -9550,8 +9547,7 @@ class OwnModules(Source):
         return found
 
     def resolve(self, path: str, query: str) -> Info:
-        with contextlib.closing(self.open(Artifact(path, query, "info"))) as blob:
-            return read_info(blob.read_all(MAX_INFO), query)
+        return read_info(bytes_of(self, Artifact(path, query, "info")), query)
 
     def open(self, artifact: Artifact) -> FileBlob:
         shelf = self._shelf(_stem(artifact.path, artifact.version))
@@ -11180,8 +11176,8 @@ class Maker:
             root = os.path.join(folder, "module")
             packed = os.path.join(folder, "zip")
             try:
-                _save(given, packed)
-                with open(packed, "rb") as file:
+                with open(packed, "w+b") as file:
+                    file.writelines(pieces_of(given))
                     unpack_zip(file, artifact.path, artifact.version, root)
                     before = mod_in_zip(file, artifact.path, artifact.version)
                 self._run(artifact, root, folder)
@@ -11227,12 +11223,6 @@ class Maker:
         lines = output.read().decode(errors="replace").splitlines()
         for line in lines[-self._SHOWN :]:
             self._log.line(f"generate {artifact.path}@{artifact.version}: {line}")
-
-
-def _save(blob: Blob, path: str) -> None:
-    with open(path, "wb") as file:
-        for data in iter(functools.partial(blob.read, CHUNK), b""):
-            file.write(data)
 
 
 def opener(folder: str) -> Callable[[str], BinaryIO]:
