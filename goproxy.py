@@ -15695,6 +15695,7 @@ class App(NamedTuple):
 
 
 _FOR_EVER = "public, max-age=31536000, immutable"
+_NO_STORE = ("Cache-Control", "no-store")
 
 
 def _replied(answer: Answer, content_type: str, ttl: float | None) -> Reply:
@@ -15711,7 +15712,7 @@ def _replied(answer: Answer, content_type: str, ttl: float | None) -> Reply:
 def serve_version(app: App, request: Request) -> Reply:
     """GET /version, as Athens has it."""
     body = json.dumps({"version": __version__}) + "\n"
-    return Reply(200, body.encode(), "application/json", (("Cache-Control", "no-store"),))
+    return Reply(200, body.encode(), "application/json", (_NO_STORE,))
 
 
 def serve_metrics(app: App, request: Request) -> Reply:
@@ -15721,7 +15722,7 @@ def serve_metrics(app: App, request: Request) -> Reply:
     python = ".".join(map(str, sys.version_info[:3]))
     figures[labelled("goproxy_build_info", version=__version__, python=python)] = 1.0
     content_type = "text/plain; version=0.0.4; charset=utf-8"
-    return Reply(200, exposition(figures), content_type, (("Cache-Control", "no-store"),))
+    return Reply(200, exposition(figures), content_type, (_NO_STORE,))
 
 
 def exposition(figures: Mapping[str, float]) -> bytes:
@@ -15770,7 +15771,7 @@ def process_figures(processes: Iterable[int]) -> dict[str, float]:
 def serve_health(app: App, request: Request) -> Reply:
     """GET /health: the process is alive; no upstream is asked."""
     body = json.dumps({"status": "ok", "version": __version__}) + "\n"
-    return Reply(200, body.encode(), "application/json", (("Cache-Control", "no-store"),))
+    return Reply(200, body.encode(), "application/json", (_NO_STORE,))
 
 
 def serve_ready(app: App, request: Request) -> Reply:
@@ -15779,9 +15780,8 @@ def serve_ready(app: App, request: Request) -> Reply:
     trouble = app.storage.check()
     alone = app.settings.offline or all(hop.kind == "off" for hop in app.settings.upstream)
     told = {"status": "degraded", "store": trouble} if trouble else {"status": "ok"}
-    headers = (("Cache-Control", "no-store"),)
     status = 503 if trouble and alone else 200
-    return Reply(status, f"{json.dumps(told)}\n".encode(), "application/json", headers)
+    return Reply(status, f"{json.dumps(told)}\n".encode(), "application/json", (_NO_STORE,))
 
 
 def serve_list(app: App, request: Request, module: str) -> Reply:
@@ -15815,12 +15815,13 @@ def serve_artifact(app: App, request: Request, module: str, version: str, kind: 
     link = mirror.link(artifact, request.method) if kind == "zip" else ""
     if link:
         app.used(artifact.name)
-        headers = (("Cache-Control", "no-store"), ("Location", link))
+        headers = (_NO_STORE, ("Location", link))
         return Reply(307, b"", headers=headers, verdict=Verdict.HIT)
     if kind == "zip" and request.method == "HEAD":
         return _zip_head(mirror, artifact, request)
     try:
-        answer = _artifact_answer(mirror, artifact, request.reach)
+        ask = mirror.large if kind == "zip" else mirror.small
+        answer = ask(artifact, request.reach)
     except MustWait:
         if kind != "mod":  # its successors need not wait; those of a .mod stand in it
             app.watch(request, artifact, here=False)
@@ -15874,15 +15875,6 @@ def _own_artifact(module: str, version: str, kind: str) -> Artifact:
         raise MethodNotAllowed("the .zip stands for all files of a version")
     check_module(artifact.path, artifact.version)
     return artifact
-
-
-_NO_STORE = ("Cache-Control", "no-store")
-
-
-def _artifact_answer(mirror: Modules, artifact: Artifact, reach: Reach) -> Answer:
-    return (
-        mirror.large(artifact, reach) if artifact.kind == "zip" else mirror.small(artifact, reach)
-    )
 
 
 def _zip_head(mirror: Modules, artifact: Artifact, request: Request) -> Reply:
@@ -16852,13 +16844,10 @@ class Tls:
         """Files in PEM form; no key: it stands in the file of the certificate. Raises
         ValueError saying what is wrong."""
         self._cert, self._key = cert, key
-        self.context = self._load()
+        self.reload()
 
     def reload(self) -> None:
-        """Reads the files again; raises ValueError and keeps what it has if they are bad."""
-        self.context = self._load()
-
-    def _load(self) -> ssl.SSLContext:
+        """Reads the files; raises ValueError and keeps what it has if they are bad."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.sslsocket_class = TlsSocket
@@ -16870,7 +16859,7 @@ class Tls:
             reason = str(error.strerror).partition(" (_ssl")[0]
             words = f"no certificate with its key, as PEM without a password: {reason}"
             raise ValueError(words) from None
-        return context
+        self.context = context
 
     def wrap(self, sock: socket.socket) -> TlsSocket:
         """A connection on which nothing has been said yet."""
