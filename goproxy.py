@@ -1906,7 +1906,7 @@ def read_info(raw: bytes, want: str | None = None) -> Info:
         raise BadUpstream("info file has no valid Version")
     if want not in (None, version):
         raise BadUpstream(f"got info for version {quoted(version)} instead of requested version")
-    if not isinstance(moment, str) or ("time" in fields and not _is_rfc3339(moment)):
+    if not isinstance(moment, str) or ("time" in fields and seconds_of(moment) is None):
         raise BadUpstream("info file has a malformed Time")
     if not isinstance(fields.get("origin", {}), dict):
         raise BadUpstream("info file has a malformed Origin")
@@ -1944,25 +1944,17 @@ _RFC3339 = re.compile(
 )
 
 
-def _is_rfc3339(text: str) -> bool:
-    found = _RFC3339.fullmatch(text)
+def seconds_of(moment: str) -> float | None:
+    """Seconds since the epoch of an RFC 3339 time, None for what is none."""
+    found = _RFC3339.fullmatch(moment)
     if not found:
-        return False
+        return None
     year, month, day, hour, minute, second = map(int, found.groups())
     try:
         # Go has a year 0, a leap year, and Python has not.
         datetime.datetime(year or 4, month, day, hour, minute, second)
     except ValueError:
-        return False
-    return True
-
-
-def seconds_of(moment: str) -> float | None:
-    """Seconds since the epoch of an RFC 3339 time, None for what is none."""
-    found = _RFC3339.fullmatch(moment)
-    if not found or not _is_rfc3339(moment):
         return None
-    year, month, day, hour, minute, second = map(int, found.groups())
     zone = "+0000" if moment.endswith("Z") else moment[-6:].replace(":", "")
     shift = int(zone[:3]) * 3600 + int(zone[0] + zone[3:]) * 60
     return calendar.timegm((year or 1, month, day, hour, minute, second)) - shift
@@ -2939,25 +2931,19 @@ class Kind(NamedTuple):
 
     content_type: str
     limit: int
-    check: Callable[[Artifact, bytes], None]
-
-
-def _check_info(artifact: Artifact, raw: bytes) -> None:
-    read_info(raw, artifact.version)
-
-
-def _check_mod(artifact: Artifact, raw: bytes) -> None:
-    check_go_mod(raw)
-
-
-def _check_zip(artifact: Artifact, raw: bytes) -> None:
-    check_zip(io.BytesIO(raw), artifact.path, artifact.version)
+    check: Callable[[Artifact, bytes], object]
 
 
 KINDS = {
-    "info": Kind("application/json", MAX_INFO, _check_info),
-    "mod": Kind("text/plain; charset=utf-8", MAX_GO_MOD, _check_mod),
-    "zip": Kind("application/zip", MAX_ZIP, _check_zip),
+    "info": Kind(
+        "application/json", MAX_INFO, lambda artifact, raw: read_info(raw, artifact.version)
+    ),
+    "mod": Kind("text/plain; charset=utf-8", MAX_GO_MOD, lambda artifact, raw: check_go_mod(raw)),
+    "zip": Kind(
+        "application/zip",
+        MAX_ZIP,
+        lambda artifact, raw: check_zip(io.BytesIO(raw), artifact.path, artifact.version),
+    ),
 }
 
 
