@@ -6768,20 +6768,15 @@ class AwsKeyChain:
     def _find(self) -> AwsKeys:
         try:
             return (
-                self._from_variables()
+                _given_keys(lambda name: self._environ.get(name.upper()))
                 or self._from_web_identity()
-                or self._from_files()
+                or _given_keys(self._profile.read().get)
                 or self._from_sign_in()
                 or self._from_container()
                 or self._from_machine()
             )
         except (BadUpstream, OSError, UsageError) as error:
             raise _NoKeys(f"s3: no AWS keys: {error}") from None
-
-    def _from_variables(self) -> AwsKeys | None:
-        get = self._environ.get
-        access, secret = get("AWS_ACCESS_KEY_ID"), get("AWS_SECRET_ACCESS_KEY")
-        return AwsKeys(access, secret, get("AWS_SESSION_TOKEN", "")) if access and secret else None
 
     def _from_web_identity(self) -> AwsKeys | None:
         """A token of Kubernetes, or of a CI service, for the keys of a role (AWS STS API Reference,
@@ -6838,11 +6833,6 @@ class AwsKeyChain:
         except (FileNotFoundError, KeyError, TypeError, ValueError, RecursionError):
             raise BadUpstream("sso: no sign-in that counts: run aws sso login") from None
 
-    def _from_files(self) -> AwsKeys | None:
-        get = self._profile.read().get
-        access, secret = get("aws_access_key_id"), get("aws_secret_access_key")
-        return AwsKeys(access, secret, get("aws_session_token", "")) if access and secret else None
-
     def _from_container(self) -> AwsKeys | None:
         get = self._environ.get
         full = get("AWS_CONTAINER_CREDENTIALS_FULL_URI", "")
@@ -6890,6 +6880,12 @@ class AwsKeyChain:
             words = f" {code[1].decode()}" if code else ""
             raise BadUpstream(f"{url.authority} answered {response.status}{words}")
         return raw
+
+
+def _given_keys(get: Callable[[str], str | None]) -> AwsKeys | None:
+    """Those of the variables, or of a profile, which have the same names."""
+    access, secret = get("aws_access_key_id"), get("aws_secret_access_key")
+    return AwsKeys(access, secret, get("aws_session_token") or "") if access and secret else None
 
 
 def _role_url(text: str) -> Url:
