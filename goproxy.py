@@ -3559,6 +3559,15 @@ class Flights(Generic[T]):
             self._begun_in.pop(key, None)
 
 
+def done_once(flights: Flights[Future[T]], key: str, work: Callable[[], T]) -> T:
+    """What work brings, which is done once for all who want it meanwhile."""
+    flight, first = flights.join(key, Future)
+    if first:
+        keep_promise(flight, work)
+        flights.land(key)
+    return flight.result()
+
+
 class TtlCache(Generic[T]):
     """At most `limit` values, each for its own number of seconds; the oldest go first. A key that
     only an attacker thinks up is not remembered: a request may name 8,000 characters."""
@@ -10119,11 +10128,7 @@ class Repository:
         asked_at, refs = self._known
         if time.monotonic() - asked_at <= age:
             return refs
-        flight, first = self._questions.join("", Future)
-        if first:
-            keep_promise(flight, self._ask_refs)
-            self._questions.land("")
-        return flight.result()
+        return done_once(self._questions, "", self._ask_refs)
 
     def _ask_refs(self) -> Mapping[str, str]:
         asked_at = time.monotonic()
@@ -12423,15 +12428,7 @@ class SumDbOrigin:
         supported = self._support.get(str(base))
         if supported is not None:
             return supported
-        flight, first = self._questions.join(str(base), Future)
-        if first:
-            try:
-                flight.set_result(self._ask_supported(base))
-            except BaseException as error:
-                flight.set_exception(error)
-            finally:
-                self._questions.land(str(base))
-        return flight.result()
+        return done_once(self._questions, str(base), lambda: self._ask_supported(base))
 
     def _ask_supported(self, base: Url) -> bool:
         try:
@@ -12716,9 +12713,9 @@ def stored_modules(items: Iterable[Item]) -> Iterator[tuple[str, dict[str, list[
             yield path, versions
 
 
-def files_of(storage: Storage, path: str, version: str, place: str = "") -> list[Item]:
-    """What is stored of a version below a place, the .info first and the .mod last."""
-    prefix = f"{place}{escape_path(path)}/@v/"
+def files_of(storage: Storage, path: str, version: str) -> list[Item]:
+    """What is stored of a version, the .info first and the .mod last."""
+    prefix = f"{escape_path(path)}/@v/"
     stem = f"{prefix}{escape_version(version)}"
     names = [f"{stem}.{kind}" for kind in ("info", "zip", "ziphash", "mod")]
     found = [item for item in storage.walk(prefix) if item.name in names]
