@@ -2996,6 +2996,11 @@ class BytesBlob(Blob):
         return self._data.read(count)
 
 
+def stamp_of(status: os.stat_result) -> tuple[int, int, int]:
+    """What tells a file from one that takes its place."""
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 class OpenFile:
     """A descriptor that several blobs may read by offset; it is closed with the last of them."""
 
@@ -5903,7 +5908,7 @@ class LoginFile:
 
     def logins(self) -> Sequence[VcsLogin]:
         with contextlib.suppress(OSError, UsageError):
-            if self._stamped(os.stat(self._path)) != self._stamp:
+            if stamp_of(os.stat(self._path)) != self._stamp:
                 self._read()
         return self._logins
 
@@ -5920,12 +5925,8 @@ class LoginFile:
             raise UsageError(f"{self._origin}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
             raise UsageError(f"{self._origin}: not UTF-8") from None
-        self._mode, self._stamp = status.st_mode, self._stamped(status)
+        self._mode, self._stamp = status.st_mode, stamp_of(status)
         self._logins = read_logins(text, self._origin)
-
-    @staticmethod
-    def _stamped(status: os.stat_result) -> tuple[int, int, int]:
-        return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _login(glob: str, name: str = "", *words: str) -> VcsLogin:
@@ -7808,10 +7809,6 @@ _READ_FLAGS = (
 )
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int, int]:
-    return (status.st_ino, status.st_size, status.st_mtime_ns)
-
-
 def _place_in_order(entry: os.DirEntry[str]) -> str:
     """So that whole names are in order: a/b comes after a.b."""
     return f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
@@ -7832,11 +7829,11 @@ class Folder(Shelf):
             status = os.fstat(file.descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise FileNotFoundError
-            return FileBlob(file, status.st_size, status.st_mtime, _stamp(status))
+            return FileBlob(file, status.st_size, status.st_mtime, stamp_of(status))
 
     def stamp(self, name: str) -> object:
         try:
-            return _stamp(os.stat(f"{self._root}/{name}"))
+            return stamp_of(os.stat(f"{self._root}/{name}"))
         except OSError:
             return None
 
@@ -15579,7 +15576,7 @@ class Gate:
             status = os.stat(self._file)
         except OSError:
             return None
-        return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_mode)
+        return (*stamp_of(status), status.st_mode)
 
     def _load(self) -> _Ring:
         return _Ring(load_users(self._file), TtlCache(self._KNOWN))
@@ -19967,12 +19964,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("goproxy.py: interrupted; what is done is kept", file=sys.stderr)
         return 130
-    except UsageError as error:
+    except (StartError, UsageError) as error:
         print(f"goproxy.py: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except StartError as error:
-        print(f"goproxy.py: {printable(str(error))}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":
