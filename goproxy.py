@@ -9561,14 +9561,9 @@ def make_info(version: str, modified: float) -> bytes:
     return json.dumps({"Version": version, "Time": moment}, separators=(",", ":")).encode()
 
 
-def _mod_of_blob(artifact: Artifact, blob: FileBlob) -> bytes:
-    with open(blob.descriptor, "rb", closefd=False) as file:
-        return mod_in_zip(file, artifact.path, artifact.version)
-
-
 _MADE_OF_ZIP: dict[str, Callable[[Artifact, FileBlob], bytes]] = {
     "info": lambda artifact, blob: make_info(artifact.version, blob.modified),
-    "mod": _mod_of_blob,
+    "mod": lambda artifact, blob: mod_in_zip(blob.reading(), artifact.path, artifact.version),
 }
 
 _VCS_FOLDERS = frozenset([".bzr", ".git", ".hg", ".svn"])
@@ -9667,12 +9662,11 @@ def publish(
     storage.adopt(artifact.name, draft)
     with contextlib.closing(storage.open(artifact.name)) as blob:
         modified = blob.modified
-        with open(blob.descriptor, "rb", closefd=False) as file:
-            if check_zip(file, artifact.path, artifact.version) != sums.zip:
-                raise Conflict(
-                    f"{artifact.path}@{artifact.version} is there with other content, and a "
-                    "version never changes: choose another one"
-                )
+        if check_zip(blob.reading(), artifact.path, artifact.version) != sums.zip:
+            raise Conflict(
+                f"{artifact.path}@{artifact.version} is there with other content, and a version "
+                "never changes: choose another one"
+            )
     beside = {
         "ziphash": sums.zip.encode(),
         "mod": sums.go_mod,
