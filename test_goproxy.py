@@ -3531,6 +3531,17 @@ def test_a_lane_that_had_no_room_grows_when_another_has_nothing_more_to_do() -> 
     narrow.close()
 
 
+def test_a_lane_does_not_count_work_for_which_there_is_no_thread() -> None:
+    lane, before = goproxy.Lane("none", 1, 0), threading.stack_size(1 << 47)  # more than there is
+    try:
+        with pytest.raises(RuntimeError, match="new thread"):
+            lane.do(bool)
+    finally:
+        threading.stack_size(before)
+    assert lane.unfinished == 0
+    assert lane.submit(lambda: 1).result(PATIENCE) == 1
+
+
 def test_alarms_go_on_after_one_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
     alarms, done = goproxy.Alarms(), threading.Event()
     alarms.set(0.0, lambda: 1 // 0)
