@@ -17180,6 +17180,8 @@ class Handshake(Courier):
         first = _HELLO if has_begun else self.receive(1, socket.MSG_PEEK)
         if first == _HELLO:
             self.loop.poll(self, 0)
+            if not has_begun:
+                self.loop.ignore(self)  # while it is taken apart, the socket has no descriptor
             self.loop.handshake_lane.do(self._advance)
         elif first:
             self._pass_on().reject(BadRequest("this port speaks TLS: ask https:// for it"))
@@ -18041,10 +18043,11 @@ class Server(ThreadingHTTPServer):
             self._poller.set(descriptor, handler.polled, interest)
             handler.polled = interest
         if handler.polled:
-            ignore = functools.partial(self._ignore, handler)
+            ignore = functools.partial(self.ignore, handler)
             self._events[descriptor] = handler.on_event if interest else ignore
 
-    def _ignore(self, handler: Courier) -> None:
+    def ignore(self, handler: Courier) -> None:
+        """Has the poller forget a connection."""
         descriptor = handler.sock.fileno()
         self._poller.set(descriptor, handler.polled, 0)
         handler.polled = 0
@@ -18110,7 +18113,7 @@ class Server(ThreadingHTTPServer):
         """A connection is about to close, here at least: another process may have it, too."""
         handler.interest = 0
         if handler.polled:
-            self._ignore(handler)
+            self.ignore(handler)
         self._wheel.unfile(handler)
         self._handlers.discard(handler)
 

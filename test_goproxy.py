@@ -16546,6 +16546,20 @@ def test_every_file_arrives_by_tls_and_is_fetched_once(
     assert sorted(upstream.asked) == sorted(paths)
 
 
+LOST = "goproxy.Tls.wrap = lambda _, sock: (sock.close(), goproxy.os.stat(''))"
+
+
+def test_a_connection_that_is_lost_as_tls_begins_costs_only_itself(run: Run, trust: Trust) -> None:
+    """Python takes the socket apart for that, and may fail with nothing left of it."""
+    run.command = lambda *words: command(*words, begin=LOST)
+    proxy = run(tls_cert=trust.cert, tls_key=trust.key)
+    for _ in range(3):
+        with dial(proxy.port) as client, contextlib.suppress(ConnectionResetError):
+            client.sendall(b"\x16\x03\x01")
+            assert read_all(client) == b""
+    proxy.stop()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_requests_sent_at_once_by_tls_are_answered_in_their_order(
     run_tls: TlsRun, upstream: Upstream, trust: Trust, workers: int
