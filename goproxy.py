@@ -4623,7 +4623,7 @@ class CachingResolver(Resolver):
             raise UpstreamTimeout(f"dns: {name}: timed out") from None
 
     def _start(self, name: str) -> Future[DnsAnswer]:
-        if self._lane.unfinished >= self._LOOKUPS:
+        if self._lane.unfinished >= self._LOOKUPS and not self._fresh.get(name):  # just landed
             raise Overloaded("dns: too many lookups at once")
         work = functools.partial(self._fly, name)
         return contextvars.Context().run(self._lane.submit, work)  # part of nobody's trace
