@@ -7767,7 +7767,7 @@ class Storage(Shelf, Protocol):
 
     def draft(self) -> Draft:
         """An empty draft to be filled and adopted; a file without a name if it will be copied."""
-        return draft_in(tempfile.gettempdir(), named=False)
+        return nameless_draft()
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
         """Stores small bytes: in place of what may be there, or else only if nothing is. Whether
@@ -7874,10 +7874,11 @@ OWN_MARK = ".goproxy-"  # begins the names of our own side files, which are no a
 BAD_PLACE = OWN_MARK + "bad"  # where goes what is not what it should be
 
 
-def draft_in(folder: str, named: bool) -> Draft:
-    """Raises StoreDown."""
+def nameless_draft() -> Draft:
+    """One that will be copied, or given out alone. Raises StoreDown."""
+    folder = tempfile.gettempdir()
     try:
-        return Draft(folder, named)
+        return Draft(folder, named=False)
     except OSError as error:
         raise StoreDown(f"no file can be made in {folder}: {error.strerror}") from None
 
@@ -7977,7 +7978,7 @@ class DiskStorage(Folder, Storage):
         try:
             return Draft(self._drafts)
         except OSError:
-            return draft_in(tempfile.gettempdir(), named=False)
+            return nameless_draft()
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
         with store_errors(name):
@@ -14715,7 +14716,7 @@ class RegistryLine:
         return (name, value)
 
     def _spooled(self, response: Response, name: str) -> FileBlob:
-        draft = draft_in(tempfile.gettempdir(), named=False)
+        draft = nameless_draft()
         reader = draft.reader()
         self._pours.do(functools.partial(pour, response, weakref.ref(draft), name))
         reader.settle()
