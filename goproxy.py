@@ -18294,10 +18294,10 @@ class ServiceManager:
 
     def keep_reassuring(self) -> None:
         """Does so by a thread of its own."""
-        ended = threading.Event()
 
         def work() -> None:
-            while not ended.wait(self._patience / 4):
+            while True:
+                time.sleep(self._patience / 4)
                 self.reassure()
 
         if self._patience:
