@@ -5467,7 +5467,7 @@ _IN_HASTE: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def hastily() -> Iterator[list[str]]:
-    """For who may get it elsewhere: no host that fails is waited for. Gives those that were not."""
+    """For who can do without: no host that fails is waited for. Gives those passed over."""
     passed_over: list[str] = []
     token = _IN_HASTE.set(passed_over)
     try:
@@ -5502,7 +5502,7 @@ class Circuits:
     A failure counts only for those that came before it began, so that the first request after an
     outage goes well. Whoever has waited for 2.5 seconds fails as the last one did."""
 
-    _FAILURES, _REST, _PATIENCE, _WAITERS, _HOSTS = 5, 1.0, 2.5, 16, 1000
+    _FAILURES, _REST, _PATIENCE, _WAITERS, _HOSTS = 5, 1.0, 2.5, 20, 1000
 
     def __init__(self, log: Log | None) -> None:
         self._log = log
@@ -12230,7 +12230,8 @@ class ReadAhead:
     def _fetch(self, session: _Session, sight: Sight) -> None:
         """What a client would do. What goes wrong here will go wrong for a client, and be told."""
         told = {"goproxy.module": sight.path, "goproxy.version": sight.version}
-        with contextlib.suppress(ProxyError), TRACER.apart(f"read ahead {sight.kind}", told):
+        apart = TRACER.apart(f"read ahead {sight.kind}", told)
+        with contextlib.suppress(ProxyError), apart, hastily():
             _FETCHES[sight.kind](self._policy.public(sight.path), sight)
             if sight.kind in ("list", "mod"):
                 self._mind.do(lambda: self._go_on(session, sight))
