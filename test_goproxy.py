@@ -6504,6 +6504,8 @@ def test_what_a_container_file_names_exists(name: str) -> None:
 
 def test_check_tries_the_store(tmp_path: Path) -> None:
     arguments = ["check", "-upstream=off", "-sumdb=off"]
+    with opened(f"sqlite:{tmp_path}/db") as storage:
+        storage.put(INFO, SITE[INFO])
     for cache in ("memory:", "sqlite:db", str(tmp_path)):
         ended = finish(tmp_path, *arguments, f"-cache={cache}")
         assert re.fullmatch(f"ok    cache  {cache}  put, read and remove [0-9]+ ms\n", ended.out)
