@@ -3366,6 +3366,16 @@ def _survive(work: Callable[[], object]) -> None:
         sys.excepthook(*sys.exc_info())
 
 
+def begin_thread(work: Callable[[], object], name: str) -> threading.Thread:
+    """A thread that does not keep the process alive. Raises Overloaded if it cannot be had."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        raise Overloaded("no more threads: the limit of the user, service or container") from None
+    return thread
+
+
 class Lane:
     """Threads that take work in the order it came: `least` from the start, so that these are there
     whatever limits the machine has, more as work would wait, and never more than `most`.
@@ -3395,7 +3405,7 @@ class Lane:
 
     def _begin_thread(self) -> None:
         name = f"{self._name}-{self._threads}"
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        begin_thread(self._run, name)
         self._threads += 1
         Lane._all += 1
 
@@ -3406,7 +3416,7 @@ class Lane:
                 return
             try:
                 self._begin_thread()
-            except RuntimeError:  # no more of them: those there are do it
+            except Overloaded:  # those there are do it
                 if self._threads:
                     return
                 raise
@@ -3417,7 +3427,7 @@ class Lane:
             self._unfinished += 1
             try:
                 self._grow()
-            except RuntimeError:
+            except Overloaded:
                 self._unfinished -= 1
                 raise
         self._queue.put(TRACER.carried(work))
@@ -3487,7 +3497,7 @@ def keep_promise(promise: Future[T], work: Callable[[], T]) -> None:
 def in_thread(work: Callable[[], T]) -> Future[T]:
     """Does work that nobody can cut short; its thread does not keep the process alive."""
     promise: Future[T] = Future()
-    threading.Thread(target=keep_promise, args=(promise, work), daemon=True).start()
+    begin_thread(functools.partial(keep_promise, promise, work), "promise")
     return promise
 
 
@@ -3504,10 +3514,10 @@ class Alarms:
         """What to give to cancel."""
         alarm = object()
         with self._changed:
-            self._due[alarm] = (time.monotonic() + seconds, work)
             if self._process != os.getpid():
-                threading.Thread(target=self._run, name="alarms", daemon=True).start()
+                begin_thread(self._run, "alarms")
                 self._process = os.getpid()
+            self._due[alarm] = (time.monotonic() + seconds, work)
             self._changed.notify()
         return alarm
 
@@ -3670,6 +3680,9 @@ METRICS = {
         "kind,code,verdict",
     ),
     "goproxy_sent_bytes_total": Metric("counter", "Bytes sent to clients, with heads.", "kind"),
+    "goproxy_stalled_clients_total": Metric(
+        "counter", "Clients that took nothing of their answer for a minute, and were cut off."
+    ),
     "goproxy_store_bytes": Metric("gauge", "Size of what -max-size counts, where that is set."),
     "goproxy_store_errors_total": Metric(
         "counter", "Failures of the store, to read or to write.", "operation", ("read", "write")
@@ -4111,7 +4124,7 @@ class Log:
 
     def start(self) -> None:
         """Starts the thread; not before a process has been forked."""
-        threading.Thread(target=self._run, name="log", daemon=True).start()
+        begin_thread(self._run, "log")
 
     def line(self, text: str, level: str = "info", **fields: Any) -> None:
         """One line; as JSON with the fields, as text without them."""
@@ -6512,8 +6525,12 @@ class ConnectFilter:
             except OSError:  # closed, or no descriptors for a moment
                 self._slots.release()
                 self._closed.wait(0.1)
-            else:
-                in_thread(functools.partial(self._serve, client))
+                continue
+            try:
+                begin_thread(functools.partial(self._serve, client), "filter")
+            except Overloaded:
+                client.close()
+                self._slots.release()
 
     def _serve(self, client: socket.socket) -> None:
         try:
@@ -7636,8 +7653,7 @@ class TraceExporter:
         self._failing = False
         self._ended = threading.Event()
         TRACER.sampler = sampler
-        self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
-        self._thread.start()
+        self._thread = begin_thread(self._run, "traces")
 
     def _run(self) -> None:
         while not self._ended.wait(self._pause):
@@ -8801,6 +8817,8 @@ class WatchedStorage(Storage):
         """Without a name the work is no span: it may be spread over what its caller does."""
         away = self._away()
         if away:
+            if not self._is_sought:
+                self._note(half, away)
             raise StoreAway(str(away))
         try:
             with TRACER.span(f"store {half}", {"goproxy.name": name}) if name else NO_SPAN:
@@ -8835,7 +8853,10 @@ class WatchedStorage(Storage):
         elif before and not after:
             self._log.line("the store works again")
         if seek:
-            in_thread(self._seek)
+            try:
+                begin_thread(self._seek, "seeker")
+            except Overloaded:  # who comes next tries again
+                self._is_sought = False
 
     def _after(self, half: str, error: StoreDown | None) -> dict[str, StoreDown]:
         """The troubles that are left; any other answer shows that the store is not away."""
@@ -9804,6 +9825,7 @@ _GIT_OPTIONS = (
 )
 
 
+_GIVEN_BACK = {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # what others may give back
 # The first that reads GIT_CONFIG_GLOBAL: an older one would miss credentials and go around filters.
 OLDEST_GIT = (2, 32)
 
@@ -9892,7 +9914,8 @@ class GitRunner:
                 pass_fds=handed,
             )
         except OSError as error:
-            raise BadUpstream(f"git cannot be run: {error.strerror}") from None
+            kind = Overloaded if error.errno in _GIVEN_BACK else BadUpstream
+            raise kind(f"git cannot be run: {error.strerror}") from None
         assert process.stdin is not None
         if not order.aloud:
             with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
@@ -9930,7 +9953,7 @@ _COMPLAINTS: list[tuple[str, type[ProxyError]]] = [
         r"|access denied|returned error: 40[13]|transport '.*' not allowed",
         Forbidden,
     ),
-    (r"returned error: (429|503)", Overloaded),
+    (r"returned error: (429|503)|cannot fork|unable to create thread", Overloaded),
 ]
 
 
@@ -12845,8 +12868,7 @@ class Evictor:
         self._walk_at = self._save_at = 0.0
         self._ended = False
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="evictor", daemon=True)
-        self._thread.start()
+        self._thread = begin_thread(self._run, "evictor")
 
     def stored(self, name: str, size: int) -> None:
         """Counts what has just been stored for good; returns at once."""
@@ -13089,7 +13111,7 @@ class Recheck:
         self._ended = threading.Event()
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="recheck", daemon=True).start()
+        begin_thread(self._run, "recheck")
 
     def close(self) -> None:
         self._ended.set()
@@ -13283,7 +13305,11 @@ class Catalogue:
                 self._walk_at = math.inf
                 self._until = now + (self._PATIENCE if self._length <= self._QUICK else 0.0)
                 self._walked.clear()
-                threading.Thread(target=self._renew, name="catalogue", daemon=True).start()
+                try:
+                    begin_thread(self._renew, "catalogue")
+                except Overloaded:
+                    self._walk_at = now
+                    raise
         self._walked.wait(max(0.0, self._until - time.monotonic()))
         return self._floor > 0
 
@@ -13510,7 +13536,7 @@ class Chronicle:
         # The absences stand apart, since the go command makes many of them.
         self._troubles: tuple[dict[Any, Trouble], dict[Any, Trouble]] = ({}, {})
         self._ended = threading.Event()
-        threading.Thread(target=self._run, name="chronicle", daemon=True).start()
+        begin_thread(self._run, "chronicle")
 
     def _run(self) -> None:
         while not self._ended.wait(self._SECONDS):
@@ -13823,7 +13849,7 @@ class Round:
             before = item.name
             if self._is_left(item):
                 self._progress.expect(1, item.size)
-        threading.Thread(target=self._keep_writing, name="mark", daemon=True).start()
+        begin_thread(self._keep_writing, "mark")
         try:
             Crew(self._fail).each(self._begun(), self._do, lambda _, __: ())
         finally:
@@ -14851,7 +14877,7 @@ class Ageing:
         self._place = place
         self._log = log
         self._ended = threading.Event()
-        threading.Thread(target=self._run, name="ageing", daemon=True).start()
+        begin_thread(self._run, "ageing")
 
     def _run(self) -> None:
         while True:
@@ -17559,8 +17585,10 @@ class Handler(Courier, BaseHTTPRequestHandler):
         waiting = self._transfer is None and not self._lingering
         if waiting and (self._buffer or self._skip):
             self.reject(HeadTooSlow("request head too slow"))
-        else:
-            self.close()
+            return
+        if self._transfer is not None:
+            METER.add("goproxy_stalled_clients_total")
+        self.close()
 
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -18302,7 +18330,7 @@ class ServiceManager:
                 self.reassure()
 
         if self._patience:
-            threading.Thread(target=work, daemon=True).start()
+            begin_thread(work, "watchdog")
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -18568,7 +18596,7 @@ class Reporter:
         self._troubles: collections.deque[Trouble] = collections.deque(maxlen=self._TROUBLES)
         self._fetcher = fetcher
         self._ended = threading.Event()
-        threading.Thread(target=self._run, name="reporter", daemon=True).start()
+        begin_thread(self._run, "reporter")
 
     def _run(self) -> None:
         while not self._ended.wait(self._SECONDS):
@@ -18685,6 +18713,7 @@ class Workers:
     flight, one memory of absence and one pool of connections; the others hand it the connections
     that must wait for a fetch."""
 
+    _NO_START = 75  # the status of a worker that cannot begin (EX_TEMPFAIL)
     _PAUSE = 1.0  # seconds before a worker that died young is replaced
     _PATIENCE = 2.0  # more seconds than its requests have for a worker to end
 
@@ -18705,6 +18734,7 @@ class Workers:
         self._places: dict[int, int] = {}
         self._born: dict[int, float] = {}
         self._missing: list[int] = []
+        self._first: set[int] = set()
         self._stopping = False
         self._deadline = math.inf
         self._fetcher, self._handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -18719,8 +18749,12 @@ class Workers:
         """Announces that all workers are there, and returns when they have ended after a signal.
         `reload` tells whether the workers should reload, too. Signals are blocked and waited for,
         so that none comes at a bad moment, and all of them work for process 1 as well."""
-        for place in range(self._count):
-            self._fork(place)
+        try:
+            for place in range(self._count):
+                self._fork(place)
+        except OSError as error:
+            raise StartError(f"cannot begin -workers {self._count}: {error.strerror}") from None
+        self._first = {*self._places}
         announce()
         self._log.write_out()
         while self._places or (self._missing and not self._stopping):
@@ -18787,6 +18821,9 @@ class Workers:
             fetcher = None if fetches else self._fetcher
             self._work(reader, fetcher, self._handed if fetches else None)
             status = 0
+        except Overloaded as error:
+            os.write(2, f"goproxy.py: {error}\n".encode())
+            status = self._NO_START
         except BaseException:
             os.write(2, traceback.format_exc().encode())
         finally:
@@ -18828,6 +18865,8 @@ class Workers:
         age = time.monotonic() - self._born.pop(process)
         if self._stopping:
             return
+        if process in self._first and status_of(status) == self._NO_START:
+            raise StartError(f"cannot begin -workers {self._count}")
         with contextlib.suppress(OSError):
             self._storage.sweep()
         end = f"signal {-status_of(status)}" if status_of(status) < 0 else f"{status_of(status)}"
@@ -19176,8 +19215,7 @@ class Daemon:
                 signal.signal(_RENEW, lambda *_: server.post(begin))
             self._announce()
             self._manager.keep_reassuring()
-            watcher = threading.Thread(target=self._watch_succession, args=[server], daemon=True)
-            watcher.start()
+            begin_thread(lambda: self._watch_succession(server), "succession")
             _unblock_signals()
             server.serve_forever()
 
@@ -19194,8 +19232,7 @@ class Daemon:
         self._succession.handed.close()
         with self._serving(fetcher, handed) as server:
             work = functools.partial(_obey, line, server, lambda: self._try_reload(tells=False))
-            watcher = threading.Thread(target=work, daemon=True)
-            watcher.start()
+            begin_thread(work, "orders")
             server.serve_forever()
 
     def _reload(self) -> None:
@@ -19963,7 +20000,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("goproxy.py: interrupted; what is done is kept", file=sys.stderr)
         return 130
-    except (StartError, UsageError) as error:
+    except (Overloaded, StartError, UsageError) as error:
         print(f"goproxy.py: {printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 

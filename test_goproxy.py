@@ -3537,7 +3537,7 @@ def test_a_lane_that_had_no_room_grows_when_another_has_nothing_more_to_do() -> 
 def test_a_lane_does_not_count_work_for_which_there_is_no_thread() -> None:
     lane, before = goproxy.Lane("none", 1, 0), threading.stack_size(1 << 47)  # more than there is
     try:
-        with pytest.raises(RuntimeError, match="new thread"):
+        with pytest.raises(goproxy.Overloaded, match="no more threads"):
             lane.do(bool)
     finally:
         threading.stack_size(before)
@@ -9484,6 +9484,9 @@ SAYINGS = [
     ),
     ("fatal: unable to access 'https://x/': Could not resolve host: x", goproxy.Unreachable),
     ("ssh: connect to host x port 22: Connection refused", goproxy.Unreachable),
+    ("sh: 0: Cannot fork", goproxy.Overloaded),
+    ("fatal: unable to create thread: Resource temporarily unavailable", goproxy.Overloaded),
+    ("error: cannot fork() for index-pack: Out of memory", goproxy.Overloaded),
     ("fatal: early EOF", goproxy.Unreachable),
     ("", goproxy.Unreachable),
 ]
@@ -15746,6 +15749,31 @@ def test_a_remembered_zip_reaches_a_slow_reader_whole(run: Run, refused: str) ->
                 assert answer.read() == module
 
 
+def test_who_reads_nothing_for_a_minute_is_cut_off(run: Run, refused: str) -> None:
+    """A second, here. What is stored is as good as before."""
+    name = "example.com/hot/@v/v1.0.0.zip"
+    module = make_zip("example.com/hot@v1.0.0", {"a.bin": random.Random(3).randbytes(12 << 20)})
+    (run.cache / name).parent.mkdir(parents=True)
+    (run.cache / name).write_bytes(module)
+    run.command = functools.partial(command, begin="goproxy._STALL_SECONDS = 1.0")
+    proxy = run(upstream=refused)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", proxy.port))
+        client.sendall(f"GET /{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await_figure(proxy, "goproxy_stalled_clients_total", 1)
+        await_figure(proxy, "goproxy_requests_in_flight", 1)  # that of the figures
+        assert drained(client) < len(module)
+    assert proxy.get(name).body == module
+
+
+def drained(client: socket.socket) -> int:
+    """The bytes that still come."""
+    with contextlib.suppress(ConnectionResetError):
+        return sum(map(len, iter(lambda: client.recv(65536), b"")))
+    return 0
+
+
 def test_slow_readers_keep_nobody_waiting(proxy: Proxy) -> None:
     proxy.get(BIG)
     with contextlib.ExitStack() as stack:
@@ -17831,10 +17859,71 @@ def test_the_limits_of_all_threads_of_a_process_add_up_to_100() -> None:
     """The loop, what runs once, a thread for each name that is looked up, one that looks for a
     store that is away; lanes that begin late, in front of a remote store: 2."""
     many = ["a lane's", "in_thread's", "of verify, which is a process of its own"]
-    once = PROGRAM.read_text().count("threading.Thread(") - len(many)
+    many += ["of begin_thread itself", "a filter's, for git by way of -proxy", "a store's seeker"]
+    once = len(re.findall(r"\bbegin_thread\(", PROGRAM.read_text())) - len(many)
     either = len(["workers are obeyed", "systemd is told", "a successor is watched"]) - 1
     names = goproxy.CachingResolver._THREADS
     assert goproxy.Lane.TOGETHER + 2 + 1 + once - either + names + 1 == 100
+
+
+class Cage:
+    """A control group that limits how many threads and processes what runs in it may have."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.prefix = ["sh", "-c", f'echo $$ > {folder}/cgroup.procs; exec "$@"', "sh"]
+
+    def allow(self, count: object) -> None:
+        (self.folder / "pids.max").write_text(str(count))
+
+
+@pytest.fixture
+def cage() -> Iterator[Cage]:
+    for root in map(Path, ("/sys/fs/cgroup/pids", "/sys/fs/cgroup")):
+        folder = root / f"goproxy-test-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            folder.mkdir()
+            if (folder / "pids.max").exists():
+                yield Cage(folder)
+                folder.rmdir()
+                return
+            folder.rmdir()
+    pytest.skip("needs to be the superuser where control groups may be made")
+
+
+def test_who_can_begin_no_thread_and_no_process_answers_all_the_same(
+    cage: Cage, run: Run, upstream: Upstream, quote: Origin
+) -> None:
+    stored, private = (INFO, MOD, ZIP), f"{ACME_QUOTE}/@v/v1.0.0.zip"
+    cold = [path for path in sorted(SITE) if path.startswith("example.com/") and "/@v/v" in path]
+    vcs = f"{ACME_QUOTE}={quote.url}"
+    proxy = run(prefix=cage.prefix, upstream=upstream.url(), vcs=vcs, private=ACME_QUOTE, workers=1)
+    assert {proxy.get(path).status for path in stored} == {200}
+    cage.allow(1)
+    answers = together(60, lambda number: proxy.get(stored[number % 3]).body)
+    assert {*answers} == {SITE[path] for path in stored}
+    assert {*together(len(cold), lambda number: proxy.get(cold[number]).status)} == {200}
+    refused = [proxy.get(path) for path in (private, "catalog")]
+    assert [answer.status for answer in refused] == [503, 503]
+    assert {answer.headers["retry-after"] for answer in refused} == {"1"}
+    cage.allow("max")
+    assert [proxy.get(path).status for path in (private, "catalog")] == [200, 200]
+    assert not re.search("Traceback|internal error", proxy.log)
+
+
+@pytest.mark.parametrize(
+    ("workers", "limit", "words"),
+    [(1, 1, "no more threads: "), (2, 2, "cannot begin -workers"), (2, 3, "cannot begin -workers")],
+)
+def test_who_cannot_begin_its_threads_does_not_start(
+    cage: Cage, run: Run, workers: int, limit: int, words: str
+) -> None:
+    run.command = plainly
+    cage.allow(limit)
+    proxy = run(prefix=cage.prefix, workers=workers, ready=f"goproxy.py: {words}")
+    assert proxy.process.wait(PATIENCE) == 1
+    assert "Traceback" not in proxy.log
+    run.started.remove(proxy)
 
 
 @needs_proc
