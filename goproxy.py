@@ -2131,6 +2131,74 @@ def unpack_zip(file: BinaryIO, path: str, version: str, folder: str) -> None:
                 sink.writelines(_unpacked(archive, entry, _body(archive, entry)))
 
 
+def imports_in_zip(file: BinaryIO, path: str, version: str, packages: Iterable[str]) -> set[str]:
+    """The packages outside a module that those named, and what these import within it, import on
+    linux/amd64, as import paths; without names, the package at the root, or if there is none all
+    that anybody may import. For guesses: reads leniently, the heads of at most 1,000 files, and
+    finds hardly more than 5,000. `file` is one that check_zip has passed. Raises BadUpstream.
+    """
+    archive = _Archive(file)
+    folders: dict[str, list[_Entry]] = {}
+    entries = _entries(archive, _find_directory(archive))
+    for entry in itertools.islice(entries, _MOST_ENTRIES):
+        name = entry.name.decode(errors="replace")[len(f"{path}@{version}") :]
+        if name.endswith(".go") and not _FOREIGN.search(name, name.rfind("/")):
+            folders.setdefault(path + name.rpartition("/")[0], []).append(entry)
+    public = [one for one in folders if not _NOT_IMPORTED & {*one[len(path) :].split("/")}]
+    todo = [*packages] or [one for one in public if one == path] or public
+    seen, left = {*todo}, _MOST_SOURCES
+    found: set[str] = set()
+    while todo and left > 0 and len(found) < _MOST_IMPORTS:
+        sources = folders.get(todo.pop(), [])[:left]
+        left -= len(sources)
+        new = {one for entry in sources for one in _imports(archive, entry)} - seen
+        todo += new & {*folders}
+        found |= new - {*folders}
+        seen |= new
+    return found
+
+
+_MOST_ENTRIES, _MOST_SOURCES, _MOST_IMPORTS = 20_000, 1000, 5000
+_MOST_HEAD, _MOST_OF_ONE = 16 << 10, 200  # bytes and imports of a file
+_FOREIGN = re.compile(
+    r"_(386|aix|android|arm|darwin|dragonfly|freebsd|illumos|ios|js|loong|mips|netbsd|openbsd|plan9"
+    r"|ppc64|riscv64|s390x|solaris|test|wasip1|wasm|windows)(64)?(le)?[_.]"
+)
+_NOT_IMPORTED = {"cmd", "example", "examples", "internal", "test", "testdata", "tests", "vendor"}
+_GO_COMMENT = re.compile(rb"//[^\n]*|/\*.*?(?:\*/|\Z)", re.S)
+_GO_IMPORTS = re.compile(
+    rb"\s*package\s+(?!main\b)\w+[\s;]*((?:import\b(?:\s*\([^)]*(?:\)|\Z)|[^\n;]*)[\s;]*)*)"
+)
+_GO_BUILD = re.compile(rb"^//go:build([^\n]*)", re.M)
+_BUILT = re.compile(r"linux|amd64|unix|gc|go1\..*")
+
+
+def _imports(archive: _Archive, entry: _Entry) -> set[str]:
+    """What a source file imports of other modules or its own; nothing where it is not as usual."""
+    try:
+        head = archive.at(_body(archive, entry), min(entry.packed, _MOST_HEAD))
+        if entry.method:
+            head = zlib.decompressobj(-zlib.MAX_WBITS).decompress(head, _MOST_HEAD)
+    except (ValueError, zlib.error):
+        return set()
+    constraint = _GO_BUILD.search(head)
+    found = _GO_IMPORTS.match(_GO_COMMENT.sub(b" ", head))
+    if not found or (constraint and not _is_built(constraint[1].decode(errors="replace"))):
+        return set()
+    paths = re.findall(r'"([^"\s]+)"', found[1].decode(errors="replace"))
+    return {one for one in paths[:_MOST_OF_ONE] if "." in one.partition("/")[0]}
+
+
+def _is_built(constraint: str) -> bool:
+    """Whether a build constraint holds on linux/amd64, nearly: parentheses are passed over."""
+    ways = re.sub(r"[\s()]", "", constraint).split("||")
+    return any(all(_holds(term) for term in way.split("&&")) for way in ways)
+
+
+def _holds(term: str) -> bool:
+    return bool(_BUILT.fullmatch(term.lstrip("!"))) != term.startswith("!")
+
+
 def _find_directory(archive: _Archive) -> _Directory:
     size = archive.size
     if size > MAX_ZIP:
@@ -12069,10 +12137,37 @@ class _Session:
         self.zips: set[tuple[str, str]] = set()
         self.needs: dict[str, str] = {}  # what a module required that was asked for by its name
         self.downloads = False  # whether a guessed .zip has been asked for after its .info
+        self.sources: dict[str, str] = {}  # the version of each .zip that is here or about to come
+        self.required: dict[str, str] = {}  # the highest that their go.mod files name, by path
+        self.imported: dict[str, set[str]] = {}  # packages known to be imported, by module
+        self.missing: set[str] = set()  # modules of which some are, not guessed yet
+        self.reading = 0.0  # seconds spent on source files
 
     def size(self) -> int:
         """How much is remembered."""
-        return sum(map(len, (self.asked, self.guessed, self.followed, self.zips, self.needs)))
+        kept = (self.asked, self.guessed, self.followed, self.zips, self.needs, self.required)
+        return sum(map(len, (*kept, *self.imported.values())))
+
+    def note_requirements(self, content: GoMod) -> None:
+        """Of a module whose .zip is here. A higher version than was guessed takes its place."""
+        for path, version, _ in content.requirements:
+            if semver_key(self.required.get(path, "")) < semver_key(version):
+                self.required[path] = version
+                if path in self.imported and (path, self.sources.get(path)) not in self.zips:
+                    self.sources.pop(path, None)
+                    self.missing.add(path)
+
+    def note_imports(self, packages: Iterable[str]) -> set[str]:
+        """The modules, as far as they are known, of those packages that are new."""
+        found = set()
+        for package in packages:
+            path = package
+            while path and path not in self.sources and path not in self.required:
+                path = path.rpartition("/")[0]
+            if path and package not in self.imported.setdefault(path, set()):
+                self.imported[path].add(package)
+                found.add(path)
+        return found
 
 
 class ReadAhead:
@@ -12083,7 +12178,8 @@ class ReadAhead:
       of the main module's requirements in the order of their paths (modload.readModGraph). So from
       a .mod follow those of its requirements: all of them, or else those with greater paths.
     - `go mod download` then asks .info and .zip in the order of paths, of the highest versions of
-      what it has read. `go build` asks the .zip alone, of what is imported.
+      what it has read. `go build` asks the .zip alone, of what is imported, and of its own
+      packages we know nothing; but each .zip that comes tells what those in it import in turn.
     - `go get` asks a list, then .info, .mod and .zip of the newest version in it, then the .zip
       of what that requires and imports, at last in the order of paths the list of each module
       whose .zip it has, and .info and .mod of the newest version (modload.CheckDeprecations).
@@ -12096,6 +12192,7 @@ class ReadAhead:
     _LONGEST_PATH = 500
     _LONGEST = 1 << 18  # bytes of a go.mod
     _WINDOW = 20  # modules ahead of a download
+    _READING = 5.0  # seconds of computing for a client's session
     _FORGET = 60.0  # seconds after which a client's next request begins something new
 
     def __init__(self, policy: Policy, storage: Storage) -> None:
@@ -12199,6 +12296,7 @@ class ReadAhead:
         """Part of a download; or, without its .info first, of a build, which asks for the .mod
         when it has it, and for the .info of all of them at its end."""
         session.zips.add((sight.path, sight.version))
+        session.sources[sight.path] = sight.version
         if session.downloads:
             for ahead in self._next_asked(session, sight):
                 self._guess(session, ahead, self._WINDOW)
@@ -12222,6 +12320,45 @@ class ReadAhead:
                     self._guess(session, ahead, session.used["zip"])
                     self._guess(session, ahead._replace(kind="mod"))
 
+    def _look_into(self, session: _Session, sight: Sight) -> None:
+        """Finds out what a .zip imports that is here or about to come."""
+        packages = [*session.imported.get(sight.path, ())]
+        if session.reading < self._READING and not session.needs:
+            self._lane.do(lambda: self._look(session, sight, packages))
+
+    def _look(self, session: _Session, sight: Sight, packages: Sequence[str]) -> None:
+        with contextlib.suppress(ProxyError), hastily():
+            mirror = self._policy.public(sight.path)
+            answer = mirror.large(Artifact(sight.path, sight.version, "zip"), Reach.FETCH)
+            assert isinstance(answer.body, FileBlob)
+            with contextlib.closing(answer.body) as blob:
+                began = time.thread_time()
+                found = imports_in_zip(blob.reading(), sight.path, sight.version, packages)
+                spent = time.thread_time() - began
+            self._mind.do(lambda: self._unroll(session, sight, found, spent))
+
+    def _unroll(self, session: _Session, sight: Sight, imports: Set[str], spent: float) -> None:
+        """Imports lead to other modules, and within those whose .zip is known on to others."""
+        session.reading += spent
+        with contextlib.suppress(ProxyError):
+            session.note_requirements(self._read(sight))
+        for path in session.note_imports(imports) - {sight.path}:
+            if path in session.sources:
+                self._look_into(session, sight._replace(path=path, version=session.sources[path]))
+            else:
+                session.missing.add(path)
+        self._guess_missing(session, sight)
+
+    def _guess_missing(self, session: _Session, sight: Sight) -> None:
+        """The .zip of what is imported, and the .mod that is asked right after it."""
+        session.missing -= session.sources.keys()
+        for path in sorted(session.missing):
+            version = session.asked.get(path) or session.required[path]
+            ahead = sight._replace(path=path, version=version, kind="zip")
+            if self._guess(session, ahead, len(session.zips) // 4):
+                session.sources[path] = version
+                self._guess(session, ahead._replace(kind="mod"))
+
     def _read(self, sight: Sight) -> GoMod:
         """Nothing of what is far longer than any go.mod that is written for use."""
         mirror = self._policy.public(sight.path)
@@ -12239,16 +12376,20 @@ class ReadAhead:
                     session.guessed[path] = version
                 self._guess(session, Sight(sight.client, path, version, "mod"))
 
-    def _guess(self, session: _Session, sight: Sight, more: int = 0) -> None:
+    def _guess(self, session: _Session, sight: Sight, more: int = 0) -> bool:
+        """False if too many guesses are unused."""
         unused = session.unused[sight.kind]
         name = sight.name
-        if name in unused or len(unused) > _UNUSED[sight.kind] + more + session.used[sight.kind]:
-            return
+        if name in unused:
+            return True
+        if len(unused) > _UNUSED[sight.kind] + more + session.used[sight.kind]:
+            return False
         if self._storage.stamp(name) is None:
             unused.add(name)
             self._lane.do(lambda: self._fetch(session, sight))
         elif sight.kind == "mod":
             self._go_on(session, sight)
+        return True
 
     def _fetch(self, session: _Session, sight: Sight) -> None:
         """What a client would do. What goes wrong here will go wrong for a client, and be told."""
@@ -12263,13 +12404,15 @@ class ReadAhead:
         """A list leads to the newest version in it. What is older than Go 1.17 leads on even if
         the client has not asked it yet."""
         with contextlib.suppress(ProxyError):
-            building = (sight.path, sight.version) in session.zips
+            building = session.sources.get(sight.path) == sight.version
             if sight.kind == "list":
                 answer = self._policy.public(sight.path).versions(sight.path, Reach.STORED)
                 found = sight._replace(version=newest(answer.data.decode().split()))
                 self._guess(session, found._replace(kind="info"))
                 self._guess(session, found._replace(kind="mod"))
-            elif not building and sight.name not in session.followed:
+            elif building:
+                self._look_into(session, sight)
+            elif sight.name not in session.followed:
                 session.followed.add(sight.name)
                 if not self._read(sight).prunes:
                     self._follow(session, sight)

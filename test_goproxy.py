@@ -12525,6 +12525,119 @@ def test_guesses_that_go_unused_come_to_an_end(ahead: Proxy, upstream: Upstream)
     assert len([path for path in upstream.asked if "wide" in path]) <= 70
 
 
+def chained(module: str, *imports: str, sub: str = "") -> dict[str, bytes]:
+    """A module of one package that imports others, as its go.mod says."""
+    modules = {"/".join(each.split("/")[:2]) for each in imports}
+    lines = "".join(f"require {each} v1.0.0\n" for each in sorted(modules))
+    block = "".join(f'\t"{each}"\n' for each in imports)
+    go_mod = f"module example.com/{module}\n\ngo 1.21\n\n{lines}"
+    files = {"go.mod": go_mod, f"{sub}x.go": f"package x\n\nimport (\n{block})\n"}
+    return site({f"example.com/{module}@v1.0.0": files})
+
+
+def test_a_build_is_preceded_by_what_its_zips_import(ahead: Proxy, upstream: Upstream) -> None:
+    upstream.files.update(chained("top", "example.com/mid/y/z"))
+    upstream.files.update(chained("mid", "example.com/low", sub="y/z/"))
+    upstream.files.update(chained("low", "example.com/lowest"))
+    upstream.files.update(chained("lowest"))
+    ahead.get(part_of("top", "zip"))
+    upstream.wait_asked(part_of("lowest", "zip"))
+    upstream.wait_asked(part_of("lowest", "mod"))
+    assert ahead.get(part_of("mid", "zip")).status == 200
+    assert ahead.get(part_of("low", "mod")).headers["x-cache"] == "HIT"
+    assert [count for count in collections.Counter(upstream.asked).values() if count > 1] == []
+
+
+def test_a_higher_version_takes_the_place_of_one_guessed(ahead: Proxy, upstream: Upstream) -> None:
+    upstream.files.update(chained("top", "example.com/mid", "example.com/low"))
+    later = {name: raw.replace(b"low v1.0.0", b"low v1.0.1") for name, raw in
+             chained("mid", "example.com/low").items()}  # fmt: skip
+    upstream.files.update({**later, **chained("low")})
+    upstream.files.update(site({"example.com/low@v1.0.1": {}}))
+    ahead.get(part_of("top", "zip"))
+    upstream.wait_asked("example.com/low/@v/v1.0.1.zip")
+
+
+def test_zips_guessed_that_go_unused_come_to_an_end(ahead: Proxy, upstream: Upstream) -> None:
+    wide = [f"example.com/wide{number}" for number in range(100)]
+    upstream.files.update(chained("top", *wide))
+    upstream.files.update(site({f"{path}@v1.0.0": {} for path in wide}))
+    ahead.get(part_of("top", "zip"))
+    for number in (0, 1, 10, 11, 12):  # in the order of names
+        upstream.wait_asked(part_of(f"wide{number}", "mod"))
+    assert len([path for path in asked_by_then(ahead, upstream) if path.endswith("zip")]) <= 7
+
+
+@pytest.mark.parametrize("setting", ["exclude", "private"])
+def test_no_import_of_a_module_not_for_all_is_guessed(
+    run: Run, upstream: Upstream, setting: str
+) -> None:
+    upstream.files.update({**GRAPH, **chained("top", "example.com/secret", "example.com/zoo")})
+    upstream.files.update({**chained("secret"), **chained("zoo")})
+    settings: dict[str, Any] = {"read_ahead": "true", setting: "example.com/secret"}
+    proxy = run(upstream=upstream.url(), **settings)
+    proxy.get(part_of("top", "zip"))
+    upstream.wait_asked(part_of("zoo", "mod"))
+    assert [path for path in asked_by_then(proxy, upstream) if "secret" in path] == []
+
+
+SOURCES = {
+    "a.go": b'// hi\n/* package no */\npackage x // \nimport "fmt"\nimport n "a.test/n"; import (\n'
+    b'\t_ "MODULE/sub" // no "a.test/no"\n) ; var s = "a.test/not"',
+    "a_test.go": b'package x\nimport "a.test/tested"',
+    "a_windows_amd64.go": b'package x\nimport "a.test/windows"',
+    "b.go": b'//go:build !windows && (go1.20 || darwin)\n\npackage x\nimport "a.test/built"',
+    "c.go": b'//go:build ignore\n\npackage x\nimport "a.test/ignored"',
+    "internal/a.go": b'package internal\nimport "a.test/internal"',
+    "linux.go": b'package x\nimport . "MODULE/gone"',
+    "main.go": b'package main\nimport "a.test/main"',
+    "other/a.go": b'package other\nimport "a.test/other"',
+    "sub/a.go": b'package sub\nimport "a.test/sub/v2/x"',
+}
+
+
+def imports_of(raw: bytes, *packages: str) -> set[str]:
+    return goproxy.imports_in_zip(io.BytesIO(raw), MODULE, VERSION, packages)
+
+
+def test_imports_of_a_zip_are_those_of_the_packages_that_are_used() -> None:
+    files = {name: raw.replace(b"MODULE", MODULE.encode()) for name, raw in SOURCES.items()}
+    root = {"a.test/n", "a.test/built", f"{MODULE}/gone", "a.test/sub/v2/x"}
+    assert imports_of(zip_of(files)) == root
+    assert imports_of(zip_of(files), f"{MODULE}/other", f"{MODULE}/none") == {"a.test/other"}
+    rootless = zip_of({name: raw for name, raw in files.items() if "/" in name})
+    assert imports_of(rootless) == {"a.test/sub/v2/x", "a.test/other"}
+    stored = zip_of(files, compression=zipfile.ZIP_STORED)
+    assert imports_of(stored) == root
+
+
+def test_odd_sources_cost_no_more_than_others() -> None:
+    """With a step for each pair of bytes, these would take minutes."""
+    odd = [
+        b"import (", b"/*", b"/**/", b'import "a.test/n"\n', b'import (\n"', b'"\n',
+        b"//go:build !", b"import" + b" " * 9000, b"import\n" + b"(" * 9000, b"\xff",
+        b'import "a.test/n";',
+    ]  # fmt: skip
+    files = {
+        f"{number}.go": b"package x\n" + text * (20_000 // len(text) + 1)
+        for number, text in enumerate(odd)
+    }
+    assert imports_of(zip_of(files)) == {"a.test/n"}
+
+
+def test_what_is_read_of_sources_has_an_end() -> None:
+    lines = b"".join(b'import "a.test/%d"\n' % number for number in range(900))
+    assert len(imports_of(zip_of({"a.go": b"package x\n" + lines}))) == 200
+    many = {f"{number}.go": b'package x\nimport "a.test/%d"' % number for number in range(1500)}
+    assert len(imports_of(zip_of(many))) == 1000
+
+
+def test_a_source_that_cannot_be_unpacked_imports_nothing() -> None:
+    raw = bytearray(zip_of({"a.go": SOURCES["b.go"]}))
+    raw[30 + len(PREFIX) + 4] |= 0x6  # a kind of block that does not exist
+    assert imports_of(bytes(raw)) == set()
+
+
 def test_nothing_is_guessed_of_a_go_mod_without_end(ahead: Proxy, upstream: Upstream) -> None:
     """What is remembered of each client would grow with it."""
     lines = "require example.com/older v1.0.0\n" * 9000
