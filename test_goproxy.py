@@ -10594,6 +10594,7 @@ class Page(goproxy.Response):
 
     def __init__(self, status: int, text: str) -> None:
         self.status, self.peer, self.fields = status, "page", goproxy.Fields()
+        self.shown = ()
         self._text = text.encode()
 
     def read(self, count: int) -> bytes:
