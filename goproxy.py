@@ -13262,7 +13262,8 @@ class Recheck:
     def _run(self) -> None:
         seconds = self._interval / self._SLOTS
         turn = int(time.time() / seconds)
-        while not self._ended.wait(max(0.0, turn * seconds - time.time())):
+        # A clock that is put back by a year must not make it wait for a year.
+        while not self._ended.wait(min(seconds, max(0.0, turn * seconds - time.time()))):
             try:
                 self._ask_slot(turn % self._SLOTS)
             except ProxyError as error:
