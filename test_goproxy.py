@@ -13053,6 +13053,24 @@ def test_a_daemon_rechecks_by_itself(run: Run, upstream: Upstream) -> None:
     assert proxy.get(INFO).status == 404
 
 
+PUT_BACK = (
+    "real = goproxy.time.time\n"
+    "goproxy.time.time = lambda: real() - 3e7 * goproxy.os.path.exists('year')"
+)
+
+
+def test_a_clock_that_is_put_back_a_year_does_not_end_rechecks(
+    run: Run, upstream: Upstream
+) -> None:
+    run.command = lambda *words: command(*words, begin=PUT_BACK)
+    proxy = run(upstream=upstream.url(), recheck="1s")
+    for name in (INFO, MOD, ZIP):
+        proxy.get(name)
+    (run.folder / "year").touch()
+    del upstream.files[INFO]
+    proxy.logged("recheck: example.com/quote@v1.0.0: deleted: ")
+
+
 @pytest.mark.parametrize("setting", ["exclude", "private"])
 def test_what_is_not_public_is_not_rechecked(run: Run, upstream: Upstream, setting: str) -> None:
     run(upstream=upstream.url()).get(INFO)
