@@ -7869,17 +7869,23 @@ class Storage(Shelf, Protocol):
         return
 
 
-@contextlib.contextmanager
-def store_errors(name: str) -> Iterator[None]:
-    """The one door where a file system's errors become ours."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise NotFound("not in the store") from None
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+class StoreErrors:
+    """The one door where a file system's errors become ours. No generator: from Python 3.13 on its
+    frame, and with that all its callers have open, would live until the next garbage collection."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if not isinstance(error, OSError):
+            return
+        absent = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+        if absent or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise NotFound("not in the store") from None
-        raise StoreDown(f"the store fails: {error.strerror} ({name})") from None
+        raise StoreDown(f"the store fails: {error.strerror} ({self._name})") from None
 
 
 # A link or a pipe in the place of an artifact is not an artifact; O_NONBLOCK so that opening a
@@ -7908,7 +7914,7 @@ class Folder(Shelf):
         return os.path.join(self._root, name)
 
     def open(self, name: str) -> FileBlob:
-        with store_errors(name):
+        with StoreErrors(name):
             file = OpenFile(os.open(self._path(name), _READ_FLAGS))
             status = os.fstat(file.descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -7923,7 +7929,7 @@ class Folder(Shelf):
 
     def names(self, prefix: str) -> list[str]:
         try:
-            with store_errors(prefix):
+            with StoreErrors(prefix):
                 return os.listdir(self._path(prefix))
         except NotFound:
             return []
@@ -7943,7 +7949,7 @@ class Folder(Shelf):
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         """The last one first."""
         try:
-            with store_errors(folder), os.scandir(folder) as entries:
+            with StoreErrors(folder), os.scandir(folder) as entries:
                 return sorted(entries, key=_place_in_order, reverse=True)
         except NotFound:
             return []
@@ -8043,7 +8049,7 @@ class DiskStorage(Folder, Storage):
         """Raises Spoiled, too; the file has been moved aside then."""
         blob = super().open(name)
         if blob.stamp not in self._sound or blob.stamp in UNREADABLE:
-            with store_errors(name):
+            with StoreErrors(name):
                 self._check(name, blob)
         return blob
 
@@ -8065,7 +8071,7 @@ class DiskStorage(Folder, Storage):
             return nameless_draft()
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
-        with store_errors(name):
+        with StoreErrors(name):
             draft = self.draft()
             try:
                 draft.write(data)
@@ -8075,7 +8081,7 @@ class DiskStorage(Folder, Storage):
                 raise
 
     def adopt(self, name: str, draft: Draft) -> bool:
-        with store_errors(name):
+        with StoreErrors(name):
             return self._publish(name, draft, replace=False)
 
     def _publish(self, name: str, draft: Draft, replace: bool) -> bool:
@@ -8110,7 +8116,7 @@ class DiskStorage(Folder, Storage):
         return True
 
     def remove(self, name: str) -> None:
-        with store_errors(name):
+        with StoreErrors(name):
             os.unlink(self._path(name))
             self._sync_folder(os.path.dirname(self._path(name)))
 
@@ -8172,7 +8178,7 @@ class MemoryStorage(Storage):
 
     def adopt(self, name: str, draft: Draft) -> bool:
         data = bytearray(draft.written)
-        with store_errors(name):
+        with StoreErrors(name):
             for start in range(0, len(data), CHUNK):
                 data[start : start + CHUNK] = draft.file.read_at(CHUNK, start)
         return self._hold(name, data, draft.modified, replace=False)
@@ -8281,7 +8287,7 @@ def pour(
 def _poured(data: bytes, draft: Draft | None, name: str) -> bool:
     """Whether there is more to do."""
     if draft and data:
-        with store_errors(name):
+        with StoreErrors(name):
             draft.write(data)
     elif draft and draft.size not in (None, draft.written):
         raise StoreDown(f"the store gives less than it has ({name})")
@@ -9031,7 +9037,7 @@ def drafting(storage: Storage) -> Iterator[Draft]:
 def fill(draft: Draft, blob: Blob, name: str) -> None:
     """Writes all bytes of a blob. Raises StoreDown, and what reading raises."""
     for piece in pieces_of(blob):
-        with store_errors(name):
+        with StoreErrors(name):
             draft.write(piece)
 
 
@@ -9111,7 +9117,7 @@ class S3Storage(RemoteStorage):
         return self._store(name, functools.partial(self._bucket.follow, name, draft, sha256))
 
     def _store(self, name: str, put: Callable[[bool], bool], replace: bool = False) -> bool:
-        with store_errors(name):
+        with StoreErrors(name):
             stored = put(not replace and name not in self._damaged)
         self._damaged.discard(name)
         self._forget(name)
@@ -15230,7 +15236,7 @@ class Registry:
         with contextlib.closing(source):
             digest = draft.digest if algorithm == "sha256" else hashlib.sha512()
             for piece in pieces_of(source):
-                with store_errors(name):
+                with StoreErrors(name):
                     draft.write(piece)
                 if digest is not draft.digest:
                     digest.update(piece)
