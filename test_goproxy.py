@@ -17415,9 +17415,17 @@ FRAMED = [
 ]  # fmt: skip
 
 
-def forwarded_by(name: str, folder: Path, back: int, rows: Sequence[bytes]) -> list[str]:
+def forwarded_by(
+    name: str, folder: Path, back: int, rows: Sequence[bytes], seen: Callable[[], Sequence[str]]
+) -> list[str]:
     """Sends rows through a real front, each on its own connection with another request behind it;
-    what the front has handed on, by its own log."""
+    what the front has handed on, by its own log. It writes that a moment after the end of a
+    connection, so it lives until it has told as much as was seen."""
+
+    def told() -> list[str]:
+        lines = (folder / "log").read_text(errors="replace").splitlines()
+        return [line for line in lines if line.startswith(("us/us", f"127.0.0.1:{back}"))]
+
     front, option = free_port(), "-c" if name == "nginx" else "-f"
     (folder / "config").write_text(FRONTS[name].format(folder=folder, front=front, back=back))
     with contextlib.ExitStack() as stack:
@@ -17425,8 +17433,9 @@ def forwarded_by(name: str, folder: Path, back: int, rows: Sequence[bytes]) -> l
         stack.enter_context(program(front, name, option, f"{folder}/config", out=out))
         pool = stack.enter_context(ThreadPoolExecutor(64))
         list(pool.map(lambda data: talk(front, data + talk_get("/last")), rows))
-    lines = (folder / "log").read_text(errors="replace").splitlines()
-    return [line for line in lines if line.startswith(("us/us", f"127.0.0.1:{back}"))]
+        expected = len(seen())
+        by_then(lambda: len(told()) >= expected)
+    return told()
 
 
 @pytest.mark.parametrize("name", FRONTS)
@@ -17434,9 +17443,12 @@ def test_no_front_and_we_see_different_requests(run: Run, tmp_path: Path, name: 
     proxy = run(upstream="off", log_format="json", ready="GOPROXY=")
     port = int(re.findall(r"Port: ([0-9]+)", proxy.log)[0])
     rows = [data for _, _, data in MALFORMED if len(data) < 20_000] + FRAMED
-    by_front = forwarded_by(name, tmp_path, port, rows)
-    seen = [line for line in proxy.stop().log.splitlines() if '"request"' in line]
-    assert len(by_front) == len(seen) > 100
+
+    def seen() -> list[str]:
+        return [line for line in proxy.stop().log.splitlines() if '"request"' in line]
+
+    by_front = forwarded_by(name, tmp_path, port, rows, seen)
+    assert len(by_front) == len(seen()) > 100
 
 
 def test_an_ambiguous_framing_is_one_answer_and_the_end(shared: Shared) -> None:
