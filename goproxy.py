@@ -17595,7 +17595,8 @@ class Handler(Courier, BaseHTTPRequestHandler):
                 self._asked = with_upload(self._asked, self.sock, self._buffer)
                 self._buffer, self._skip = b"", 0
             if not self._buffer and len(received) <= _KNOWN_LIMIT and self._is_alike():
-                self.loop.hot.know(without_passing(received[received.find(b"\r\n") :])[0])
+                fields = head[head.find(b"\r\n") :] + b"\r\n\r\n"  # not those behind an empty line
+                self.loop.hot.know(without_passing(fields)[0])
         taken = min(self._skip, len(self._buffer))
         self._skip -= taken
         self._buffer = self._buffer[taken:]

@@ -15852,6 +15852,19 @@ def test_well_known_fields_excuse_no_odd_first_line(proxy: Proxy) -> None:
         assert said[0] == said[1] and len(said[0]) == 1, line
 
 
+def test_what_followed_an_empty_line_makes_no_fields_known(proxy: Proxy) -> None:
+    """RFC 9112 lets one be before a request; its first line is no field of another."""
+    asked = b"GET /%b HTTP/1.1\r\n" % INFO.encode()
+    with dial(proxy.port) as client:
+        for head in (b"", b"", b"\r\n"):
+            client.sendall(head + asked + b"Host: x\r\n\r\n")
+            answer = http.client.HTTPResponse(client)
+            answer.begin()
+            assert answer.read() == SITE[INFO]
+        client.sendall(asked + asked + b"Host: x\r\n\r\n")
+        assert [answer.status for answer in responses(read_all(client))] == [400]
+
+
 def test_pipelined_requests_for_remembered_files_are_in_order(proxy: Proxy) -> None:
     paths = [INFO, BIG, MOD, ZIP, INFO, BIG, MOD]
     for path in paths:
