@@ -17196,18 +17196,20 @@ class _Remembered:
 class HotMemory:
     """Replies the loop can give without a thread: immutable artifacts, by the first line of their
     request, for the `fields` that decide nothing: clients send few different ones. Small bodies are
-    kept in memory, big ones as open files. Each is used only while the store still has the very
-    file it was made from, which one stat tells."""
+    kept in memory, big ones as open files, which do not push them out: one build asks for a hundred
+    zips. Each is used only while the store still has the very file it was made from, which one
+    stat tells."""
 
-    _BYTES, _FILES, _SMALL, _FIELDS = 32 << 20, 64, 64 << 10, 1024
+    _BYTES, _FILES, _SMALL, _FIELDS = 32 << 20, 512, 64 << 10, 1024
+    _FILE_SECONDS = 60  # the space of a file that is evicted is free when nobody has it open
 
     def __init__(self, policy: Policy, files: int) -> None:
         """`files`: how many may be kept open."""
         self._stamp = policy.stamp
         self._files = max(8, min(files, self._FILES))
-        self._open = 0
         self._cost = 0
         self._replies: collections.OrderedDict[bytes, _Remembered] = collections.OrderedDict()
+        self._open: collections.OrderedDict[bytes, float] = collections.OrderedDict()  # until when
         self.fields: set[bytes] = set()
 
     def know(self, fields: bytes) -> None:
@@ -17224,8 +17226,8 @@ class HotMemory:
             return None
         return reply
 
-    def put(self, target: str, stored: Stamped, message: Message) -> None:
-        """Remembers a message whose blob, if any, is the caller's to close."""
+    def put(self, target: str, stored: Stamped, message: Message, now: float) -> None:
+        """Remembers a message whose blob, if any, is the caller's to close. `now`: monotonic."""
         if message.status != 200 or message.left is None or len(message.body) > self._SMALL:
             return
         if message.blob:
@@ -17234,15 +17236,23 @@ class HotMemory:
         self._drop(line)
         self._replies[line] = reply = _Remembered(target, stored, message)
         self._cost += reply.cost
-        self._open += reply.blob is not None
-        while self._cost > self._BYTES or self._open > self._files:
+        if reply.blob:
+            self._open[line] = now + self._FILE_SECONDS
+        while self._cost > self._BYTES:
             self._drop(next(iter(self._replies)))
+        while len(self._open) > self._files:
+            self._drop(next(iter(self._open)))
+
+    def expire(self, now: float) -> None:
+        """Lets go of the files that have been open for long. `now`: monotonic."""
+        while self._open and now >= next(iter(self._open.values())):
+            self._drop(next(iter(self._open)))
 
     def _drop(self, line: bytes) -> None:
         reply = self._replies.pop(line, None)
         if reply:
             self._cost -= reply.cost
-            self._open -= reply.blob is not None
+            self._open.pop(line, None)
 
 
 class Courier:
@@ -18185,6 +18195,7 @@ class Server(ThreadingHTTPServer):
             for _ in range(len(self._posts)):
                 self._posts.popleft()()
             self._wheel.expire(self.now)
+            self.hot.expire(self.now)
             self.access.tell(self.now, self._handlers)
             if self._accept_at and self.now >= self._accept_at and not self.draining:
                 self._accept_at = 0.0
@@ -18318,7 +18329,7 @@ class Server(ThreadingHTTPServer):
     def remember(self, target: str, stored: Stamped, message: Message) -> None:
         """Keeps a good reply in the hot memory; may be called from any thread."""
         kept = message._replace(blob=message.blob.again()) if message.blob else message
-        self.soon(lambda: self.hot.put(target, stored, kept))
+        self.soon(lambda: self.hot.put(target, stored, kept, self.now))
 
     def stop(self, seconds: float) -> None:
         """Ends serve_forever: no new connections; running replies have so many seconds. A second

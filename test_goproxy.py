@@ -15894,6 +15894,46 @@ def test_a_remembered_zip_reaches_a_slow_reader_whole(run: Run, refused: str) ->
                 assert answer.read() == module
 
 
+def stored_zips(run: Run, count: int) -> list[str]:
+    """Names of stored zips that are too big to be kept in memory."""
+    module = make_zip("example.com/hot@v1.0.0", {"a.bin": random.Random(3).randbytes(200_000)})
+    names = [f"example.com/hot{number}/@v/v1.0.0.zip" for number in range(count)]
+    for name in names:
+        (run.cache / name).parent.mkdir(parents=True)
+        (run.cache / name).write_bytes(module)
+    return names
+
+
+def test_many_zips_push_no_small_file_out_of_memory(run: Run, upstream: Upstream) -> None:
+    run.command = functools.partial(command, begin="goproxy.HotMemory._FILES = 8")
+    proxy = run(upstream=upstream.url(), workers=1)
+    proxy.get(INFO)
+    assert proxy.get(INFO).body == SITE[INFO]
+    for name in stored_zips(run, 12):
+        proxy.get(name)
+    file = run.cache / INFO
+    stamp = file.stat()
+    with file.open("r+b") as there:  # the same file, as far as one sees without reading it
+        there.write(SITE[INFO][::-1])
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert proxy.get(INFO).body == SITE[INFO]
+
+
+@needs_proc
+@pytest.mark.parametrize(("seconds", "is_open"), [(1e6, True), (0.1, False)])
+def test_files_that_were_asked_for_are_not_open_for_ever(
+    run: Run, refused: str, seconds: float, is_open: bool
+) -> None:
+    """The space of one that is evicted would not come back."""
+    (name,) = stored_zips(run, 1)
+    begin = f"goproxy.HotMemory._FILE_SECONDS = {seconds}"
+    run.command = functools.partial(command, begin=begin)
+    proxy = run(upstream=refused, workers=1)
+    proxy.get(name)
+    process = proxy.process.pid
+    assert by_then(lambda: any(link.endswith(name) for link in opened_by(process)) == is_open)
+
+
 def test_who_reads_nothing_for_a_minute_is_cut_off(run: Run, refused: str) -> None:
     """A second, here. What is stored is as good as before."""
     name = "example.com/hot/@v/v1.0.0.zip"
