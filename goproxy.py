@@ -15912,7 +15912,7 @@ def process_figures(processes: Iterable[int]) -> dict[str, float]:
             found["process_cpu_seconds_total"] += ticks
             found["process_resident_memory_bytes"] += pages * os.sysconf("SC_PAGE_SIZE")
             found["process_open_fds"] += len(os.listdir(f"/proc/{process}/fd"))
-            found["process_max_fds"] += _descriptor_limit()
+            found["process_max_fds"] += descriptor_limit()
     return found
 
 
@@ -18155,7 +18155,7 @@ class Server(ThreadingHTTPServer):
         self.draining = False
         self.now = time.monotonic()
         self.second = int(time.time())
-        self.hot = HotMemory(app.policy, _descriptor_limit() // 8)
+        self.hot = HotMemory(app.policy, descriptor_limit() // 8)
         self.request_lane = Lane("request", self._REQUESTS, 2)
         self.upload_lane = Lane("upload", self._UPLOADS if app.gate else 1)
         self.password_lane = Lane("password", self._PASSWORDS if app.gate else 0)
@@ -18377,9 +18377,23 @@ _ACCEPT_PAUSE = 0.1  # seconds without accepting when descriptors have run out
 _MAPPED = "::ffff:"
 
 
-def _descriptor_limit() -> int:
+def descriptor_limit() -> int:
     """How many descriptors this process may have."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 512
+
+
+def raise_descriptor_limit() -> None:
+    """Lets this process, and what it begins, have as many descriptors as it may: the 1024 that a
+    shell gives are few for clients that keep their connections. As syscall/rlimit.go of Go."""
+    if resource:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+        if descriptor_limit() < most:
+            with contextlib.suppress(OSError, ValueError):  # macOS has a lower one of its own
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+_DESCRIPTORS = 1 << 20
 
 
 # =============================================================================
@@ -19345,6 +19359,7 @@ class Daemon:
         """Serves until SIGINT or SIGTERM; a second signal ends it at once. SIGUSR2 replaces it."""
         _block_signals()  # until somebody listens to them
         _slim()
+        raise_descriptor_limit()
         if self._settings.workers > 1 and hasattr(os, "fork"):
             METER.share(self._settings.workers + 1)
             sockets, storage, log = self._sockets, self._storage, self._log

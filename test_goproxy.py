@@ -18214,6 +18214,12 @@ def test_out_of_descriptors_it_neither_spins_nor_stays_so(crowded: Callable[...,
     assert share <= 0.05 and recovery <= 1
 
 
+def test_it_takes_the_descriptors_it_may_have(run: Run, refused: str) -> None:
+    few = 'ulimit -Sn 64; ulimit -Hn 4096; exec "$@"'
+    proxy = run(upstream=refused, workers=1, prefix=["sh", "-c", few, "sh"])
+    assert figures(proxy)["process_max_fds"] == 4096
+
+
 def test_idle_connections_make_room_for_new_ones(run: Run, upstream: Upstream) -> None:
     proxy = run(upstream=upstream.url(), prefix=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
     with contextlib.ExitStack() as stack:
