@@ -12134,6 +12134,7 @@ class _Session:
     def __init__(self) -> None:
         self.seen = time.monotonic()
         self.asked: dict[str, str] = {}  # the highest version whose .mod it asked, by path
+        self.named: dict[str, str] = {}  # the highest version that one of these requires, by path
         self.guessed: dict[str, str] = {}  # likewise, of .mod files guessed
         self.unused: dict[str, set[str]] = {kind: set() for kind in _UNUSED}
         self.used = collections.Counter[str]()
@@ -12142,6 +12143,8 @@ class _Session:
         self.waiting: list[Sight] = []  # the .mod after that .info, not followed yet
         self.zips: set[tuple[str, str]] = set()
         self.needs: dict[str, str] = {}  # what a module required that was asked for by its name
+        self.lists = False  # whether an .info was asked whose .mod had been read before
+        self.unread: set[str] = set()  # .mod files that an .info of the list will be followed by
         self.downloads = False  # whether a guessed .zip has been asked for after its .info
         self.sources: dict[str, str] = {}  # the version of each .zip that is here or about to come
         self.required: dict[str, str] = {}  # the highest that their go.mod files name, by path
@@ -12152,7 +12155,38 @@ class _Session:
     def size(self) -> int:
         """How much is remembered."""
         kept = (self.asked, self.guessed, self.followed, self.zips, self.needs, self.required)
-        return sum(map(len, (*kept, *self.imported.values())))
+        more = (self.named, self.unread)
+        return sum(map(len, (*kept, *more, *self.imported.values())))
+
+    def note_mod(self, sight: Sight) -> None:
+        """Of a .mod that the client asked."""
+        asked = self.asked.get(sight.path, "")
+        self.asked[sight.path] = max(asked, sight.version, key=semver_key)
+
+    def note_names(self, content: GoMod) -> None:
+        """Of such a .mod, when it is read."""
+        for path, version, _ in content.requirements:
+            self.named[path] = max(self.named.get(path, ""), version, key=semver_key)
+
+    def listed(self, path: str) -> str:
+        """The version of a module in the client's build list, as far as we know; "" if in none."""
+        return max(self.asked.get(path, ""), self.named.get(path, ""), key=semver_key)
+
+    def next_listed(self, sight: Sight, count: int) -> list[Sight]:
+        """The modules that a download comes to next, each with the same kind."""
+        later = (path for path in {**self.named, **self.asked} if path > sight.path)
+        paths = heapq.nsmallest(count, later)
+        return [sight._replace(path=path, version=self.listed(path)) for path in paths]
+
+    def note_unread(self, sights: Iterable[Sight]) -> list[Sight]:
+        """The .mod files of those of a build list that were not read before: they come next."""
+        found = [
+            each._replace(kind="mod")
+            for each in sights
+            if self.asked.get(each.path) != each.version
+        ]
+        self.unread.update(each.name for each in found)
+        return found
 
     def note_requirements(self, content: GoMod) -> None:
         """Of a module whose .zip is here. A higher version than was guessed takes its place."""
@@ -12184,8 +12218,9 @@ class ReadAhead:
       of the main module's requirements in the order of their paths (modload.readModGraph). So from
       a .mod follow those of its requirements: all of them, or else those with greater paths.
     - `go mod download` then asks .info and .zip in the order of paths, of the highest versions of
-      what it has read. `go build` asks the .zip alone, of what is imported, and of its own
-      packages we know nothing; but each .zip that comes tells what those in it import in turn.
+      what it has read, and .info, .mod and .zip of what that names. `go build` asks the .zip
+      alone, of what is imported, and of its own packages we know nothing; but each .zip that
+      comes tells what those in it import in turn.
     - `go get` asks a list, then .info, .mod and .zip of the newest version in it, then the .zip
       of what that requires and imports, at last in the order of paths the list of each module
       whose .zip it has, and .info and .mod of the newest version (modload.CheckDeprecations).
@@ -12246,15 +12281,9 @@ class ReadAhead:
     def _note_here(self, session: _Session, sight: Sight) -> None:
         """What was here before anybody guessed it: so is the rest, as a rule."""
         if sight.kind == "mod":
-            self._note_mod(session, sight)
+            session.note_mod(sight)
         elif sight.kind == "zip":
             session.zips.add((sight.path, sight.version))
-
-    @staticmethod
-    def _note_mod(session: _Session, sight: Sight) -> None:
-        asked = session.asked.get(sight.path)
-        if asked is None or semver_key(asked) < semver_key(sight.version):
-            session.asked[sight.path] = sight.version
 
     def after_list(self, session: _Session, sight: Sight) -> None:
         """go get, or a look for upgrades."""
@@ -12269,19 +12298,15 @@ class ReadAhead:
 
     def after_info(self, session: _Session, sight: Sight) -> None:
         """Of something whose .mod was read before: the download of a build list."""
-        if session.asked.get(sight.path) != sight.version:
+        session.lists |= session.asked.get(sight.path) == sight.version
+        if not session.lists or session.listed(sight.path) != sight.version:
             session.info = (sight.path, sight.version)
             self._guess(session, sight._replace(kind="mod"))
             return
         self._guess(session, sight._replace(kind="zip"))
-        for ahead in self._next_asked(session, sight):
-            self._guess(session, ahead)
-
-    def _next_asked(self, session: _Session, sight: Sight) -> list[Sight]:
-        """The modules that a download comes to next, each with the same kind."""
-        later = (path for path in session.asked if path > sight.path)
-        paths = heapq.nsmallest(self._WINDOW, later)
-        return [sight._replace(path=path, version=session.asked[path]) for path in paths]
+        ahead = session.next_listed(sight, self._WINDOW)
+        for each in (*ahead, *session.note_unread([sight, *ahead])):
+            self._guess(session, each)
 
     def after_mod(self, session: _Session, sight: Sight) -> None:
         """Part of reading a module graph, unless it only completes a .zip or an .info. After its
@@ -12289,7 +12314,9 @@ class ReadAhead:
         """
         if (sight.path, sight.version) in session.zips:
             return
-        self._note_mod(session, sight)
+        session.note_mod(sight)
+        if sight.name in session.unread:
+            return
         waiting, session.waiting = session.waiting, []
         if (sight.path, sight.version) == session.info and not waiting:
             self._guess(session, sight._replace(kind="zip"))
@@ -12304,7 +12331,7 @@ class ReadAhead:
         session.zips.add((sight.path, sight.version))
         session.sources[sight.path] = sight.version
         if session.downloads:
-            for ahead in self._next_asked(session, sight):
+            for ahead in session.next_listed(sight, self._WINDOW):
                 self._guess(session, ahead, self._WINDOW)
         elif sight.path != _TOOLCHAIN:
             self._guess(session, sight._replace(kind="mod"))
@@ -12375,6 +12402,8 @@ class ReadAhead:
     def _follow(self, session: _Session, sight: Sight) -> None:
         """The .mod files that reading this one leads to."""
         content = self._read(sight)
+        if session.asked.get(sight.path) == sight.version:
+            session.note_names(content)
         for path, version, _ in content.requirements:
             higher = semver_key(session.guessed.get(path, "")) < semver_key(version)
             if not content.prunes or (path > sight.path and higher):
@@ -12418,7 +12447,7 @@ class ReadAhead:
                 self._guess(session, found._replace(kind="mod"))
             elif building:
                 self._look_into(session, sight)
-            elif sight.name not in session.followed:
+            elif sight.name not in session.followed and sight.name not in session.unread:
                 session.followed.add(sight.name)
                 if not self._read(sight).prunes:
                     self._follow(session, sight)

@@ -12453,6 +12453,21 @@ def test_a_download_is_preceded_by_its_infos_and_zips(ahead: Proxy, upstream: Up
     upstream.wait_asked(part_of("old", "zip"))
 
 
+def test_a_download_has_what_is_named_but_was_not_read(ahead: Proxy, upstream: Upstream) -> None:
+    """Go prunes what a go.mod of one that it requires leads to, but not that itself."""
+    old = "module example.com/b\n\nrequire example.com/older v1.0.0\n"
+    new = "module example.com/z\n\ngo 1.21\n\nrequire example.com/b v1.0.0\n"
+    mods = {"example.com/b@v1.0.0": {"go.mod": old}, "example.com/z@v1.0.0": {"go.mod": new}}
+    upstream.files.update(site({"example.com/a@v1.0.0": {}, **mods}))
+    for path in (part_of("a", "mod"), part_of("z", "mod"), part_of("a", "info")):
+        ahead.get(path)
+    for path in (part_of("b", "info"), part_of("b", "mod")):
+        upstream.wait_asked(path)
+        assert ahead.get(path).body == upstream.files[path]
+        assert upstream.asked.count(path) == 1
+    assert part_of("older", "mod") not in asked_by_then(ahead, upstream)
+
+
 def test_a_list_brings_the_newest_version_but_no_zip(ahead: Proxy, upstream: Upstream) -> None:
     ahead.get("example.com/next/@v/list")
     upstream.wait_asked(part_of("next", "info"))
