@@ -11958,7 +11958,10 @@ class Aged(Modules):
         return self._modules.large(artifact, reach)
 
     def link(self, artifact: Artifact, method: str) -> str:
-        self._check(artifact.path, artifact.version, Reach.READY)
+        try:
+            self._check(artifact.path, artifact.version, Reach.READY)
+        except MustWait:
+            return ""  # who has it opened waits for its age
         return self._modules.link(artifact, method)
 
 

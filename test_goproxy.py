@@ -13872,6 +13872,14 @@ def test_what_is_too_young_is_refused_with_the_reason(
     ]
 
 
+def test_a_zip_may_be_asked_for_before_its_info(run: Run, upstream: Upstream) -> None:
+    fresh(upstream, "v1.2.0")
+    proxy = run(upstream=upstream.url(), min_age="7d")
+    assert proxy.get(f"cached-only/{ZIP}").status == 404
+    assert proxy.get("example.com/quote/@v/v1.2.0.zip").status == 403
+    assert proxy.get(ZIP).body == SITE[ZIP]
+
+
 def test_a_branch_that_is_too_young_is_refused(run: Run, upstream: Upstream) -> None:
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     upstream.files["example.com/quote/@v/main.info"] = json.dumps(
