@@ -11447,7 +11447,9 @@ class Cache:
         stored = self._read_kept(name, reach)
         if reach is Reach.STORED or (stored and 0 <= stored.age < self._ttl):
             return _answer(stored, Verdict.HIT)
-        if stored and self._failed.get(name) and stored.age < _STALE_SECONDS:
+        if stored and stored.age >= _STALE_SECONDS:
+            stored = None  # nobody is given that, so all wait
+        if stored and self._failed.get(name):
             return _answer(stored, Verdict.STALE)
         self._refuse_absent(name, reach)
         flight, first = self._fetches.join(name, Future)
@@ -11460,7 +11462,7 @@ class Cache:
             with self._fetches.waiting(name, first):
                 return Answer(flight.result(patience), Verdict.MISS)
         except (FutureTimeout, ProxyError) as error:
-            if stored and stored.age < _STALE_SECONDS and not isinstance(error, NotFound):
+            if stored and not isinstance(error, NotFound):
                 return _answer(stored, Verdict.STALE)
             raise
 

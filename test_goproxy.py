@@ -59,7 +59,8 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, Union
@@ -11707,6 +11708,25 @@ def test_a_stale_answer_is_better_than_none(run: Run, upstream: Upstream, path: 
     for _ in range(3):
         assert proxy.get(path).body == fresh.body
     upstream.wait_asked(path, 2)
+
+
+def test_what_is_too_old_to_be_given_out_is_waited_for(tmp_path: Path) -> None:
+    storage = goproxy.DiskStorage(str(tmp_path))
+    storage.put(LIST, b"old")
+    os.utime(tmp_path / LIST, (0, 0))
+    others: list[Future[goproxy.Answer]] = []
+    ask = functools.partial(goproxy.Cache.changing, name=LIST, reach=goproxy.Reach.FETCH)
+
+    def fetch() -> bytes:
+        others.append(pool.submit(ask, cache, fetch=fetch))
+        with contextlib.suppress(FutureTimeout):
+            others[0].result(0.1)
+        return b"new"
+
+    with contextlib.closing(goproxy.Cache(storage, 60, QUIET_LOG)) as cache:
+        with ThreadPoolExecutor(1) as pool:
+            assert ask(cache, fetch=fetch).data == b"new"
+        assert others[0].result().data == b"new"
 
 
 def test_a_list_unites_the_upstream_with_the_store(proxy: Proxy, upstream: Upstream) -> None:
