@@ -7938,7 +7938,7 @@ class Folder(Shelf):
         left = self._entries(self._path(prefix))
         while left:
             entry = left.pop()
-            if entry.name.startswith(OWN_MARK):
+            if entry.name.startswith((OWN_MARK, "lost+found")):  # the latter a file system's own
                 continue
             if entry.is_dir(follow_symlinks=False):
                 left += self._entries(entry.path)

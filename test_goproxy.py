@@ -12927,6 +12927,14 @@ def test_an_evicted_version_stays_readable_for_who_reads_it(storage: goproxy.Sto
         assert blob.read_all(2000) == bytes(1000)
 
 
+def test_what_a_file_system_keeps_for_itself_is_not_looked_into(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir(0o700)
+    (tmp_path / "lost+found" / "root's alone").touch()
+    storage = goproxy.DiskStorage(str(tmp_path))
+    put_version(storage, "v1.0.0")
+    assert {item.name.partition("/")[0] for item in storage.walk()} == {"example.com"}
+
+
 def test_two_evictors_on_one_store_do_no_harm(storage: goproxy.Storage) -> None:
     for patch in range(40):
         put_version(storage, f"v1.0.{patch}")
