@@ -13123,8 +13123,9 @@ class Evictor:
 
     def _evict(self) -> None:
         count = size = 0
+        trouble: StoreDown | None = None
         while self._total > self._limit and not self._ended:
-            if not self._victims and self._is_cut:
+            if not self._victims and self._is_cut and not trouble:
                 self._walk()
             if not self._victims:
                 break
@@ -13134,11 +13135,17 @@ class Evictor:
                 heapq.heappush(self._victims, (self._used(items), path, version, known))
                 continue
             freed = sum(item.size for item in items) or known
-            self._total -= freed
             if items:
-                take_out(self._storage, path, version)
+                try:
+                    take_out(self._storage, path, version)
+                except StoreDown as error:  # files of another user, perhaps: others may go
+                    trouble = error
+                    continue
                 self.on_removed(path, version)
                 count, size = count + 1, size + freed
+            self._total -= freed
+        if trouble:
+            self._log.error(f"-max-size: {trouble}")
         METER.set("goproxy_store_bytes", self._total)
         METER.add("goproxy_evicted_versions_total", count)
         METER.add("goproxy_evicted_bytes_total", size)

@@ -12935,6 +12935,27 @@ def test_what_a_file_system_keeps_for_itself_is_not_looked_into(tmp_path: Path) 
     assert {item.name.partition("/")[0] for item in storage.walk()} == {"example.com"}
 
 
+class Grudging(goproxy.DiskStorage):
+    """Some of its folders belong to somebody else."""
+
+    def remove(self, name: str) -> None:
+        if name.startswith("corp.example/"):
+            raise goproxy.StoreDown("the store fails: Permission denied")
+        super().remove(name)
+
+
+def test_what_cannot_be_removed_keeps_nothing_else_from_going(tmp_path: Path) -> None:
+    storage = Grudging(str(tmp_path))
+    put_version(storage, "v1.0.0", "corp.example/own")
+    for kind in ("mod", "ziphash", "zip", "info"):
+        os.utime(tmp_path / f"corp.example/own/@v/v1.0.0.{kind}", (0, 0))
+    put_version(storage, "v1.1.0")
+    with evictor(storage, 1100) as made:
+        assert by_then(lambda: zips(storage) == ["v1.0.0"])
+        made.stored(ZIP, 0)  # so that it takes another turn, and believes what is true
+        assert by_then(lambda: made._total == sum(item.size for item in storage.walk()))
+
+
 def test_two_evictors_on_one_store_do_no_harm(storage: goproxy.Storage) -> None:
     for patch in range(40):
         put_version(storage, f"v1.0.{patch}")
