@@ -12946,7 +12946,7 @@ def forget_answers(storage: Storage, path: str, version: str) -> None:
 
 
 def _shorten_list(storage: Storage, name: str, version: str) -> None:
-    listed = read_small(storage, name, _MAX_SMALL).decode().split()
+    listed = read_small(storage, name, _MAX_SMALL).decode("utf-8", "replace").split()
     kept = [line for line in listed if line != version]
     if kept == listed:
         return
@@ -14759,7 +14759,7 @@ def unite_list(storage: Storage, name: str, versions: Iterable[str]) -> None:
     """Adds versions to a stored list, which need not be there."""
     listed: list[str] = []
     with contextlib.suppress(NotFound):
-        listed = read_small(storage, name, _MAX_SMALL).decode().split()
+        listed = read_small(storage, name, _MAX_SMALL).decode("utf-8", "replace").split()
     if not set(versions) <= set(listed):
         storage.put(name, _lines([*listed, *versions]))
 

@@ -12935,6 +12935,15 @@ def test_what_a_file_system_keeps_for_itself_is_not_looked_into(tmp_path: Path) 
     assert {item.name.partition("/")[0] for item in storage.walk()} == {"example.com"}
 
 
+def test_a_list_that_is_no_text_does_not_end_eviction(tmp_path: Path) -> None:
+    storage = goproxy.DiskStorage(str(tmp_path))
+    for version in ("v1.0.0", "v1.1.0"):
+        put_version(storage, version)
+    storage.put(LIST, b"v1.0.0\n\xff\n")
+    with evictor(storage, 10):
+        assert by_then(lambda: zips(storage) == [])
+
+
 class Grudging(goproxy.DiskStorage):
     """Some of its folders belong to somebody else."""
 
