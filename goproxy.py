@@ -14426,16 +14426,22 @@ class Exporter:
     def _records(self) -> Iterator[str]:
         """The checksum records of what is chosen, and what proves them."""
         chosen: dict[str, list[Record]] = {}
-        known: set[str] = set()
+        known, bad = set[str](), set[str]()
         for item in self._storage.walk("sumdb/"):
             about = lookup_of(item.name)
             if about and self._choice.takes(*about):
-                record = read_record(read_small(self._storage, item.name, MAX_INFO))
-                chosen.setdefault(item.name.partition("lookup/")[0], []).append(record)
                 known.add(item.name)
+                try:
+                    record = read_record(read_small(self._storage, item.name, MAX_INFO))
+                    read_tree(record.note)
+                except (NotFound, BadUpstream) as error:
+                    self._fail(item.name, str(error))
+                    bad.add(item.name)
+                else:
+                    chosen.setdefault(item.name.partition("lookup/")[0], []).append(record)
         for place, records in chosen.items():
             known |= self._tiles(place, records)
-        yield from sorted(known)
+        yield from sorted(known - bad)
         if self._choice.is_all:
             names = (item.name for item in self._storage.walk("sumdb/"))
             yield from (name for name in names if name not in known)

@@ -13269,6 +13269,15 @@ def test_what_an_export_lacks_is_told(tmp_path: Path, argument: str, told: str) 
     assert told in ended.out
 
 
+def test_a_record_that_is_none_is_told_and_the_rest_exported(tmp_path: Path) -> None:
+    filled(goproxy.DiskStorage(str(tmp_path / "cache"))).put(LOOKUP, b"garbage")
+    ended = finish(tmp_path, "export", "out.tar")
+    assert (ended.status, f"{LOOKUP}: malformed record" in ended.out) == (1, True)
+    names = set(untarred((tmp_path / "out.tar").read_bytes()))
+    assert LOOKUP not in names
+    assert {goproxy.MANIFEST, LIST, TILE, *QUOTE_FILES} < names
+
+
 def test_a_tile_that_is_not_here_is_told(tmp_path: Path) -> None:
     filled(goproxy.DiskStorage(str(tmp_path / "cache"))).remove(TILE)
     ended = finish(tmp_path, "export", "out/", "example.com/quote@v1.0.0")
