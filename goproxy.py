@@ -8105,11 +8105,10 @@ class DiskStorage(Folder, Storage):
         if not replace:
             try:
                 os.link(source, path)
-            except FileExistsError:
-                os.unlink(source)
-                return False
-            except OSError:  # a file system without hard links
-                pass
+            except OSError:  # it has the name, or is of a file system without hard links
+                if os.path.lexists(path):
+                    os.unlink(source)
+                    return False
         os.replace(source, path)  # of two links to one file, it leaves both
         with contextlib.suppress(FileNotFoundError):
             os.unlink(source)

@@ -13296,6 +13296,24 @@ def test_an_import_brings_all_of_an_export(storage: goproxy.Storage, tmp_path: P
     assert again.skipped >= len(untarred(archive)) - 3  # which are lists and the manifest
 
 
+NO_LINKS = """
+def link(source, path):
+    raise PermissionError(1, "no hard links")
+goproxy.os.link = link
+"""
+
+
+def test_nothing_is_changed_where_there_are_no_hard_links(tmp_path: Path) -> None:
+    code = f"""{NO_LINKS}
+storage = goproxy.DiskStorage("store")
+print([storage.put("a", text, replace=False) for text in (b"first", b"second")])
+print(goproxy.read_small(storage, "a", 9), goproxy.os.listdir("store/.goproxy-drafts"))
+sys.exit()"""
+    words = command(begin=code)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "[True, False]\nb'first' []\n"
+
+
 def test_an_import_never_changes_what_is_there(storage: goproxy.Storage, tmp_path: Path) -> None:
     archive = exported(filled(goproxy.DiskStorage(str(tmp_path / "other"))))
     ours = {INFO: info_of("v1.0.0") + b" ", ZIP: b"our zip", TILE: b"our tile"}
