@@ -13045,6 +13045,7 @@ class Evictor:
         self._news: collections.deque[tuple[str, int]] = collections.deque()
         # A heap: last use, path, version, and how many bytes go with it if others remove it.
         self._victims: list[tuple[float, str, str, int]] = []
+        self._gone: set[tuple[str, str]] = set()  # removed since the last walk: counted already
         self._total = 0
         self._is_cut = False  # whether the last walk saw more than _victims can hold
         self._walk_at = self._save_at = 0.0
@@ -13099,7 +13100,7 @@ class Evictor:
         self._total = 0
         found = heapq.nsmallest(self._VICTIMS + 1, self._candidates())
         self._is_cut = len(found) > self._VICTIMS
-        self._victims = found
+        self._victims, self._gone = found, set()
         pause = self._WALK_SHARE * (time.monotonic() - began)
         self._walk_at = time.monotonic() + max(self._WALK, pause)
 
@@ -13133,7 +13134,9 @@ class Evictor:
             if items and self._used(items) > used:  # somebody has asked for it meanwhile
                 heapq.heappush(self._victims, (self._used(items), path, version, known))
                 continue
+            known = 0 if (path, version) in self._gone else known
             freed = sum(item.size for item in items) or known
+            self._gone.add((path, version))
             if items:
                 try:
                     take_out(self._storage, path, version)

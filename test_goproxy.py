@@ -12935,6 +12935,22 @@ def test_what_a_file_system_keeps_for_itself_is_not_looked_into(tmp_path: Path) 
     assert {item.name.partition("/")[0] for item in storage.walk()} == {"example.com"}
 
 
+def test_what_goes_is_counted_once(tmp_path: Path) -> None:
+    storage = goproxy.DiskStorage(str(tmp_path))
+    names = [f"example.com/m{number}/@v/v1.0.0" for number in range(3)]
+    for name in names:
+        storage.put(f"{name}.zip", bytes(1000))
+    with evictor(storage, 3100) as made:
+        assert by_then(lambda: len(made._victims) == 3)
+        for name in names:
+            storage.put(f"{name}.info", bytes(20))
+            made.uses.note(f"{name}.zip")
+            made.stored(f"{name}.info", 20)
+        storage.put(ZIP, bytes(2500))
+        made.stored(ZIP, 2500)
+        assert by_then(lambda: made._total == sum(item.size for item in storage.walk()) == 2500)
+
+
 def test_a_list_that_is_no_text_does_not_end_eviction(tmp_path: Path) -> None:
     storage = goproxy.DiskStorage(str(tmp_path))
     for version in ("v1.0.0", "v1.1.0"):
