@@ -8241,7 +8241,7 @@ class MemoryStorage(Storage):
     def walk(self, prefix: str = "") -> Iterator[Item]:
         with self._mutex:
             held = [(name, each) for name, each in self._held.items() if name.startswith(prefix)]
-        for name, each in held:
+        for name, each in sorted(held):  # so that the files of a version come together
             if prefix or not name.startswith(OWN_MARK):
                 yield Item(name, len(each.data), each.modified)
 
@@ -13545,6 +13545,7 @@ class Catalogue:
         """Takes what is new as no older than the last walk: who follows by time has been there."""
         kinds = ("zip",) if is_own else ("info", "zip")
         with self._mutex:
+            self._settle()  # what was noted is among the items: it must not be added to them later
             for version, items in versions.items():
                 told = [item.modified for item in items if item.name.endswith(kinds)]
                 if told:

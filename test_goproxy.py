@@ -14117,6 +14117,17 @@ class Restless(goproxy.Catalogue):
     _PAUSE, _SHARE = 0.0, 0
 
 
+def test_what_is_stored_before_a_walk_is_counted_once() -> None:
+    storage = goproxy.MemoryStorage(1 << 20)
+    catalogue = catalogue_of(storage, kind=Restless)
+    for kind, path in itertools.product(("zip", "info"), ("a.test", "b.test")):
+        storage.put(f"{path}/@v/v1.0.0.{kind}", bytes(10))
+        catalogue.stored(f"{path}/@v/v1.0.0.{kind}", 10)
+    assert catalogue.is_complete()
+    assert catalogue.totals() == (2, 2, 40)
+    catalogue.close()
+
+
 def test_another_walk_sees_what_others_have_done() -> None:
     storage = goproxy.MemoryStorage(1 << 20)
     put_all(storage, released("a.test@v1.0.0", {}))
