@@ -12001,7 +12001,11 @@ class Generated(Modules):
             raise MustWait
         flight, first = self._flights.join(artifact.name, Future)
         if first:
-            self._lane.do(lambda: self._make(artifact, flight))
+            try:
+                self._lane.do(lambda: self._make(artifact, flight))
+            except Overloaded as error:  # who comes next tries again
+                self._flights.land(artifact.name)
+                flight.set_exception(error)
         try:
             flight.result(self._maker.SECONDS + TRANSFER.total)
         except FutureTimeout:

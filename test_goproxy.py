@@ -13902,6 +13902,25 @@ def test_what_cannot_be_generated_is_502_and_nothing_is_kept(
     assert upstream.asked.count(ZIP) == 1
 
 
+class Hurried(goproxy.Maker):
+    SECONDS = 0.1 - goproxy.TRANSFER.total
+
+
+def test_who_comes_after_a_lack_of_threads_does_not_wait_for_nothing() -> None:
+    nobody: Any = None
+    maker = Hurried([goproxy.Recipe("example.com", ("true",))], "", QUIET_LOG)
+    generated = goproxy.Generated(nobody, nobody, maker)
+
+    def refuse(work: Callable[[], object]) -> None:
+        raise goproxy.Overloaded("no thread can be started")
+
+    generated._lane.do = refuse  # type: ignore[method-assign]
+    artifact = goproxy.Artifact("example.com/quote", "v1.0.0", "zip")
+    for _ in range(2):
+        with pytest.raises(goproxy.Overloaded, match="no thread"):
+            generated.large(artifact, goproxy.Reach.FETCH)
+
+
 def test_a_command_sees_little_and_leaves_nothing_running(
     run: Run, upstream: Upstream, modules: Path
 ) -> None:
