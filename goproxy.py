@@ -13345,8 +13345,8 @@ class Recheck:
     def look(self, path: str, versions: Sequence[str]) -> None:
         """Asks about a module now. What upstream's trouble keeps from being known stays as it was.
         Raises ProxyError."""
-        known = {each.key: each for each in self._remarks.read() if each.path == path}
         news = [*self._notices(path, versions), *self._differences(path, versions)]
+        known = {each.key: each for each in self._remarks.read() if each.path == path}
         now = time.time()
         found = {}
         for version, what, words in news:

@@ -13612,6 +13612,21 @@ def test_what_was_brought_back_is_not_moved_aside_again(again: Again) -> None:
     assert zips(again.storage) == QUOTES
 
 
+def test_what_is_brought_back_during_a_recheck_stays(again: Again) -> None:
+    del again.upstream.files[INFO]
+    again.look()
+    again.look()
+    choice, ask = goproxy.Choice(["example.com/quote@v1.0.0"], {}), again.recheck._source.versions
+
+    def versions(path: str) -> list[str]:
+        goproxy.restore(again.storage, choice)
+        return ask(path)
+
+    again.recheck._source.versions = versions  # type: ignore[method-assign]
+    again.recheck.look("example.com/quote", QUOTES)
+    assert zips(again.storage) == QUOTES
+
+
 def test_a_restore_does_not_change_what_was_fetched_since(tmp_path: Path) -> None:
     storage = moved_aside(tmp_path)
     storage.put(ZIP, b"since")
