@@ -13192,8 +13192,12 @@ class Attic:
     def put_away(self, path: str, version: str) -> None:
         """Moves a version here. Raises StoreDown; then it is still where it was."""
         for item in files_of(self._storage, path, version):
-            with contextlib.suppress(NotFound):
+            try:
                 copy(self._storage, item.name, self._storage, self.PLACE + item.name)
+            except NotFound:  # the file, because others have removed it, or else its new place
+                with contextlib.suppress(NotFound):
+                    self._storage.open(item.name).close()
+                    raise StoreDown(f"{item.name} cannot be moved to {self.PLACE}") from None
         take_out(self._storage, path, version)
 
     def walk(self) -> Iterator[tuple[Artifact, Item]]:

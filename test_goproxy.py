@@ -13602,6 +13602,14 @@ def test_what_is_moved_aside_comes_back_as_it_was(storage: goproxy.Storage) -> N
     assert list(storage.walk(goproxy.Attic.PLACE)) == []
 
 
+def test_what_cannot_be_moved_aside_stays(tmp_path: Path) -> None:
+    storage = filled(goproxy.DiskStorage(str(tmp_path)))
+    (tmp_path / goproxy.Attic.PLACE).touch()
+    with pytest.raises(goproxy.StoreDown, match="cannot be moved"):
+        goproxy.Attic(storage).put_away("example.com/quote", "v1.0.0")
+    assert {*QUOTE_FILES} <= {item.name for item in storage.walk()}
+
+
 def test_what_was_brought_back_is_not_moved_aside_again(again: Again) -> None:
     again.upstream.fault = "404"
     again.look()
