@@ -14671,7 +14671,7 @@ class Importer:
             if self._manifest is not None and name not in self._manifest:
                 raise BadUpstream("not in the manifest")
             self._import(name, blob)
-        except (BadUpstream, BadName) as error:
+        except (BadUpstream, NotFound) as error:  # also of a name too long for the store
             self.failures += 1
             self._progress.tell("failed", f"{name}: {error}", name=name, error=str(error))
 

@@ -13361,6 +13361,13 @@ def test_a_name_that_no_store_has_is_not_imported(name: str) -> None:
     assert list(storage.walk()) == []
 
 
+def test_a_name_too_long_for_the_store_keeps_nothing_else_out(tmp_path: Path) -> None:
+    storage = goproxy.DiskStorage(str(tmp_path))
+    long = MOD.replace("v1.0.0", f"v1.0.0-{'x' * 300}")
+    assert imported(storage, tarred({long: SITE[MOD], MOD: SITE[MOD]})).failures == 1
+    assert [item.name for item in storage.walk()] == [MOD]
+
+
 LINKS = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
 
 
