@@ -19443,8 +19443,9 @@ class Daemon:
         with self._serving(None, None) as server:
             for number in _SIGNALS:
                 signal.signal(number, on_signal)
-            if _RELOAD:
-                signal.signal(_RELOAD, lambda *_: server.patient_lane.do(self._try_reload))
+            if _RELOAD:  # by the loop: it may just have a lane's mutex where it is interrupted
+                reload = functools.partial(server.patient_lane.do, self._try_reload)
+                signal.signal(_RELOAD, lambda *_: server.post(reload))
             if _RENEW:
                 begin = functools.partial(self._succession.begin, self._sockets)
                 signal.signal(_RENEW, lambda *_: server.post(begin))

@@ -18833,6 +18833,25 @@ def test_a_new_pair_is_taken_at_sighup_and_a_bad_one_is_not(
         assert time.monotonic() < end
 
 
+# Whoever hands work to the lane of requests is interrupted while it has the mutex of the lanes.
+INTERRUPTED = """exec('''
+import signal, threading
+def grow(lane, grow=goproxy.Lane._grow):
+    if lane._name == "request":
+        signal.pthread_kill(threading.get_ident(), signal.SIGHUP)
+    grow(lane)
+goproxy.Lane._grow = grow
+''')"""
+
+
+def test_sighup_may_come_while_a_request_is_handed_to_a_lane(run: Run) -> None:
+    run.command = functools.partial(command, begin=INTERRUPTED)
+    proxy = run()
+    for _ in range(3):
+        assert proxy.get("version").status == 200
+    proxy.logged("SIGHUP: what may change has been read again")
+
+
 @pytest.mark.parametrize("place", ["file/cache", "/proc/goproxy"])
 def test_a_cache_that_cannot_be_written_is_one_line_and_status_1(
     tmp_path: Path, place: str
