@@ -15541,11 +15541,13 @@ _AUTHORITY = re.compile(r"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(:[0-
 
 
 def without_passing(head: bytes) -> tuple[bytes, dict[str, str]]:
-    """A head without the lines of _PASSING, and these; all of it if one is there twice."""
+    """A head without the lines of _PASSING, and these; all of it if one is there twice, or if there
+    may be more of all kinds than are allowed."""
     parts = _PASSING.split(head)  # what is around a line, its name, its value, and so on
     names = [name.decode().lower() for name in parts[1::3]]
     told = dict(zip(names, (value.decode().strip() for value in parts[2::3])))
-    return (b"".join(parts[::3]), told) if len(told) == len(names) else (head, {})
+    is_odd = len(told) < len(names) or head.count(b"\r\n") > _FIELD_LIMIT
+    return (head, {}) if is_odd else (b"".join(parts[::3]), told)
 
 
 def with_upload(request: Request, sock: socket.socket, ahead: bytes) -> Request:

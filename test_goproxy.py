@@ -16049,6 +16049,19 @@ def test_what_followed_an_empty_line_makes_no_fields_known(proxy: Proxy) -> None
         assert [answer.status for answer in responses(read_all(client))] == [400]
 
 
+def test_fields_that_decide_nothing_are_counted_like_others(proxy: Proxy) -> None:
+    head = b"GET /%b HTTP/1.1\r\nHost: x\r\n" % INFO.encode()
+    many = b"".join(b"x-b3-%c%c:\r\n" % pair for pair in itertools.product(b"abcdefgh", repeat=2))
+    with dial(proxy.port) as client:
+        for _ in range(2):
+            client.sendall(head + b"\r\n")
+            answer = http.client.HTTPResponse(client)
+            answer.begin()
+            assert answer.read() == SITE[INFO]
+        client.sendall(head + many + b"\r\n")
+        assert [answer.status for answer in responses(read_all(client))] == [431]
+
+
 def test_pipelined_requests_for_remembered_files_are_in_order(proxy: Proxy) -> None:
     paths = [INFO, BIG, MOD, ZIP, INFO, BIG, MOD]
     for path in paths:
