@@ -15519,7 +15519,7 @@ class Request(NamedTuple):
     def is_plain(self) -> bool:
         """Whether nothing but its target decides what it gets."""
         odd = self.method != "GET" or not self.keep or not self.chunks or self.body
-        if odd or self.go_get or self.is_passed:
+        if odd or self.go_get or self.is_passed or self.fields.get(HOP_FIELD.lower()) == HOP:
             return False
         return _CONDITIONS.isdisjoint(self.fields)
 

@@ -16062,6 +16062,14 @@ def test_fields_that_decide_nothing_are_counted_like_others(proxy: Proxy) -> Non
         assert [answer.status for answer in responses(read_all(client))] == [431]
 
 
+def test_what_is_remembered_hides_no_loop(run: Run, upstream: Upstream) -> None:
+    run.command = functools.partial(command, begin="goproxy.HOP = 'ours'")
+    proxy = run(upstream=upstream.url())
+    assert [proxy.get(INFO).status for _ in range(2)] == [200] * 2
+    looped = {proxy.get(INFO, **{"X-Goproxy-Hop": "ours"}).status for _ in range(3)}
+    assert looped == {goproxy.LoopFound.status}
+
+
 def test_pipelined_requests_for_remembered_files_are_in_order(proxy: Proxy) -> None:
     paths = [INFO, BIG, MOD, ZIP, INFO, BIG, MOD]
     for path in paths:
