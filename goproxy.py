@@ -15625,11 +15625,11 @@ def _target(target: str, fields: Fields, is_new: bool) -> str:
         raise BadRequest("malformed host field")
     if not target.startswith("/"):
         scheme, _, rest = target.partition("://")
-        authority, slash, path = rest.partition("/")
-        if scheme.lower() not in ("http", "https") or authority.partition("?")[0] != host:
+        authority = re.split("[/?]", rest)[0]
+        if scheme.lower() not in ("http", "https") or authority != host:
             raise BadRequest("malformed request target")
-        target = slash + path or "/"
-    return target.partition("?")[0]
+        target = rest[len(authority) :]
+    return target.partition("?")[0] or "/"
 
 
 def _body_length(fields: Fields, is_new: bool, wanted: int, is_passed: bool) -> int:

@@ -15854,6 +15854,12 @@ def test_an_absolute_target_of_this_host_is_understood(shared: Shared) -> None:
     assert answer.body == SITE[MOD]
 
 
+@pytest.mark.parametrize("target", ["http://x?a/b", "http://x?/b", "http://x/?a/b", "/?a/b"])
+def test_a_query_holds_no_path(target: str) -> None:
+    request = goproxy.parse_request(f"GET {target} HTTP/1.1\r\nHost: x".encode())
+    assert (request.target, request.query) == ("/", target.partition("?")[2])
+
+
 def test_an_answer_has_a_date_and_names_no_python(shared: Shared) -> None:
     headers = shared.proxy.get(MOD).headers
     assert email.utils.parsedate_to_datetime(headers["date"]).year >= 2024
