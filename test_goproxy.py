@@ -6551,16 +6551,26 @@ def git_filter() -> Iterator[goproxy.ConnectFilter]:
         yield filter_
 
 
-def ask_filter(
+class NarrowFilter(goproxy.ConnectFilter):
+    _CONNECTIONS = 1
+
+
+def asking_filter(
     filter_: goproxy.ConnectFilter, request_line: str, secret: str | None = None
-) -> bytes:
+) -> socket.socket:
+    """The connection after a request."""
     parts = urllib.parse.urlsplit(filter_.url)
     secret = f"{parts.username}:{parts.password}" if secret is None else secret
     token = base64.b64encode(secret.encode()).decode()
-    with socket.create_connection(("127.0.0.1", parts.port or 0), 10) as sock:
-        sock.sendall(
-            f"{request_line} HTTP/1.1\r\nProxy-Authorization: Basic {token}\r\n\r\n".encode()
-        )
+    sock = socket.create_connection(("127.0.0.1", parts.port or 0), 10)
+    sock.sendall(f"{request_line} HTTP/1.1\r\nProxy-Authorization: Basic {token}\r\n\r\n".encode())
+    return sock
+
+
+def ask_filter(
+    filter_: goproxy.ConnectFilter, request_line: str, secret: str | None = None
+) -> bytes:
+    with asking_filter(filter_, request_line, secret) as sock:
         answer = b""
         while True:
             part = sock.recv(4096)
@@ -6604,6 +6614,20 @@ def test_filter_closes_open_connections(target: Peer) -> None:
         filter_.close()
         worker.join(PATIENCE)
         assert not worker.is_alive()
+
+
+def test_a_git_that_was_killed_leaves_its_place_though_the_server_says_nothing(
+    target: Peer,
+) -> None:
+    way = dialer(up=["127.0.0.1"])
+    with (
+        contextlib.closing(NarrowFilter(way)) as filter_,
+        socket.create_server(("127.0.0.1", 0)) as quiet,
+    ):
+        port = quiet.getsockname()[1]
+        with asking_filter(filter_, f"CONNECT up.test:{port}") as sock:
+            assert sock.recv(100) == b"HTTP/1.1 200 Connected\r\n\r\n"
+        assert ask_filter(filter_, f"CONNECT up.test:{target.port}").endswith(b"hello")
 
 
 class Quiet(SimpleHTTPRequestHandler):
