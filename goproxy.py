@@ -6577,11 +6577,11 @@ class ConnectFilter:
         """Cuts what is open and waits for all threads."""
         self._closed.set()
         _hang_up(self._listener)  # wakes the acceptor
+        with self._mutex:
+            for sock in self._open:  # for whose places it may wait
+                _hang_up(sock)
         self._acceptor.exception()
         self._listener.close()
-        with self._mutex:
-            for sock in self._open:
-                _hang_up(sock)
         for _ in range(self._CONNECTIONS):
             self._slots.acquire()
 

@@ -6603,17 +6603,20 @@ def test_filter_tells_why_it_fails(closed: int, git_filter: goproxy.ConnectFilte
     assert answer.startswith(b"HTTP/1.1 502 ") and answer.endswith(b"Connection refused")
 
 
-def test_filter_closes_open_connections(target: Peer) -> None:
+@pytest.mark.parametrize("kind", [goproxy.ConnectFilter, NarrowFilter])
+def test_filter_closes_open_connections(kind: type[goproxy.ConnectFilter]) -> None:
     with Peer(mute) as quiet:
-        filter_ = goproxy.ConnectFilter(dialer())
+        filter_ = kind(dialer())
         worker = threading.Thread(
             target=ask_filter, args=(filter_, f"CONNECT 127.0.0.1:{quiet.port}")
         )
         worker.start()
         assert quiet.met.wait(PATIENCE)
-        filter_.close()
-        worker.join(PATIENCE)
-        assert not worker.is_alive()
+        closer = threading.Thread(target=filter_.close)
+        closer.start()
+        for thread in (closer, worker):
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
 
 
 def test_a_git_that_was_killed_leaves_its_place_though_the_server_says_nothing(
