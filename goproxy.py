@@ -5679,7 +5679,7 @@ class Client:
         self._credentials = credentials
         self._circuits = Circuits(log)
         self._mutex = threading.Lock()
-        self._idle: dict[tuple[str, str, int], list[_Wire]] = {}
+        self._idle: list[tuple[tuple[str, str, int], _Wire]] = []  # the oldest first
         self._wires: weakref.WeakSet[_Wire] = weakref.WeakSet()
         self._closed = False
         self._context: ssl.SSLContext | None = None
@@ -5810,24 +5810,27 @@ class Client:
     def _lend(self, url: Url) -> _Wire | None:
         while True:
             with self._mutex:
-                wires = self._idle.get(url.origin)
-                if not wires:
+                same = [n for n, (origin, _) in enumerate(self._idle) if origin == url.origin]
+                if not same:
                     return None
-                wire = wires.pop()
+                _, wire = self._idle.pop(same[-1])
             if time.monotonic() - wire.idle_since < self._IDLE_SECONDS and not wire.is_dead():
                 return wire
             wire.close()
 
     def _give_back(self, url: Url, wire: _Wire) -> None:
-        wire.idle_since = time.monotonic()
         with self._mutex:
-            wires = self._idle.setdefault(url.origin, [])
-            in_all = sum(map(len, self._idle.values()))
-            keep = len(wires) < self._IDLE_PER_HOST and in_all < self._IDLE_IN_ALL
-            if keep:
-                wires.append(wire)
-        if not keep:
-            wire.close()
+            wire.idle_since = time.monotonic()
+            oldest = wire.idle_since - self._IDLE_SECONDS
+            gone = [one for _, one in self._idle if one.idle_since <= oldest]
+            del self._idle[: len(gone)]
+            same = sum(origin == url.origin for origin, _ in self._idle)
+            if same < self._IDLE_PER_HOST and len(self._idle) < self._IDLE_IN_ALL:
+                self._idle.append((url.origin, wire))
+            else:
+                gone.append(wire)
+        for one in gone:
+            one.close()
 
     def close(self) -> None:
         """Ends what is idle and what is on its way."""

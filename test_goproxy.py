@@ -5605,6 +5605,24 @@ def test_an_idle_connection_is_kept_for_its_time(
         assert peer.connections == connections
 
 
+class NarrowClient(goproxy.Client):
+    _IDLE_IN_ALL = 1
+
+
+def test_connections_that_were_idle_for_too_long_make_room() -> None:
+    with (
+        Peer(answering) as old,
+        Peer(answering) as new,
+        contextlib.closing(NarrowClient(dialer(), {})) as client,
+    ):
+        client._IDLE_SECONDS = 0.0
+        ask_at_once(client, old.port, 1)
+        ask_at_once(client, new.port, 1)
+        client._IDLE_SECONDS = PATIENCE
+        ask_at_once(client, new.port, 1)
+        assert new.connections == 1
+
+
 def test_a_body_that_drips_ends_with_the_time_for_all() -> None:
     with Peer(dripping) as peer, contextlib.closing(goproxy.Client(dialer(), {})) as client:
         url = goproxy.Url("http", "127.0.0.1", peer.port)
