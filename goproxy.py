@@ -7211,12 +7211,13 @@ class BucketLine:
     def _ask_often(self, ask: _Ask) -> Response:
         start = time.monotonic()
         for attempt in range(1, self._ATTEMPTS + 1):
+            known = self._known
             try:
                 response = self._send(ask, start + ask.patience.total)
                 if response.status in ask.wanted:
                     return response
                 error = self._fault(ask, response)
-                if not error.passing:
+                if not error.passing and known == self._known:
                     raise error
                 words = str(error)
             except BadUpstream as failure:
@@ -7227,6 +7228,11 @@ class BucketLine:
                 break  # who waits has waited long enough
             time.sleep(random.uniform(0.0, 0.1 * 2.0**attempt))
         raise StoreAway(words)
+
+    @property
+    def _known(self) -> tuple[str, float, bool]:
+        """What the service has told us of itself, to whichever thread."""
+        return (self._region, self._skew, self._checks)
 
     @property
     def peer(self) -> str:
@@ -7271,10 +7277,11 @@ class BucketLine:
         if code in _EXPIRED or code in _REPLACED:
             self._chain.forget()
         region = response.fields.get("x-amz-bucket-region") or said.get("Region", "")
-        mended = self._mends_clock(response) or self._mends_region(region)
-        mended = mended or self._mends_checks(response.status, code, said.get("Message", ""))
+        self._mend_clock(response)
+        self._mend_region(region)
+        self._mend_checks(response.status, code, said.get("Message", ""))
         may_pass = code in _MAY_PASS or response.status in (429, 500, 502, 503, 504)
-        return self._error(response, code, mended or may_pass or code in _EXPIRED)
+        return self._error(response, code, may_pass or code in _EXPIRED)
 
     def _error(self, response: Response, code: str, passing: bool) -> BucketError:
         """Its text quotes nothing that was sent: that holds signatures."""
@@ -7282,32 +7289,26 @@ class BucketLine:
         text = f"{self.peer} answered {response.status}{said}"
         return BucketError(text, response.status, code, passing)
 
-    def _mends_clock(self, response: Response) -> bool:
-        """Whether we were refused for a clock that is wrong; from now on we count with it."""
+    def _mend_clock(self, response: Response) -> None:
+        """Where we were refused for a clock that is wrong, we count with it from now on."""
         try:
             skew = http_seconds(response.fields.get("date", "")) - time.time()
         except ValueError:
-            return False
-        if response.status != 403 or abs(skew - self._skew) < 60:
-            return False
-        self._skew = skew
-        self._say(f"{self.peer}: its clock and ours are {abs(skew):.0f} s apart")
-        return True
+            return
+        if response.status == 403 and abs(skew - self._skew) >= 60:
+            self._skew = skew
+            self._say(f"{self.peer}: its clock and ours are {abs(skew):.0f} s apart")
 
-    def _mends_checks(self, status: int, code: str, words: str) -> bool:
-        """Whether it was a checksum that was refused, not what has it: that of R2 and of B2."""
+    def _mend_checks(self, status: int, code: str, words: str) -> None:
+        """Where a checksum was refused, not what has it, none is sent: that of R2 and of B2."""
         is_theirs = "x-amz-checksum" in words.lower() and code not in _DAMAGED
-        if status not in (400, 501) or not is_theirs or not self._checks:
-            return False
-        self._checks = False
-        self._say(f"{self.peer} takes no checksums: it cannot tell what is damaged on the way")
-        return True
+        if status in (400, 501) and is_theirs and self._checks:
+            self._checks = False
+            self._say(f"{self.peer} takes no checksums: it cannot tell what is damaged on the way")
 
-    def _mends_region(self, region: str) -> bool:
-        if region == self._region or not re.fullmatch("[a-z0-9-]{1,40}", region):
-            return False
-        self._region = region
-        return True
+    def _mend_region(self, region: str) -> None:
+        if re.fullmatch("[a-z0-9-]{1,40}", region):
+            self._region = region
 
     @contextlib.contextmanager
     def _understanding(self) -> Iterator[None]:

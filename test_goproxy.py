@@ -7137,6 +7137,20 @@ def test_a_bucket_is_found_in_its_region(refusal: Said) -> None:
         assert len(server.seen) == 3
 
 
+def test_the_region_is_found_for_all_who_ask_at_once() -> None:
+    both = threading.Barrier(2, timeout=PATIENCE)
+
+    def answer(heard: Heard) -> Said:
+        if "/eu-west-1/s3/" in heard.headers["authorization"]:
+            return OBJECT
+        both.wait()
+        return Said(301, {"x-amz-bucket-region": "eu-west-1"}, fault("PermanentRedirect"))
+
+    with scripted_bucket(answer) as (_, made, _said), ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(functools.partial(contents, made), ("a", "b")))
+    assert found == [OBJECT.body] * 2
+
+
 def test_expired_keys_are_sought_again(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("[default]\naws_access_key_id=OLD\naws_secret_access_key=G\n")
