@@ -13003,8 +13003,10 @@ def test_what_goes_is_counted_once(tmp_path: Path) -> None:
         assert by_then(lambda: len(made._victims) == 3)
         for name in names:
             storage.put(f"{name}.info", bytes(20))
-            made.uses.note(f"{name}.zip")
             made.stored(f"{name}.info", 20)
+        assert by_then(lambda: made._total == 3060)
+        for name in names:
+            made.uses.note(f"{name}.zip")
         storage.put(ZIP, bytes(2500))
         made.stored(ZIP, 2500)
         assert by_then(lambda: made._total == sum(item.size for item in storage.walk()) == 2500)
