@@ -12426,7 +12426,10 @@ class ReadAhead:
     def _guess(self, session: _Session, sight: Sight, more: int = 0) -> bool:
         """False if too many guesses are unused."""
         unused = session.unused[sight.kind]
-        name = sight.name
+        try:
+            name = sight.name
+        except BadName:  # a go.mod may require anything
+            return False
         if name in unused:
             return True
         if len(unused) > _UNUSED[sight.kind] + more + session.used[sight.kind]:

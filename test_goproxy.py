@@ -12483,6 +12483,22 @@ def test_less_is_remembered_of_each_client_when_there_are_many(clients: int, mos
         assert number < 150 or ahead._sessions[sight.client].size() <= most
 
 
+def test_what_no_module_can_be_named_keeps_no_guess_from_being_made() -> None:
+    required = b"require (\n A..! v1.0.0\n example.com/quote v1.0.0\n)\n"
+
+    def absent(*_: object) -> None:
+        raise goproxy.NotFound("not here")
+
+    known = goproxy.Answer(required, goproxy.Verdict.HIT)
+    mirror = types.SimpleNamespace(small=lambda *_: known, large=absent)
+    policy: Any = types.SimpleNamespace(public=lambda path: mirror)
+    ahead, session = goproxy.ReadAhead(policy, goproxy.MemoryStorage(None)), goproxy._Session()
+    sight = goproxy.Sight("::1", "example.com/a", "v1.0.0", "zip")
+    ahead._unroll(session, sight, {"A..!", "example.com/quote"}, 0.0)
+    ahead.close()
+    assert ZIP in session.unused["zip"]
+
+
 def test_a_guess_waits_for_no_host_that_fails() -> None:
     with Ailing() as peer, contextlib.closing(SparingClient(Waiting(None))) as client:
         failures(client, peer.port, 5)
