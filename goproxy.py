@@ -56,7 +56,9 @@ def _begin_lean() -> None:
         with open("/proc/self/cmdline", "rb") as file:
             words = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
         code = os.memfd_create("goproxy", 0)  # a file without a name, inherited
-        os.write(code, marshal.dumps(sys._getframe(1).f_code))
+        data = marshal.dumps(sys._getframe(1).f_code)
+        if os.write(code, data) < len(data):  # as ulimit -f has it
+            return
         loader = (
             "import marshal,os,sys;__file__=sys.argv[1];del sys.argv[0];"
             f"os.lseek({code},0,0);_file=open({code},'rb');_code=marshal.load(_file);"

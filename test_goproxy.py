@@ -19424,6 +19424,12 @@ def test_it_runs_where_the_system_has_less(run: Run, upstream: Upstream) -> None
     assert upstream.asked == [INFO, MOD, ZIP, BIG]
 
 
+def test_a_script_runs_where_files_must_be_small() -> None:
+    words = ["sh", "-c", 'ulimit -f 64; exec "$@"', "sh", *script("-version")]
+    done = subprocess.run(words, capture_output=True, timeout=PATIENCE, check=False, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of Linux alone")
 def test_a_script_runs_without_its_syntax_tree(run: Run, tmp_path: Path) -> None:
     """20 MB less in every process, so that the limit is far from both."""
