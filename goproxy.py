@@ -11412,6 +11412,9 @@ class Cache:
         self._ttl = ttl
         self._log = log
         self.on_stored: Callable[[str, int], None] = lambda name, size: None
+        self.on_lost: Callable[[str, ProxyError], None] = lambda name, error: log.error(
+            f"{name}: not stored: {error}"
+        )
         self._absent: TtlCache[NotFound] = TtlCache(self._REMEMBERED)
         self._failed: TtlCache[bool] = TtlCache(self._REMEMBERED)
         self._fetches: Flights[Future[bytes]] = Flights()
@@ -11543,7 +11546,7 @@ class Cache:
         try:
             is_ours = self.storage.put(name, data, replace)
         except ProxyError as error:
-            self._log.error(f"{name}: not stored: {error}")
+            self.on_lost(name, error)
             return True
         if is_ours and not replace:
             self.on_stored(name, len(data))
@@ -11575,7 +11578,7 @@ class Cache:
         except ProxyError as error:
             with contextlib.suppress(OSError):  # it may have got its name before that
                 os.unlink(draft.path)
-            self._log.error(f"{failing}: not stored: {error}")
+            self.on_lost(failing, error)
         else:
             if is_ours:
                 self.on_stored(name, draft.written + len(side))
@@ -14003,6 +14006,11 @@ class Gatherer:
     def _compare(self, path: str, version: str, h1: str) -> None:
         if h1 not in self._sums.get((path, version), {h1}):
             raise BadUpstream(f"checksum mismatch: it is {h1}, go.sum has another one")
+
+    def lose(self, name: str, error: ProxyError) -> None:
+        """Tells of what could be had but not stored."""
+        self.failures += 1
+        self._progress.tell("failed", f"{name}: not stored: {error}", name=name, error=str(error))
 
     def _fail(self, item: Sequence[Any], error: ProxyError) -> None:
         """Tells of an item that begins with path and version."""
@@ -19760,6 +19768,7 @@ def run_fetch(settings: Settings, environ: Mapping[str, str]) -> int:
     reach = Reach.STORED if settings.offline else Reach.FETCH
     with _at_work(settings, environ) as found:
         gatherer = Gatherer(found.policy, found.sumdb, reach, progress)
+        found.cache.on_lost = gatherer.lose
         for wish in wishes:
             wish(gatherer)
         gatherer.gather()

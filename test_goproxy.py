@@ -19652,6 +19652,14 @@ def test_fetch_names_each_thing_that_is_missing(fetch: Fetch) -> None:
     assert fetched.kinds("example.com/quote/@v/v1.0.0") == {"info", "mod", "zip", "ziphash"}
 
 
+def test_fetch_names_what_the_store_could_not_keep(fetch: Fetch, run: Run) -> None:
+    run.cache.mkdir()
+    (run.cache / "example.com").write_text("a file where a folder must be")
+    ended = fetch("example.com/quote@v1.0.0").ended
+    assert ended.status == 1
+    assert "example.com/quote/@v/v1.0.0.info: not stored: " in ended.out
+
+
 def test_fetch_asks_nothing_again(fetch: Fetch, upstream: Upstream) -> None:
     fetch("example.com/quote@v1.0.0")
     upstream.fault = "500"
