@@ -10039,7 +10039,9 @@ _COMPLAINTS: list[tuple[str, type[ProxyError]]] = [
 def _meaning(said: str, url: str) -> ProxyError:
     """The error that the words of git stand for."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    told = [line for line in lines if re.match("(fatal|error|remote|ERROR):", line)] or lines
+    told = [line for line in lines if re.match("(fatal|error|remote|ERROR):.*[a-z]", line)] or lines
+    if told and told[0].startswith("fatal: Could not read from remote"):
+        told = lines[max(0, lines.index(told[0]) - 1) :]  # ssh has said why, just before
     words = printable(mask(told[0])[:300]) if told else "git failed"
     kinds = (kind for pattern, kind in _COMPLAINTS if re.search(pattern, said, re.IGNORECASE))
     return next(kinds, Unreachable)(f"{mask(url)}: {words}")

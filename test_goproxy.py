@@ -9562,6 +9562,27 @@ def test_only_what_git_says_is_absent_is_absent(
     assert type(caught.value) is kind
 
 
+GIVEN_UP = "fatal: Could not read from remote repository."
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["Warning: added", "ssh: connect to host x: No route to host", GIVEN_UP], "ssh: connect"),
+        (
+            ["git@x.test: Permission denied (publickey).", GIVEN_UP, "", "Please"],
+            "git@x.test: Perm",
+        ),
+        (["remote:", "remote: ====", "remote: ERROR: not for you", GIVEN_UP], "remote: ERROR: not"),
+        ([GIVEN_UP], GIVEN_UP),
+    ],
+)
+def test_what_ssh_says_is_told(quote: Origin, tmp_path: Path, words: list[str], told: str) -> None:
+    watched = NotingGit(tmp_path / "bin", f"printf '%s\\n' {shlex.join(words)} >&2; exit 128")
+    with pytest.raises(goproxy.ProxyError, match=re.escape(f": {told}")):
+        watched_source(quote, watched).versions(ACME_QUOTE)
+
+
 def test_a_password_in_the_words_of_git_is_masked(quote: Origin, tmp_path: Path) -> None:
     watched = NotingGit(tmp_path / "bin", "echo 'fatal: https://u:hush@x.test: no' >&2; exit 128")
     with pytest.raises(goproxy.Unreachable) as caught:
