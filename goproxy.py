@@ -1252,7 +1252,7 @@ class Place(NamedTuple):
 
 def _place(text: str) -> Place:
     """A folder, or one of the kinds in _PLACES."""
-    scheme = re.match(r"([a-z0-9]{2,}):", text)
+    scheme = re.match(r"([A-Za-z0-9]{2,}):", text)
     if text and "\0" not in text and not scheme:
         return Place("folder", text)
     read = _PLACES.get(scheme[1] if scheme else "")

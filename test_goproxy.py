@@ -2266,6 +2266,7 @@ SETTINGS = {
 BAD_SETTINGS = [
     ("auth", "GOPROXY_AUTH", "/no/such/file"),
     ("cache", "CACHE_DIR", ""),
+    ("cache", "CACHE_DIR", "S3://bucket"),
     ("cache", "CACHE_DIR", "gopher://x"),
     ("cache", "CACHE_DIR", "memory:x"),
     ("cache", "CACHE_DIR", "postgres://host"),
