@@ -8861,6 +8861,11 @@ class Postgres(SqlDialect):
                 "postgres:// needs a package: pip install 'psycopg[binary]', or "
                 "'goproxy.py[postgres]'"
             ) from None
+        try:
+            self._driver.conninfo.conninfo_to_dict(url)
+        except self._driver.Error as error:
+            # What follows the colon may be a piece of the password.
+            raise ValueError(_first_line(error).partition(":")[0]) from None
 
     def connect(self) -> SqlLine:
         return PostgresLine(self._driver, self._url)

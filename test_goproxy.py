@@ -8316,6 +8316,22 @@ def test_a_driver_that_is_missing_is_one_line_and_status_2(tmp_path: Path) -> No
     assert "pip install 'psycopg[binary]'" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("rest", "told"),
+    [
+        ("hush@127.0.0.1/x?no=1", "invalid URI query parameter"),
+        ("hush%zz@127.0.0.1/x", "invalid percent-encoded token"),
+    ],
+)
+def test_what_libpq_cannot_read_is_one_line_and_status_2(
+    tmp_path: Path, rest: str, told: str
+) -> None:
+    pytest.importorskip("psycopg")
+    ended = finish(tmp_path, "-port=0", environ={"CACHE_DIR": f"postgres://u:{rest}"})
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert told in ended.err and "hush" not in ended.err
+
+
 # --- a full disk -------------------------------------------------------------
 
 
