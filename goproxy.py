@@ -18495,15 +18495,17 @@ def open_socket(settings: Settings) -> socket.socket:
             return _open_unix(settings.host[len("unix:") :])
         return _open_tcp(settings.host, settings.port)
     except OSError as error:
-        where = settings.host or "all interfaces"
+        where = f"port {settings.port} on {settings.host or 'all interfaces'}"
+        if settings.host.startswith("unix:"):
+            where = settings.host
         if error.errno == errno.EADDRINUSE:
             raise StartError(
-                f"port {settings.port} on {where} is taken: stop what listens there, or choose "
-                "another one with -port (-port 0 picks a free one)"
+                f"{where} is taken: stop what listens there, or choose another one with -port "
+                "(-port 0 picks a free one) or -host"
             ) from None
         raise StartError(
-            f"cannot listen on {where}, port {settings.port}: {error.strerror or error}; choose "
-            "another address with -host or -port"
+            f"cannot listen on {where}: {error.strerror or error}; choose another address with "
+            "-host or -port"
         ) from None
 
 
@@ -18516,8 +18518,11 @@ def _open_tcp(host: str, port: int) -> socket.socket:
 
 
 def _open_unix(path: str) -> socket.socket:
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(os.stat(path).st_mode):
+    """Takes the place of a socket that was left behind, but of none that is listened on."""
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        is_left = probe.connect_ex(path) == errno.ECONNREFUSED
+        if is_left and stat.S_ISSOCK(os.stat(path).st_mode):
             os.unlink(path)
     return _bound(socket.AF_UNIX, path)
 
