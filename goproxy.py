@@ -8852,7 +8852,7 @@ class Postgres(SqlDialect):
     _FOR_NOW = re.compile("starting up|shutting down|recovery|too many|connection slots")
 
     def __init__(self, url: str) -> None:
-        """Raises ValueError if the package is missing."""
+        """Raises ValueError if the package is missing, or libpq cannot read the URL."""
         self._url = url
         try:
             self._driver = importlib.import_module("psycopg")
@@ -15793,7 +15793,7 @@ def load_users(file: str) -> dict[str, User]:
     try:
         with open(file, encoding="utf-8") as opened:
             if os.name == "posix" and os.fstat(opened.fileno()).st_mode & 0o007:
-                raise ValueError(f"{file}: others may use it: chmod o= {file}")
+                raise ValueError(f"others may use it: chmod o= {file}")
             return read_users(opened.read())
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
@@ -17089,8 +17089,10 @@ class Tls:
             context.load_cert_chain(self._cert, self._key or None, password="")
         except OSError as error:
             reason = str(error.strerror).partition(" (_ssl")[0]
-            words = f"no certificate with its key, as PEM without a password: {reason}"
-            raise ValueError(words) from None
+            key = f" in {self._key}" if self._key else ""
+            raise ValueError(
+                f"no certificate with its key{key}, as PEM without a password: {reason}"
+            ) from None
         self.context = context
 
     def wrap(self, sock: socket.socket) -> TlsSocket:

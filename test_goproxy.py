@@ -18910,6 +18910,23 @@ def test_every_interface_is_listened_on(run: Run, upstream: Upstream) -> None:
             client.connect((host, proxy.port))
 
 
+def test_both_files_of_a_bad_pair_are_named(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("")
+    with pytest.raises(ValueError, match=re.escape(f"its key in {tmp_path}/key, as PEM")):
+        goproxy.Tls(str(PROGRAM), str(tmp_path / "key"))
+
+
+def test_no_socket_is_taken_from_whoever_listens_on_it(tmp_path: Path) -> None:
+    place = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as owner:
+        owner.bind(place)
+        owner.listen(1)
+        ended = finish(tmp_path, f"-host=unix:{place}")
+        assert ended.status == 1
+        assert ended.err.startswith(f"goproxy.py: unix:{place} is taken: ")
+    goproxy._open_unix(place).close()
+
+
 def test_a_socket_file_may_be_listened_on(run: Run) -> None:
     place = str(run.folder / "socket")
     run(ready=place, host=f"unix:{place}")
