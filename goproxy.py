@@ -5404,7 +5404,10 @@ class LongBody(Blob):
             try:
                 if broken:
                     self._resume()
-                return self._response.read(count)
+                data = self._response.read(count)
+                if not data and self._delivered < (self.size or 0):  # less than was asked for
+                    raise Unreachable(f"{self._response.peer}: the rest of a body is cut short")
+                return data
             except self._passing:
                 broken = True
                 self._tries -= 1
