@@ -3845,8 +3845,8 @@ class Meter:
         found = self._cells.get(name)
         if found is None:
             with self._mutex:
-                found = self._cells.setdefault(name, -1)
-                if found < 0:
+                found = self._cells.get(name)
+                if found is None:
                     found = self._cells[name] = self._new_cell(name)
         return found
 

@@ -16770,6 +16770,18 @@ def test_figures_of_processes_add_up_and_are_kept_by_their_place() -> None:
     assert meter.figures()["goproxy_connections"] == 1.0
 
 
+class WatchedMeter(goproxy.Meter):
+    def _new_cell(self, name: str) -> int:
+        self.seen_early = self._cells.get(name)  # as another thread does, without waiting
+        return super()._new_cell(name)
+
+
+def test_a_figure_is_not_counted_where_it_has_no_place_yet() -> None:
+    meter = WatchedMeter()
+    meter.add("goproxy_sent_bytes_total")
+    assert meter.seen_early is None
+
+
 def test_figures_take_no_more_than_their_room() -> None:
     meter = goproxy.Meter()
     assert [meter.host(f"h{number}") for number in (*range(40), 0)].count("other") == 8
