@@ -4263,7 +4263,10 @@ class Log:
                     self._dropped += dropped + data.count(b"\n", start) - bool(dropped)
                     return  # nobody reads: lines are lost, not the process
                 end = data.rfind(b"\n", start, start + self._PIECE) + 1
-                start += os.write(self._descriptor, data[start : end or start + self._PIECE])
+                try:
+                    start += os.write(self._descriptor, data[start : end or start + self._PIECE])
+                except BlockingIOError:  # somebody who has the descriptor too wants it so
+                    select.select([], [self._descriptor], [], patience)
 
     def flush(self, seconds: float) -> None:
         """Waits until the lines so far are out, at most so long."""

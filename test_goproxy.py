@@ -15986,6 +15986,20 @@ def test_an_answer_has_a_date_and_names_no_python(shared: Shared) -> None:
 # --- log lines ---------------------------------------------------------------
 
 
+def test_a_log_that_others_made_non_blocking_gets_every_line() -> None:
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)
+    log = goproxy.Log(sink, False)
+    for _ in range(3000):  # three times what a pipe holds
+        log.line("x" * 50)
+    log.start()
+    with open(source, "rb") as reader, ThreadPoolExecutor(1) as pool:
+        heard = pool.submit(reader.read)
+        with open(sink, "wb"):
+            log.flush(PATIENCE)
+        assert heard.result(PATIENCE).count(b"\n") == 3000
+
+
 def test_the_log_tells_misses_from_hits(proxy: Proxy) -> None:
     for told in ("[CACHE MISS]", "[CACHE HIT]"):
         proxy.get(INFO)
