@@ -5250,8 +5250,8 @@ class _Wire:
         """Whether an idle connection has been closed, or has said something out of turn."""
         if self._ahead:
             return True
-        self.sock.settimeout(0)
         try:
+            self.sock.settimeout(0)
             self.sock.recv(1)
         except (BlockingIOError, ssl.SSLWantReadError):
             return False

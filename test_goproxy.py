@@ -5624,6 +5624,18 @@ def test_connections_that_were_idle_for_too_long_make_room() -> None:
         assert new.connections == 1
 
 
+def test_a_client_that_is_closed_during_an_answer_fails_as_upstreams_do() -> None:
+    with Peer(answering) as peer:
+        client = goproxy.Client(dialer(), {})
+        url = goproxy.Url("http", "127.0.0.1", peer.port)
+        response = client.get(url, QUICK)
+        assert response.read(1) == b"o"
+        client.close()
+        with pytest.raises(goproxy.Unreachable):
+            response.read(1)
+            client.get(url, QUICK)
+
+
 def test_a_body_that_drips_ends_with_the_time_for_all() -> None:
     with Peer(dripping) as peer, contextlib.closing(goproxy.Client(dialer(), {})) as client:
         url = goproxy.Url("http", "127.0.0.1", peer.port)
