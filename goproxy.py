@@ -6664,13 +6664,14 @@ def _refusal(error: ProxyError) -> bytes:
     return "\r\n".join([*lines, "", str(error)]).encode("ascii", "replace")
 
 
-def _pump(one: socket.socket, other: socket.socket) -> None:
-    """Pours both ways until both are done. Whoever waits for the bytes has the clock."""
+def _pump(client: socket.socket, server: socket.socket) -> None:
+    """Pours both ways until the client hangs up: a server that is mute after that may be so for
+    ever. Whoever waits for the bytes has the clock."""
     with selectors.DefaultSelector() as selector:
-        for source, sink in ((one, other), (other, one)):
+        for source, sink in ((client, server), (server, client)):
             source.settimeout(None)
             selector.register(source, selectors.EVENT_READ, sink)
-        while selector.get_map():
+        while client in selector.get_map():
             for key, _ in selector.select():
                 if not _pour(key.fileobj, key.data):
                     selector.unregister(key.fileobj)
