@@ -10101,11 +10101,14 @@ class BareRepository:
         if not os.path.isdir(self._folder):
             return None
         try:
-            said = self.ask("rev-list", "--timestamp", "-n1", "--end-of-options", revision, "--")
+            # --timestamp would take what is behind the first > of the line, which a name may hold.
+            said = self.ask("rev-list", "--format=%ct", "-n1", "--end-of-options", revision, "--")
         except _GitFailed:
             return None
-        words = said.decode().split()
-        return (words[1], int(words[0])) if len(words) == 2 else None
+        words = said.decode().split()[1:]
+        if len(words) == 1:
+            raise BadUpstream(f"commit {words[0]} has no time")
+        return (words[0], int(words[1])) if words else None
 
     @contextlib.contextmanager
     def filling(self, url: str, hash_length: int) -> Iterator[Callable[..., None]]:

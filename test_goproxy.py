@@ -9501,6 +9501,22 @@ def test_a_new_tag_is_found_at_once(quote: Origin) -> None:
     assert source.versions(ACME_QUOTE) == ["v1.0.0", "v1.1.0"]
 
 
+def commit_as(origin: Origin, tag: str, text: str) -> None:
+    """Tags a commit of just these bytes, which git would not write."""
+    words = ("hash-object", "-t", "commit", "-w", "--stdin", "--literally")
+    origin("tag", tag, git(f"--git-dir={origin.folder}", *words, feed=text.encode()).strip())
+
+
+def test_a_committer_with_odd_brackets_has_the_time_that_go_sees(quote: Origin) -> None:
+    text = quote("cat-file", "commit", "dev")
+    commit_as(quote, "v1.1.0", text.replace("<a@example.com> ", "<a@example.com>> "))
+    commit_as(quote, "v1.2.0", re.sub("committer .*", "committer nobody", text))
+    source = git_source(quote)
+    assert source.resolve(ACME_QUOTE, "v1.1.0").time == "2024-01-02T05:04:05Z"
+    with pytest.raises(goproxy.BadUpstream, match="has no time"):
+        source.resolve(ACME_QUOTE, "v1.2.0")
+
+
 def test_a_branch_may_move_and_change_places_with_folders(quote: Origin) -> None:
     source, again = git_source(quote), git_source(quote)
     first = source.resolve(ACME_QUOTE, "dev").version
