@@ -10398,7 +10398,8 @@ class Repository:
     def archive(self, commit: Commit, folder: str) -> Generator[FileContent, None, None]:
         """The regular files below a folder with their contents, as git would check them out on a
         machine without settings; each is to be read before the next."""
-        words = ("archive", "--format=tar", "--end-of-options", commit.hash)
+        # Of a commit it would begin with a header of its own, behind which tarfile wants a file.
+        words = ("archive", "--format=tar", "--end-of-options", commit.hash + "^{tree}")
         with self._content.stream(*words, *([folder] if folder else [])) as git:
             with tarfile.open(fileobj=git.out, mode="r|", encoding="utf-8") as archive:
                 for member in archive:
@@ -10771,7 +10772,10 @@ class _Packing(Blob):
 
     def read(self, count: int) -> bytes:
         while not self._ready:
-            piece = next(self._pieces, None)
+            try:
+                piece = next(self._pieces, None)
+            except tarfile.TarError as error:
+                raise BadUpstream(f"git ended amid its archive: {error}") from None
             if piece is None:
                 return b""
             self._ready = piece

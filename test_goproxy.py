@@ -9517,6 +9517,20 @@ def test_a_committer_with_odd_brackets_has_the_time_that_go_sees(quote: Origin) 
         source.resolve(ACME_QUOTE, "v1.2.0")
 
 
+def test_a_module_without_files_is_a_zip_without_files(quote: Origin) -> None:
+    tag_tree(quote, "v1.1.0", "")
+    nothing = base64.b64encode(hashlib.sha256().digest()).decode()
+    assert zip_hash(git_source(quote), ACME_QUOTE, "v1.1.0") == f"h1:{nothing}"
+
+
+def test_an_archive_that_git_gives_up_is_an_error(quote: Origin) -> None:
+    """Such as of a file that it would never check out."""
+    small = quote("rev-parse", "main:go.mod").strip()
+    tag_tree(quote, "v1.1.0", f"100644 blob {small}\t.git\n")
+    with pytest.raises(goproxy.BadUpstream, match="git ended amid its archive"):
+        zip_hash(git_source(quote), ACME_QUOTE, "v1.1.0")
+
+
 def test_a_branch_may_move_and_change_places_with_folders(quote: Origin) -> None:
     source, again = git_source(quote), git_source(quote)
     first = source.resolve(ACME_QUOTE, "dev").version
