@@ -10323,7 +10323,10 @@ class Repository:
         """Makes `history` what the repository is now; without files if the server can."""
         refs = self.refs()
         specs = [spec.format("") for spec in _ALL] + ["+HEAD:refs/HEAD"] * ("HEAD" in refs)
-        arguments = ("--prune", "--end-of-options", "origin", *specs)
+        # Of a shallow repository, which else gives nothing, we have what it has; some day it may
+        # have more.
+        depth = "--unshallow" if self._history.is_shallow else "--update-shallow"
+        arguments = (depth, "--prune", "--end-of-options", "origin", *specs)
         length = len(next(iter(refs.values()), ""))
         with self._explained(), self._history.filling(self.url, length) as fetch:
             if self._in_history == refs:

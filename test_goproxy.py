@@ -9531,6 +9531,23 @@ def test_an_archive_that_git_gives_up_is_an_error(quote: Origin) -> None:
         zip_hash(git_source(quote), ACME_QUOTE, "v1.1.0")
 
 
+@pytest.mark.parametrize("filters", ["false", "true"])
+def test_a_shallow_repository_gives_what_it_has(tmp_path: Path, filters: str) -> None:
+    steps = [Step({"go.mod": GIT_MOD}, "v1.0.0"), *(Step({"a": str(n)}) for n in range(9))]
+    whole = Origin(tmp_path / "whole", steps)
+    cut = Origin(tmp_path / "acme" / "quote", [])
+    cut("fetch", "-q", "--depth=2", whole.url, "main:main")
+    cut("tag", "v1.1.0", "main~1")
+    cut("config", "uploadpack.allowFilter", filters)
+    pseudo = "v1.1.1-0.{t10}-{s10}".format_map(whole.names)
+    assert git_source(cut).resolve(ACME_QUOTE, "main").version == pseudo
+    cut("tag", "v1.2.0", "main")
+    assert read_from(git_source(cut), pseudo, "info")
+    cut("fetch", "-q", "--unshallow", "--tags", whole.url, "+main:main")
+    older = "v1.0.1-0.{t8}-{s8}".format_map(whole.names)
+    assert read_from(git_source(cut), older, "info")
+
+
 def test_a_branch_may_move_and_change_places_with_folders(quote: Origin) -> None:
     source, again = git_source(quote), git_source(quote)
     first = source.resolve(ACME_QUOTE, "dev").version
