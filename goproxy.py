@@ -10063,6 +10063,10 @@ _LOCAL_SECONDS = 60.0
 _SCHEME = re.compile(r"(file|git|http|https|ssh|git\+ssh|ssh\+git)://[^-\s][\x21-\x7e]*")
 
 
+class _Moved(NotFound):
+    """A commit is no longer where the branches and tags of some seconds ago have it."""
+
+
 class Commit(NamedTuple):
     """A commit: `time` in seconds since the epoch, `name` the tag that led to it, else its hash."""
 
@@ -10315,7 +10319,7 @@ class Repository:
                 fetch("--prune", *deepen, "--end-of-options", "origin", *everything)
             found = content.commit(wanted)
             if not found:
-                raise NotFound(f"unknown revision {tag or wanted}")
+                raise _Moved(f"unknown revision {tag or wanted}")
             content.ask("update-ref", "--end-of-options", pin, wanted)
         return Commit(*found, tag or found[0])
 
@@ -10366,7 +10370,7 @@ class Repository:
         """Raises _GitFailed for the status 1 alone: an answer, and no trouble."""
         self._update_history()
         if not self._history.commit(commit.hash):
-            raise NotFound(f"unknown revision {commit.hash}")  # it was there once
+            raise _Moved(f"unknown revision {commit.hash}")  # it was there once
         try:
             return self._history.ask(*words)
         except _GitFailed as error:
@@ -10798,18 +10802,26 @@ class GitSource(Source):
         self._find = find
         self._repositories = repositories
 
-    def _module(self, path: str) -> GitModule:
+    def _ask(self, path: str, question: Callable[[GitModule], T]) -> T:
         site = self._find(path)
-        return GitModule(path, site, self._repositories.at(site.url))
+        repository = self._repositories.at(site.url)
+        module = GitModule(path, site, repository)
+        with contextlib.suppress(_Moved):
+            return question(module)
+        repository.refs(0.0)
+        return question(module)
 
     def versions(self, path: str) -> list[str]:
-        return self._module(path).versions()
+        return self._ask(path, GitModule.versions)
 
     def resolve(self, path: str, query: str) -> Info:
-        return self._module(path).resolve(query)
+        return self._ask(path, lambda module: module.resolve(query))
 
     def open(self, artifact: Artifact) -> Blob:
-        module = self._module(artifact.path)
+        return self._ask(artifact.path, lambda module: self._open(module, artifact))
+
+    @staticmethod
+    def _open(module: GitModule, artifact: Artifact) -> Blob:
         if artifact.kind == "zip":
             return module.pack(artifact.version)
         if artifact.kind == "mod":

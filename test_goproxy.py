@@ -9548,6 +9548,17 @@ def test_a_shallow_repository_gives_what_it_has(tmp_path: Path, filters: str) ->
     assert read_from(git_source(cut), older, "info")
 
 
+@pytest.mark.parametrize("known", ["main", "dev"])
+def test_a_branch_that_was_replaced_a_moment_ago_is_there(quote: Origin, known: str) -> None:
+    """Whether or not we have the files of what it was."""
+    source = git_source(quote)
+    source._repositories.at(quote.url).find(known)
+    commit_as(quote, "new", quote("cat-file", "commit", "dev") + "anew")
+    quote("branch", "-f", "dev", "new")
+    version = source.resolve(ACME_QUOTE, "dev").version
+    assert version.endswith(quote("rev-parse", "dev")[:12])
+
+
 def test_a_branch_may_move_and_change_places_with_folders(quote: Origin) -> None:
     source, again = git_source(quote), git_source(quote)
     first = source.resolve(ACME_QUOTE, "dev").version
