@@ -8189,15 +8189,19 @@ class MemoryStorage(Storage):
         return self._hold(name, data, time.time(), replace)
 
     def adopt(self, name: str, draft: Draft) -> bool:
+        self._check_size(draft.written)
         data = bytearray(draft.written)
         with StoreErrors(name):
             for start in range(0, len(data), CHUNK):
                 data[start : start + CHUNK] = draft.file.read_at(CHUNK, start)
         return self._hold(name, data, draft.modified, replace=False)
 
+    def _check_size(self, size: int) -> None:
+        if size + self._EXTRA > self._limit:
+            raise BodyTooLarge(f"{size} bytes are more than the whole store holds (-max-size)")
+
     def _hold(self, name: str, data: bytes | bytearray, modified: float, replace: bool) -> bool:
-        if len(data) + self._EXTRA > self._limit:
-            raise BodyTooLarge(f"{len(data)} bytes are more than the whole store holds (-max-size)")
+        self._check_size(len(data))
         with self._mutex:
             if name in self._held:
                 if not replace:

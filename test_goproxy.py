@@ -13074,6 +13074,12 @@ def by_then(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
+def test_what_is_too_large_for_memory_is_not_read_into_it() -> None:
+    vast: Any = types.SimpleNamespace(written=1 << 60, modified=0.0)
+    with pytest.raises(goproxy.BodyTooLarge):
+        goproxy.MemoryStorage(1 << 20).adopt(ZIP, vast)
+
+
 def test_what_was_not_used_for_longest_goes_first_and_whole(storage: goproxy.Storage) -> None:
     for version in ("v1.0.0", "v1.1.0", "v1.2.0"):
         put_version(storage, version)
