@@ -13133,9 +13133,9 @@ class Evictor:
     def _turn(self) -> None:
         now = time.monotonic()
         self._last.note(self.uses.take(), time.time())
+        self._count_news()  # before a walk, which counts the same files anew
         if now >= self._walk_at:
             self._walk()
-        self._count_news()
         self._evict()
         if now >= self._save_at:
             self._save_at = now + self._SAVE

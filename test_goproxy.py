@@ -13126,6 +13126,18 @@ def test_what_a_file_system_keeps_for_itself_is_not_looked_into(tmp_path: Path) 
     assert {item.name.partition("/")[0] for item in storage.walk()} == {"example.com"}
 
 
+def test_what_begins_a_walk_is_counted_once(tmp_path: Path) -> None:
+    storage = goproxy.DiskStorage(str(tmp_path))
+    storage.put(MOD, bytes(10))
+    with evictor(storage, 1 << 20) as made:
+        assert by_then(lambda: len(made._victims) == 1)
+        made._walk_at = 0.0
+        storage.put(ZIP, bytes(1000))
+        made.stored(ZIP, 1000)
+        assert by_then(lambda: made._total >= 1010)
+    assert made._total == 1010
+
+
 def test_what_goes_is_counted_once(tmp_path: Path) -> None:
     storage = goproxy.DiskStorage(str(tmp_path))
     names = [f"example.com/m{number}/@v/v1.0.0" for number in range(3)]
