@@ -10398,13 +10398,14 @@ class Repository:
         """The files below a folder ("" for the top) with their sizes in bytes; None for links."""
         words = ("ls-tree", "-r", "-l", "-z", "--full-tree", "--end-of-options", commit.hash)
         said = self._ask_content(commit, *words, *([folder + "/"] if folder else []))
-        return {
-            row[3].decode("utf-8", "surrogateescape")[len(folder) + bool(folder) :]: (
-                int(row[2]) if row[1] == b"100" else None
-            )
-            for row in _TREE_ROW.finditer(said)  # one at a time: there may be a million
-            if row[1] != b"160"  # a submodule: an empty folder
-        }
+        found: dict[str, int | None] = {}
+        for row in _TREE_ROW.finditer(said):  # one at a time: there may be a million
+            name = row[3].decode("utf-8", "surrogateescape")[len(folder) + bool(folder) :]
+            if name in found:  # a tree that git would not write
+                raise BadUpstream(f"create zip: {quoted(name)}: multiple entries for file")
+            if row[1] != b"160":  # a submodule: an empty folder
+                found[name] = int(row[2]) if row[1] == b"100" else None
+        return found
 
     def archive(self, commit: Commit, folder: str) -> Generator[FileContent, None, None]:
         """The regular files below a folder with their contents, as git would check them out on a

@@ -9531,6 +9531,20 @@ def test_an_archive_that_git_gives_up_is_an_error(quote: Origin) -> None:
         zip_hash(git_source(quote), ACME_QUOTE, "v1.1.0")
 
 
+def test_a_tree_with_two_files_of_a_name_is_refused(quote: Origin) -> None:
+    """The go command does, too: which of them it is would be anybody's guess."""
+    rows = b"".join(
+        b"100644 a.go\0" + bytes.fromhex(quote("rev-parse", f"dev:{name}"))
+        for name in ("go.mod", "more.go")
+    )
+    (quote.folder / "rows").write_bytes(rows)
+    words = ("hash-object", "-t", "tree", "-w", "--literally", str(quote.folder / "rows"))
+    text = quote("cat-file", "commit", "dev")
+    commit_as(quote, "v1.1.0", re.sub("tree .*", f"tree {quote(*words).strip()}", text))
+    with pytest.raises(goproxy.BadUpstream, match="multiple entries"):
+        zip_hash(git_source(quote), ACME_QUOTE, "v1.1.0")
+
+
 @pytest.mark.parametrize("filters", ["false", "true"])
 def test_a_shallow_repository_gives_what_it_has(tmp_path: Path, filters: str) -> None:
     steps = [Step({"go.mod": GIT_MOD}, "v1.0.0"), *(Step({"a": str(n)}) for n in range(9))]
