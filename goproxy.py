@@ -4902,7 +4902,8 @@ def start_tls(
     or IP. Raises OSError, and closes the socket then."""
     with contextlib.ExitStack() as undo:
         undo.callback(sock.close)
-        secure = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+        name = _checked_host(host)
+        secure = context.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
         undo.callback(secure.close)
         secure.setblocking(False)
         while not _shaken(secure, until):

@@ -5526,6 +5526,12 @@ def test_impossible_port_is_refused(port: int) -> None:
         dialer(up=["127.0.0.1"]).connect("up.test", port, soon())
 
 
+def test_a_certificate_is_for_the_name_without_its_final_dot(trust: Trust) -> None:
+    with Peer(answering, trust.server) as peer, contextlib.closing(links(trust).client) as client:
+        response = client.get(goproxy.Url("https", "localhost.", peer.port), QUICK)
+        assert response.read_all(10) == b"ok"
+
+
 def test_tls_that_drips_ends_at_the_deadline(trust: Trust) -> None:
     def drip(sock: socket.socket) -> None:
         for byte in b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc" + b"\0" * 10_000:
