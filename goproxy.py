@@ -17682,9 +17682,8 @@ class Handler(Courier, BaseHTTPRequestHandler):
         if fields not in loop.hot.fields and len(data) <= _KNOWN_LIMIT:
             fields, told = without_passing(fields)
             span = TRACER.serve(told) if "traceparent" in told else None
-        if loop.draining or self.served >= _REQUESTS_PER_CONNECTION:
-            return False
-        reply = loop.hot.get(data[:end], fields)
+        is_last = loop.draining or self.served >= _REQUESTS_PER_CONNECTION
+        reply = None if is_last else loop.hot.get(data[:end], fields)
         if reply is None:
             return False
         loop.app.used(reply.stored.name)
@@ -17824,8 +17823,7 @@ class Handler(Courier, BaseHTTPRequestHandler):
         opening = message.head + end + message.body
         access = self.loop.access
         visit = access.answers(self.client, request, message, reply.verdict, self._begun)
-        if request:
-            visit = visit._replace(span=self._span)
+        visit = visit._replace(span=self._span if request else None)
         ended = functools.partial(access.ends, visit)
         self._transfer = Transfer(self.sock, opening, message.blob, message.left, ended)
         self.push()
@@ -17840,10 +17838,13 @@ class Handler(Courier, BaseHTTPRequestHandler):
         if not self._keep or self.loop.draining or self.served >= _REQUESTS_PER_CONNECTION:
             self._begin_linger()
             return
-        self.loop.poll(self, READABLE)
         self.loop.allow(self, _HEAD_SECONDS if self._buffer else _IDLE_SECONDS)
-        if self._buffer:
-            self.loop.post(self.advance)
+        # What is here comes before the end of the connection, which may be there as well.
+        (self.loop.post if self._buffer else self.loop.soon)(self._go_on)
+
+    def _go_on(self) -> None:
+        self.loop.poll(self, READABLE)
+        self.advance()
 
     def _begin_linger(self) -> None:
         """Reads on for a moment: a close with unread input would make the kernel throw away the

@@ -16425,6 +16425,14 @@ def test_slow_readers_keep_nobody_waiting(proxy: Proxy) -> None:
         last.close()
 
 
+@pytest.mark.parametrize("path", ["health", "version", MOD])
+def test_who_asks_for_several_and_sends_no_more_gets_all(shared: Shared, path: str) -> None:
+    with dial(shared.proxy.port) as client:
+        client.sendall(b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() * 4)
+        client.shutdown(socket.SHUT_WR)
+        assert [answer.status for answer in responses(read_all(client))] == [200] * 4
+
+
 def test_a_pipelining_client_cannot_exhaust_the_stack(shared: Shared) -> None:
     request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
     last = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
