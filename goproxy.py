@@ -18605,7 +18605,8 @@ class ServiceManager:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._address = re.sub("^@", "\0", environ.get("NOTIFY_SOCKET", ""))
         ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self._patience = int(environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
+        told = environ.get("WATCHDOG_USEC", "")
+        self._patience = int(told) / 1e6 if ours and told.isdecimal() else 0.0
         self._next = 0.0
 
     def tell(self, *words: str) -> None:

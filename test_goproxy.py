@@ -19136,6 +19136,11 @@ def test_a_new_pair_is_taken_at_sighup_and_a_bad_one_is_not(
         assert time.monotonic() < end
 
 
+@pytest.mark.parametrize("told", ["", "-5", "soon"])
+def test_a_watchdog_without_a_time_is_none(run: Run, told: str) -> None:
+    assert run(environ={"WATCHDOG_USEC": told}).get("version").status == 200
+
+
 # Whoever hands work to the lane of requests is interrupted while it has the mutex of the lanes.
 INTERRUPTED = """exec('''
 import signal, threading
