@@ -10564,7 +10564,9 @@ class GitModule(ModuleFolder):
         )
         fitting = [version for version in found if fits_major(version, self._major)]
         others = [version for version in found if not fits_major(version, self._major)]
-        if self._folder or self._major or (fitting and self._has_go_mod(fitting[-1])):
+        if not others or self._folder or self._major:
+            return fitting
+        if fitting and self._has_go_mod(fitting[-1]):
             return fitting
         return fitting + self._incompatible(others)
 

@@ -9518,6 +9518,7 @@ def test_a_committer_with_odd_brackets_has_the_time_that_go_sees(quote: Origin) 
     commit_as(quote, "v1.1.0", text.replace("<a@example.com> ", "<a@example.com>> "))
     commit_as(quote, "v1.2.0", re.sub("committer .*", "committer nobody", text))
     source = git_source(quote)
+    assert source.versions(ACME_QUOTE) == ["v1.0.0", "v1.1.0", "v1.2.0"]
     assert source.resolve(ACME_QUOTE, "v1.1.0").time == "2024-01-02T05:04:05Z"
     with pytest.raises(goproxy.BadUpstream, match="has no time"):
         source.resolve(ACME_QUOTE, "v1.2.0")
