@@ -1717,7 +1717,7 @@ class Settings:
 def _add_argument(parser: argparse._ArgumentGroup, argument: Argument) -> None:
     name, help_text, default = argument
     if name.endswith("..."):
-        parser.add_argument(name, nargs="*", metavar=name[:-3], help=help_text)
+        parser.add_argument(name, nargs="*", default=[], metavar=name[:-3], help=help_text)
     elif not name.startswith("-"):
         parser.add_argument(
             name, nargs=None if default is None else "?", default=default, help=help_text

@@ -13760,6 +13760,7 @@ def test_what_was_exported_serves_offline_elsewhere(
 def test_nothing_to_export_or_to_import_is_told(tmp_path: Path) -> None:
     for folder in ("empty", "cache"):
         (tmp_path / folder).mkdir()
+    assert "required: FILE;" in finish(tmp_path, "export").err
     ended = finish(tmp_path, "export", "out.tar")
     assert (ended.status, "no module is in it" in ended.out) == (1, True)
     for source in ("out.tar", "empty", "none"):
