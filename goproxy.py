@@ -11343,6 +11343,9 @@ class Maker:
             end = f"ended with {status}" if status else f"took more than {self.SECONDS:.0f} s"
             raise BadUpstream(f"-generate: {recipe.command[0]} {end}; its output is in the log")
 
+    def bemoan(self, artifact: Artifact, error: ProxyError) -> None:
+        self._log.error(f"{artifact.name}: {error}", status=error.status)
+
     def _tell(self, artifact: Artifact, output: BinaryIO) -> None:
         output.seek(max(0, output.seek(0, os.SEEK_END) - MAX_INFO))
         lines = output.read().decode(errors="replace").splitlines()
@@ -12073,6 +12076,8 @@ class Generated(Modules):
             error = (
                 caught if isinstance(caught, ProxyError) else BadUpstream(f"-generate: {caught}")
             )
+            if isinstance(error, BadUpstream):  # the upstream's other failures have been told
+                self._maker.bemoan(artifact, error)
             self._failed.put(artifact.name, unframed(error), self._FAILURE_SECONDS)
             self._flights.land(artifact.name)
             flight.set_exception(error)

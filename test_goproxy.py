@@ -14155,6 +14155,7 @@ def test_what_cannot_be_generated_is_502_and_nothing_is_kept(
     proxy = run(upstream=upstream.url(), modules=modules, generate=f"example.com/quote={script}")
     answers = [proxy.get(ZIP) for _ in range(2)]
     assert [(answer.status, reason in answer.text) for answer in answers] == [(502, True)] * 2
+    assert reason in proxy.logged(f" {ZIP}: ")
     assert left_in(modules) == []
     assert upstream.asked.count(ZIP) == 1
 
