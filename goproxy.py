@@ -17846,8 +17846,10 @@ class Handler(Courier, BaseHTTPRequestHandler):
             self._begin_linger()
             return
         self.loop.allow(self, _HEAD_SECONDS if self._buffer else _IDLE_SECONDS)
-        # What is here comes before the end of the connection, which may be there as well.
-        (self.loop.post if self._buffer else self.loop.soon)(self._go_on)
+        if self._buffer:  # it comes before the end of the connection, which may be here as well
+            self.loop.post(self._go_on)
+        else:
+            self.loop.poll(self, READABLE)
 
     def _go_on(self) -> None:
         self.loop.poll(self, READABLE)
