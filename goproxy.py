@@ -8665,8 +8665,8 @@ class SqlStorage(RemoteStorage):
     @staticmethod
     def _discard(line: SqlLine, body: int) -> None:
         with _transaction(line):
-            line.change("DELETE FROM goproxy_waste WHERE body = ?", body)
-            line.change("DELETE FROM goproxy_chunks WHERE body = ?", body)
+            if line.change("DELETE FROM goproxy_waste WHERE body = ?", body):  # no name got it
+                line.change("DELETE FROM goproxy_chunks WHERE body = ?", body)
 
     def remove(self, name: str) -> None:
         def work(line: SqlLine) -> int:

@@ -8139,6 +8139,18 @@ def test_parts_swept_away_meanwhile_are_not_published(place: str) -> None:
             storage.open(ZIP)
 
 
+def test_what_is_published_while_another_replica_sweeps_keeps_its_parts(place: str) -> None:
+    with opened(place) as slow, opened(place) as sweeper:
+        assert isinstance(slow, goproxy.SqlStorage)
+        assert isinstance(sweeper, goproxy.SqlStorage)
+        body = slow._upload(io.BytesIO(SITE[BIG]))
+        old = sweeper._rows("SELECT body FROM goproxy_waste")
+        row = (BIG, BIG.rpartition("/")[0], len(SITE[BIG]), 1.0, body, None)
+        slow._with(lambda line: slow._publish(line, row, replace=False))
+        sweeper._with(lambda line: sweeper._discard(line, old[0][0]))
+        assert read(sweeper, BIG) == SITE[BIG]
+
+
 def test_several_processes_share_a_database(run: Run, upstream: Upstream, place: str) -> None:
     proxy = run(cache=place, upstream=upstream.url(), workers=3)
     paths = [INFO, MOD, ZIP, BIG]
