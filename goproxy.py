@@ -14973,9 +14973,8 @@ class RegistryLine:
     def send(self, call: Call, *without: str) -> Response:
         """The registry's answer to a call that goes without some header lines. Raises Unreachable,
         UpstreamTimeout, BadUpstream."""
-        lines = end_to_end(
-            call.lines, "content-length", "expect", "host", HOP_FIELD.lower(), *without
-        )
+        framing = ["content-length"] if call.body else []  # a length of 0 stays: some insist on it
+        lines = end_to_end(call.lines, *framing, "expect", "host", HOP_FIELD.lower(), *without)
         host = self._url.authority
         if self._keeps_host:
             host = _value(call.lines, "host")

@@ -15400,6 +15400,14 @@ def test_what_a_registry_refuses_is_told_as_it_is(
         assert [name for name in in_bucket(run) if name.startswith("sha")] == []
 
 
+def test_a_registry_hears_that_a_body_has_no_bytes(run: Run) -> None:
+    with scripted(lambda heard: Said(202)) as registry:
+        proxy = run(upstream="off", registry=registry.base)
+        for method in ("POST", "PUT"):
+            assert send(proxy.port, method, "/v2/a/blobs/uploads/", b"").status == 202
+        assert [heard.headers.get("content-length") for heard in registry.seen] == ["0", "0"]
+
+
 def test_without_a_bucket_layers_come_from_the_registry(run: Run, refused: str) -> None:
     play = Play(PLAYED * 9)
     with scripted(play.answer) as registry:
