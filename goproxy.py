@@ -12210,7 +12210,8 @@ class _Session:
         self.zips: set[tuple[str, str]] = set()
         self.needs: dict[str, str] = {}  # what a module required that was asked for by its name
         self.lists = False  # whether an .info was asked whose .mod had been read before
-        self.unread: set[str] = set()  # .mod files that an .info of the list will be followed by
+        # Modules and versions whose .mod will follow an .info of the list.
+        self.unread: set[tuple[str, str]] = set()
         self.downloads = False  # whether a guessed .zip has been asked for after its .info
         self.sources: dict[str, str] = {}  # the version of each .zip that is here or about to come
         self.required: dict[str, str] = {}  # the highest that their go.mod files name, by path
@@ -12251,7 +12252,7 @@ class _Session:
             for each in sights
             if self.asked.get(each.path) != each.version
         ]
-        self.unread.update(each.name for each in found)
+        self.unread.update(each[1:3] for each in found)
         return found
 
     def note_requirements(self, content: GoMod) -> None:
@@ -12381,7 +12382,7 @@ class ReadAhead:
         if (sight.path, sight.version) in session.zips:
             return
         session.note_mod(sight)
-        if sight.name in session.unread:
+        if sight[1:3] in session.unread:
             return
         waiting, session.waiting = session.waiting, []
         if (sight.path, sight.version) == session.info and not waiting:
@@ -12516,7 +12517,7 @@ class ReadAhead:
                 self._guess(session, found._replace(kind="mod"))
             elif building:
                 self._look_into(session, sight)
-            elif sight.name not in session.followed and sight.name not in session.unread:
+            elif sight.name not in session.followed and sight[1:3] not in session.unread:
                 session.followed.add(sight.name)
                 if not self._read(sight).prunes:
                     self._follow(session, sight)

@@ -12626,8 +12626,10 @@ def test_less_is_remembered_of_each_client_when_there_are_many(clients: int, mos
         assert number < 150 or ahead._sessions[sight.client].size() <= most
 
 
-def test_what_no_module_can_be_named_keeps_no_guess_from_being_made() -> None:
-    required = b"require (\n A..! v1.0.0\n example.com/quote v1.0.0\n)\n"
+@pytest.fixture
+def misled() -> Iterator[goproxy.ReadAhead]:
+    """Read-ahead of modules that all require what no module can be named."""
+    required = b"require (\n example.com/q..! v1.0.0\n example.com/quote v1.0.0\n)\n"
 
     def absent(*_: object) -> None:
         raise goproxy.NotFound("not here")
@@ -12635,11 +12637,25 @@ def test_what_no_module_can_be_named_keeps_no_guess_from_being_made() -> None:
     known = goproxy.Answer(required, goproxy.Verdict.HIT)
     mirror = types.SimpleNamespace(small=lambda *_: known, large=absent)
     policy: Any = types.SimpleNamespace(public=lambda path: mirror)
-    ahead, session = goproxy.ReadAhead(policy, goproxy.MemoryStorage(None)), goproxy._Session()
+    with contextlib.closing(goproxy.ReadAhead(policy, goproxy.MemoryStorage(None))) as ahead:
+        yield ahead
+
+
+def test_what_no_module_can_be_named_keeps_no_guess_from_being_made(
+    misled: goproxy.ReadAhead,
+) -> None:
+    session = goproxy._Session()
     sight = goproxy.Sight("::1", "example.com/a", "v1.0.0", "zip")
-    ahead._unroll(session, sight, {"A..!", "example.com/quote"}, 0.0)
-    ahead.close()
+    misled._unroll(session, sight, {"example.com/q..!", "example.com/quote"}, 0.0)
     assert ZIP in session.unused["zip"]
+
+
+def test_what_no_module_can_be_named_does_not_end_a_download_ahead(
+    misled: goproxy.ReadAhead,
+) -> None:
+    for kind in ("mod", "info"):
+        misled._think(goproxy.Sight("::1", "example.com/a", "v1.0.0", kind))
+    assert INFO in misled._sessions["::1"].unused["info"]
 
 
 def test_a_guess_waits_for_no_host_that_fails() -> None:
