@@ -12889,8 +12889,9 @@ class SumDb:
         for tile in unwanted:
             full = f"sumdb/{database}/{tile._replace(width=TILE_WIDTH).name}"
             self._drop(full)
-            for part in self._cache.storage.names(f"{full}.p/"):
-                self._drop(f"{full}.p/{part}")
+            with contextlib.suppress(StoreDown):
+                for part in self._cache.storage.names(f"{full}.p/"):
+                    self._drop(f"{full}.p/{part}")
 
     def tile(self, database: str, what: str, reach: Reach) -> Answer:
         """A tile; a partial one is cut from a wider one where that is stored."""
@@ -12904,9 +12905,9 @@ class SumDb:
         size = None if match["level"] == "data" else width * HASH_SIZE
         name = f"sumdb/{database}/{what}"
         if match["part"] and size:
-            with contextlib.suppress(NotFound):
+            with contextlib.suppress(NotFound, StoreDown):
                 return self._cache.small(name, Reach.STORED, bytes)
-            with contextlib.suppress(NotFound):
+            with contextlib.suppress(NotFound, StoreDown):
                 wider = self._cache.small(self._wider(name, width), Reach.STORED, bytes)
                 if len(wider.data) >= size:
                     return self._cut(name, wider, size, reach)

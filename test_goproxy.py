@@ -8261,13 +8261,18 @@ def test_a_file_that_is_broken_inside_is_refused_at_the_start(tmp_path: Path) ->
     assert (ended.status, ended.err.count("\n")) == (1, 1)
 
 
-def test_a_file_that_breaks_while_it_serves_costs_no_answer(run: Run, upstream: Upstream) -> None:
-    proxy = run(cache="sqlite:store.db", upstream=upstream.url())
-    assert proxy.get(BIG).body == SITE[BIG]
+def break_file(run: Run) -> None:
+    """Lets store.db be no database any more."""
     for path in run.folder.glob("store.db-*"):
         path.unlink()
     (run.folder / "broken").write_bytes(b"no database" * 1000)
     (run.folder / "broken").replace(run.folder / "store.db")
+
+
+def test_a_file_that_breaks_while_it_serves_costs_no_answer(run: Run, upstream: Upstream) -> None:
+    proxy = run(cache="sqlite:store.db", upstream=upstream.url())
+    assert proxy.get(BIG).body == SITE[BIG]
+    break_file(run)
     assert [proxy.get(path).body for path in (BIG, INFO)] == [SITE[BIG], SITE[INFO]]
     proxy.logged("degraded: ")
     assert json.loads(proxy.get("readyz").body)["status"] == "degraded"
@@ -12430,6 +12435,20 @@ def test_a_lying_database_is_refused(
     assert proxy.get(MOD).status == 502
     assert "example.com/quote@v1.0.0/go.mod: " in proxy.logged("SECURITY: ")
     assert not {MOD, f"sumdb/sum.test/{QUOTE_RECORD}"} & set(run.stored())
+
+
+@pytest.mark.parametrize(("lie", "status"), [("", 200), ("a wrong edge", 502)])
+def test_the_database_counts_as_well_while_the_store_fails(
+    strict: Callable[..., Proxy], upstream: Upstream, run: Run, lie: str, status: int
+) -> None:
+    attested(upstream, LIES.get(lie, {}))
+    proxy = strict(cache="sqlite:store.db")
+    assert proxy.get(INFO).status == 200
+    break_file(run)
+    assert proxy.get(MOD).status == status
+    assert "not compared" not in proxy.log
+    partial = "sumdb/sum.test/tile/8/0/001.p/4"
+    assert proxy.get(partial).body == upstream.files[partial]
 
 
 def test_a_client_is_not_kept_waiting_but_a_lie_is_not_kept(
