@@ -15009,13 +15009,16 @@ class RegistryLine:
         return b""  # docker-registry 2.8 sends 416 with a body cut short; the status is enough
 
     def _as_ours(self, name: str, value: str) -> tuple[str, str]:
-        """A header line; a Location at the registry leads to the same path here."""
-        found = re.fullmatch(r"(https?://[^/?#]*)(/.*)", value, re.IGNORECASE)
-        if name.lower() == "location" and found:
-            with contextlib.suppress(ValueError):
-                if parse_url(found[1].lower()).origin == self._url.origin:
-                    return (name, found[2])
+        """A header line; a Location or Link at the registry leads to the same path here."""
+        if name.lower() in ("link", "location"):
+            value = re.sub(r"(?i)(?:^|(?<=<))https?://[^/?#<>]*(?=/)", self._here, value)
         return (name, value)
+
+    def _here(self, found: re.Match[str]) -> str:
+        with contextlib.suppress(ValueError):
+            if parse_url(found[0].lower()).origin == self._url.origin:
+                return ""
+        return found[0]
 
     def _spooled(self, response: Response, name: str) -> FileBlob:
         draft = nameless_draft()

@@ -15443,6 +15443,18 @@ def test_a_registry_hears_that_a_body_has_no_bytes(run: Run) -> None:
         assert [heard.headers.get("content-length") for heard in registry.seen] == ["0", "0"]
 
 
+@pytest.mark.parametrize("host", ["", "http://elsewhere.test"])
+def test_the_next_page_of_a_registry_is_here_if_it_is_there(run: Run, host: str) -> None:
+    def answer(heard: Heard) -> Said:
+        base = host or f"HTTP://{heard.headers['host']}"
+        return Said(200, {"Link": f'<{base}/v2/_catalog?last=a&n=1>; rel="next"'}, b"{}")
+
+    with scripted(answer) as registry:
+        proxy = run(upstream="off", registry=registry.base)
+        link = f'<{host}/v2/_catalog?last=a&n=1>; rel="next"'
+        assert proxy.get("v2/_catalog?n=1").headers["link"] == link
+
+
 def test_without_a_bucket_layers_come_from_the_registry(run: Run, refused: str) -> None:
     play = Play(PLAYED * 9)
     with scripted(play.answer) as registry:
