@@ -9122,9 +9122,15 @@ class S3Storage(RemoteStorage):
         return Bucket(self._place, chain, client, self._means.say), client
 
     def _fetch(self, name: str) -> BucketObject:
-        if name in self._damaged or len(name.encode()) > self._MAX_KEY:
+        self._check_length(name)
+        if name in self._damaged:
             raise NotFound("not in the store")
         return self._bucket.open(name, functools.partial(self._damaged.add, name))
+
+    def _check_length(self, name: str) -> None:
+        """As a disk says it: that a name is too long does not make the store one that fails."""
+        if len((self._place.prefix + name).encode()) > self._MAX_KEY:
+            raise NotFound("not in the store")
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
         put = functools.partial(self._bucket.put, name, bytes_body(data))
@@ -9139,6 +9145,7 @@ class S3Storage(RemoteStorage):
         return self._store(name, functools.partial(self._bucket.follow, name, draft, sha256))
 
     def _store(self, name: str, put: Callable[[bool], bool], replace: bool = False) -> bool:
+        self._check_length(name)
         with StoreErrors(name):
             stored = put(not replace and name not in self._damaged)
         self._damaged.discard(name)

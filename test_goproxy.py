@@ -8520,6 +8520,16 @@ def in_bucket(run: Run) -> list[str]:
     return run.stored(run.folder / "s3/modules/go")
 
 
+def test_a_bucket_is_not_blamed_for_a_name_that_is_too_long_with_its_prefix() -> None:
+    name = "a" * 1020
+    with scripted(lambda heard: Said(400, {}, fault("KeyTooLongError"))) as server:
+        with opened(f"s3://modules/prefix?endpoint={server.base}") as storage:
+            for work in (storage.open, lambda long: storage.put(long, b"")):
+                with pytest.raises(goproxy.NotFound):
+                    work(name)
+        assert server.seen == []
+
+
 def test_the_bucket_has_the_layout_of_the_folder(
     run: Run, upstream: Upstream, s3_place: str
 ) -> None:
