@@ -9626,14 +9626,19 @@ class OwnModules(Source):
         except StartError as error:
             raise StoreDown(str(error)) from None
 
+    @staticmethod
+    def _check_there(folder: str) -> None:
+        """A share that is not mounted is an outage: else what it hides would be replaced by what
+        others have."""
+        if not os.path.isdir(folder):
+            raise StoreDown(f"the folder {folder} of -modules is not there")
+
     def _shelf(self, stem: str) -> Folder | None:
-        """The folder that has <module>/@v/<version>, both escaped. A share that is not mounted is
-        an outage: else what it hides would be replaced by what others have."""
+        """The folder that has <module>/@v/<version>, both escaped."""
         for folder, shelf in self._shelves.items():
             if shelf.stamp(f"{stem}.zip") is not None:
                 return shelf
-            if not os.path.isdir(folder):
-                raise StoreDown(f"the folder {folder} of -modules is not there")
+            self._check_there(folder)
         return None
 
     def walk(self) -> Iterator[Item]:
@@ -9655,7 +9660,8 @@ class OwnModules(Source):
     def versions(self, path: str) -> list[str]:
         """All versions, pseudo-versions too; [] if there are none."""
         found = []
-        for shelf in self._shelves.values():
+        for folder, shelf in self._shelves.items():
+            self._check_there(folder)
             found += Stored(shelf).with_zip(path)
         return found
 

@@ -13100,7 +13100,8 @@ def test_a_folder_of_ours_that_vanished_is_an_outage(
     proxy = run(upstream=upstream.url(), modules=modules)
     assert proxy.get(ZIP).status == 200
     modules.rename(modules.with_name("elsewhere"))
-    assert [proxy.get(path).status for path in (ZIP, INFO)] == [503, 503]
+    asked = (ZIP, INFO, LIST, LATEST, "quote?go-get=1")
+    assert [proxy.get(path).status for path in asked] == [503] * len(asked)
 
 
 def test_no_database_is_asked_about_a_version_of_ours(
