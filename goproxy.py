@@ -12084,7 +12084,8 @@ class Generated(Modules):
     def _make(self, artifact: Artifact, flight: Future[None]) -> None:
         try:
             if not self._own.has(artifact.path, artifact.version):
-                self._made(artifact)
+                with contextlib.suppress(Conflict):  # another replica was first
+                    self._made(artifact)
         except Exception as caught:
             error = (
                 caught if isinstance(caught, ProxyError) else BadUpstream(f"-generate: {caught}")

@@ -14218,6 +14218,16 @@ def test_what_cannot_be_generated_is_502_and_nothing_is_kept(
     assert upstream.asked.count(ZIP) == 1
 
 
+def test_what_another_replica_has_generated_meanwhile_is_served(
+    run: Run, upstream: Upstream, modules: Path, tmp_path: Path
+) -> None:
+    theirs = host(tmp_path / "theirs", "example.com/quote@v1.0.0")
+    script = f"cp -r {tmp_path}/theirs/* {modules}; echo ours > bpf.o"
+    proxy = run(upstream=upstream.url(), modules=modules, generate=f"example.com/*=shell: {script}")
+    answer = proxy.get(ZIP)
+    assert (answer.status, answer.body) == (200, theirs[ZIP])
+
+
 class Hurried(goproxy.Maker):
     SECONDS = 0.1 - goproxy.TRANSFER.total
 
