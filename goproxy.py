@@ -5794,7 +5794,7 @@ class Client:
             for piece in body.pieces() if body else ():
                 wire.sock.settimeout(min(stall, time_left(wire.until)))
                 wire.sock.sendall(piece)
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):  # the last one: by TLS
             return False
         return True
 

@@ -5532,6 +5532,17 @@ def test_a_certificate_is_for_the_name_without_its_final_dot(trust: Trust) -> No
         assert response.read_all(10) == b"ok"
 
 
+def test_who_hangs_up_on_a_body_by_tls_may_have_said_why(trust: Trust) -> None:
+    near, far = socket.socketpair()
+    server = goproxy.in_thread(lambda: trust.server.wrap_socket(far, server_side=True))
+    with trust.client.wrap_socket(near, server_hostname="localhost") as client:
+        server.result(PATIENCE).close()
+        wire = goproxy._Wire(client, "peer")
+        wire.until = soon()
+        body = goproxy.Body(1 << 20, lambda count, _: bytes(count))
+        assert not goproxy.Client._feed(wire, body, PATIENCE)
+
+
 def test_tls_that_drips_ends_at_the_deadline(trust: Trust) -> None:
     def drip(sock: socket.socket) -> None:
         for byte in b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc" + b"\0" * 10_000:
