@@ -15328,7 +15328,8 @@ class Registry:
             lines.append(("Content-Type", "application/octet-stream"))
         permit = Permit(lines, content_length(head.fields), is_away)
         if self._store and self._store.permit:
-            self._permits.put(key, permit, self._store.permit)
+            shared = permit._replace(lines=end_to_end(lines, "set-cookie"))  # that is one client's
+            self._permits.put(key, shared, self._store.permit)
         return permit
 
     def _mark(self, store: LayerStore, digest: str) -> None:

@@ -15487,6 +15487,21 @@ def test_the_next_page_of_a_registry_is_here_if_it_is_there(run: Run, host: str)
         assert proxy.get("v2/_catalog?n=1").headers["link"] == link
 
 
+def test_a_cookie_is_for_the_client_that_the_registry_gave_it(run: Run, s3_place: str) -> None:
+    play = Play(PLAYED[:5000])
+
+    def answer(heard: Heard) -> Said:
+        said = play.answer(heard)
+        return said._replace(headers={**said.headers, "Set-Cookie": "sid=1"})
+
+    with scripted(answer) as registry:
+        blobs = f"{s3_place}&permit=60s"
+        proxy = run(upstream="off", registry=registry.base, registry_blobs=blobs)
+        told = [proxy.get(play.path) for _ in range(2)]
+        assert [answer.body for answer in told] == [play.blob] * 2
+        assert [answer.headers.get("set-cookie") for answer in told] == ["sid=1", None]
+
+
 def test_without_a_bucket_layers_come_from_the_registry(run: Run, refused: str) -> None:
     play = Play(PLAYED * 9)
     with scripted(play.answer) as registry:
