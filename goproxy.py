@@ -20311,6 +20311,16 @@ def _temporary_folder(environ: Mapping[str, str]) -> str | None:
     return next((each for each in folders if os.access(each, os.W_OK | os.X_OK)), None)
 
 
+def _fill_standard_streams() -> None:
+    """Those that were closed: what was opened in their place would get what is printed and told."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or sys.stdout
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit status 0, 2 for settings that cannot be used, 1 for a machine that does
     not let it start, or for a check that failed."""
@@ -20326,6 +20336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage = "goproxy.py [COMMAND] [flags]"
         text = f"A Go module proxy.\n\ncommands, each with -help:{listed}\n"
     tempfile.tempdir = _temporary_folder(os.environ)
+    _fill_standard_streams()
     try:
         if name == "serve" and words and not words[0].startswith("-"):
             hint = likeness(words[0], COMMANDS)

@@ -18332,6 +18332,19 @@ def stocked(run: Run) -> Run:
     return run
 
 
+@pytest.mark.parametrize("begun", [command, script])
+def test_what_is_printed_goes_into_no_file_where_streams_are_closed(
+    stocked: Run, begun: Callable[..., list[str]]
+) -> None:
+    words = begun("export", "out.tar", "-cache", str(stocked.cache))
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words],
+        cwd=stocked.folder, env=clean_environment(stocked.folder), timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert finish(stocked.folder, "import", "out.tar", "-cache=other").status == 0
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("offline", ["false", "true"])
 def test_any_worker_tells_what_is_stored(stocked: Run, workers: int, offline: str) -> None:
