@@ -2970,7 +2970,7 @@ def read_notices(raw: bytes) -> Notices:
 
 _REPLACE = re.compile(
     r"^[ \t]*(?:replace[ \t]+)?([^\s(]+)(?:[ \t]+(v\S+))?"
-    r"[ \t]+=>[ \t]+(\S+)(?:[ \t]+(v\S+))?[ \t]*$",
+    r"[ \t]+=>[ \t]+(\S+)(?:[ \t]+(v\S+))?[ \t\r]*$",
     re.MULTILINE,
 )
 

@@ -2669,6 +2669,14 @@ def test_the_go_that_a_go_mod_asks_for(lines: str, wanted: list[str]) -> None:
     assert goproxy.go_release(f"module x.y/z\n\n{lines}\n".encode()) == wanted
 
 
+def test_replacements_are_read_where_lines_end_as_on_windows() -> None:
+    lines = "replace a.b/c => ../c\r\nreplace (\r\n\td.e/f v1.0.0 => g.h/i v1.0.1\r\n)\r\n"
+    assert goproxy.read_replacements(lines.encode()) == {
+        ("a.b/c", ""): ("../c", ""),
+        ("d.e/f", "v1.0.0"): ("g.h/i", "v1.0.1"),
+    }
+
+
 def test_check_go_mod_size() -> None:
     start = b"module x.y/z\n"
     goproxy.check_go_mod(start.ljust(goproxy.MAX_GO_MOD))
