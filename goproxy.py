@@ -15883,8 +15883,10 @@ class Gate:
         self._file = file
         self._log = log
         self._key = secrets.token_bytes(32)
-        self._nobody = f"scrypt:{_COST}:{_BLOCK}:{_LANES}:{'A' * 22}==:{'A' * 43}="
+        slow = f"scrypt:{_COST}:{_BLOCK}:{_LANES}:{'A' * 22}==:{'A' * 43}="
+        self._nobody = slow if has_scrypt() else hash_token("")
         self._failures: TtlCache[int] = TtlCache(self._KNOWN)
+        self._counting = threading.Lock()
         self._stamp = self._look()
         self._ring = self._load()
 
@@ -15932,7 +15934,9 @@ class Gate:
             raise TooManyRequests("too many wrong passwords from this address: wait a minute")
         user = self._identify(ring.users, shown)
         if not user:
-            self._failures.put(address, failures + 1, self._FAILURE_SECONDS)
+            with self._counting:  # others may have failed meanwhile
+                failures = self._failures.get(address) or 0
+                self._failures.put(address, failures + 1, self._FAILURE_SECONDS)
             raise Unauthorized("unknown user or wrong password")
         ring.known.put(self._mark(shown), user, self._KNOWN_SECONDS)
         return user

@@ -16791,6 +16791,32 @@ def gate_lines(gate: goproxy.Gate, user: str) -> int:
     return lines_run(fail)
 
 
+def test_who_fails_several_times_at_once_has_failed_several_times(
+    users: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, at_once = goproxy.Gate(str(users), goproxy.Log(2, False)), threading.Barrier(10)
+    monkeypatch.setattr(gate, "_identify", lambda known, shown: at_once.wait(PATIENCE) and None)
+
+    def fail(number: int) -> None:
+        with pytest.raises(goproxy.Unauthorized):
+            gate.user(asking_as(f"Bearer {number}"))
+
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(fail, range(10)))
+    with pytest.raises(goproxy.TooManyRequests):
+        gate.user(asking_as("Bearer x"))
+
+
+def test_an_unknown_name_is_401_where_nothing_hashes_slowly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enrol(tmp_path, "alice", "-token")
+    monkeypatch.delattr(hashlib, "scrypt")
+    gate = goproxy.Gate(str(tmp_path / "users"), goproxy.Log(2, False))
+    with pytest.raises(goproxy.Unauthorized):
+        gate.user(asking_as(basic("nobody", "")))
+
+
 def test_neighbours_in_an_ipv6_net_share_their_failures(users: Path) -> None:
     gate = goproxy.Gate(str(users), goproxy.Log(2, False))
     for number in range(10):
