@@ -19717,15 +19717,8 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
 
 def run_health(settings: Settings, environ: Mapping[str, str]) -> int:
     """Asks the server that these settings start for its /health; 1 if it does not answer so."""
-    host = settings.host if settings.host not in ("", "0.0.0.0", "::") else "localhost"
-    address: Any = (host, settings.port)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    if host.startswith("unix:"):
-        address, family = host[len("unix:") :], socket.AF_UNIX
     status = "no answer"
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.settimeout(_HEALTH_SECONDS)
-        sock.connect(address)
+    with contextlib.suppress(OSError), _connected(settings.host, settings.port) as sock:
         link = _own_tls().wrap_socket(sock) if settings.tls_cert else sock
         with link:
             link.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
@@ -19735,6 +19728,20 @@ def run_health(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 _HEALTH_SECONDS = 4.0
+
+
+def _connected(host: str, port: int) -> socket.socket:
+    """A connection to who listens for -host and -port, whichever address a name is. Raises
+    OSError."""
+    if not host.startswith("unix:"):
+        host = host if host not in ("", "0.0.0.0", "::") else "localhost"
+        return socket.create_connection((host, port), _HEALTH_SECONDS)
+    with contextlib.ExitStack() as failing:
+        sock = failing.enter_context(socket.socket(socket.AF_UNIX))
+        sock.settimeout(_HEALTH_SECONDS)
+        sock.connect(host[len("unix:") :])
+        failing.pop_all()
+    return sock
 
 
 def _own_tls() -> ssl.SSLContext:

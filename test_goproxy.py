@@ -6548,6 +6548,23 @@ def test_health_asks_the_server_of_the_same_settings(run: Run, address: str) -> 
     assert finish(run.folder, "health", *settings) == Ended(1, "no answer\n", "")
 
 
+def test_health_asks_whichever_address_a_name_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        address = server.getsockname()
+        found = [(socket.AF_INET6, socket.SOCK_STREAM, 0, "", address)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **how: found)
+        settings = goproxy.Settings.load(["-host=localhost", f"-port={address[1]}"], {})
+        with ThreadPoolExecutor(1) as pool:
+            status = pool.submit(goproxy.run_health, settings, {})
+            server.settimeout(PATIENCE)
+            with server.accept()[0] as asking:
+                asking.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                assert status.result(PATIENCE) == 0
+    assert capsys.readouterr().out == "HTTP/1.1 200 OK\n"
+
+
 @pytest.mark.parametrize("name", ["Dockerfile", "docker-compose.yml"])
 def test_what_a_container_file_names_exists(name: str) -> None:
     text = (HERE / name).read_text()
