@@ -886,13 +886,14 @@ def parse_url(text: str) -> Url:
     scheme, userinfo, host, port, path = match.groups(default="")
     if not _HOST.fullmatch(host):
         raise ValueError("the host is missing or malformed")
-    if port and not 0 < int(port[:6]) < 65536:
+    number = int(port.lstrip("0")[:6] or 0) if port else _PORTS[scheme]
+    if not 0 < number < 65536:
         raise ValueError("the port must be from 1 to 65535")
     user, _, password = userinfo.partition(":")
     return Url(
         scheme,
         host.strip("[]").lower(),
-        int(port) if port else _PORTS[scheme],
+        number,
         path.rstrip("/"),
         urllib.parse.unquote(user),
         urllib.parse.unquote(password),
@@ -1230,7 +1231,9 @@ def _host(text: str) -> str:
     if text.startswith("unix:"):
         if not text[len("unix:") :].startswith("/"):
             raise ValueError("want unix:/absolute/path")
-    elif text and not _HOST.fullmatch(text) and not re.fullmatch(r"[0-9A-Fa-f:.]+", text):
+    elif re.search(r"\A\.|\.\.|[^.]{64}", text) or not (
+        _HOST.fullmatch(text) or re.fullmatch(r"[0-9A-Fa-f:.]*", text)
+    ):
         raise ValueError("want a host name, an IP address or unix:/path (empty: all interfaces)")
     return text.strip("[]")
 

@@ -2285,6 +2285,9 @@ BAD_SETTINGS = [
     ("generate", "GOPROXY_GENERATE", "=true"),
     ("generate", "GOPROXY_GENERATE", "example.com/quote='"),
     ("host", "GOPROXY_HOST", "no such host"),
+    ("host", "GOPROXY_HOST", "a..b"),
+    ("host", "GOPROXY_HOST", "a" * 64),
+    ("upstream", "UPSTREAM_PROXY", "http://host:0000065536"),
     ("log-format", "GOPROXY_LOG_FORMAT", "xml"),
     ("max-size", "GOPROXY_MAX_SIZE", "0"),
     ("max-size", "GOPROXY_MAX_SIZE", "much"),
@@ -19511,6 +19514,12 @@ def test_what_is_passed_must_be_a_listening_socket(tmp_path: Path) -> None:
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "LISTEN_FDS: descriptor 3 is no listening stream socket" in done.stderr
+
+
+@pytest.mark.parametrize("told", ["", "x", "-1"])
+def test_a_count_of_passed_sockets_that_is_no_number_is_none(told: str) -> None:
+    environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": told}
+    assert goproxy.passed_sockets(environ) == []
 
 
 class Manager:
