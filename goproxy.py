@@ -2729,7 +2729,8 @@ class GoMod(NamedTuple):
 
 
 _RELEASE_LINE = re.compile(
-    r"^\s*(?:go\s+(1\.[0-9]+(?:\.[0-9]+|rc[0-9]+))|toolchain\s+go(1\.[0-9.a-z]+))\s*(?://.*)?$",
+    r"^\s*(?:go\s+(1\.[0-9]{1,3}(?:\.[0-9]+|rc[0-9]+))"
+    r"|toolchain\s+go(1\.[0-9]{1,3}(?:[.a-z][.0-9a-z]*)?))\s*(?://.*)?$",
     re.M,
 )
 

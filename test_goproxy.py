@@ -2666,6 +2666,8 @@ def test_module_path_like_go(ask_go: Ask) -> None:
         ("go 1.25.3 // why", ["go1.25.3"]),
         ("go 1.23.0\n\ntoolchain go1.26rc1", ["go1.26rc1"]),
         ("go 1.23rc2\ntoolchain default", ["go1.23rc2"]),
+        ("go 1.23rc2\ntoolchain go1.x", ["go1.23rc2"]),
+        (f"go 1.{'9' * 5000}.0\ntoolchain go1.{'9' * 5000}", []),
     ],
 )
 def test_the_go_that_a_go_mod_asks_for(lines: str, wanted: list[str]) -> None:
