@@ -20045,7 +20045,7 @@ def run_passwd(settings: Settings, environ: Mapping[str, str]) -> int:
     globs = "".join(given["-allow"].split())
     line = f"{given['USER']} {given['-role']} {globs} {secret}"
     try:
-        read_users(line)
+        read_users(f" {line}")  # no comment, whatever the name
     except ValueError as error:
         raise UsageError(str(error).replace("line 1: ", "")) from None
     try:

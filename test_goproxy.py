@@ -16881,6 +16881,7 @@ def test_a_file_of_users_that_others_may_read_is_refused(tmp_path: Path, users: 
     [
         (["users", "alice", "-role=king"], "x", "a role is one of"),
         (["users", "a b"], "x", "want NAME"),
+        (["users", "#bob"], "x", "a name has"),
         (["users", "alice"], "", "no password"),
         (["alice"], "x", "GOPROXY_AUTH"),
         (["users"] * 3, "x", "unrecognized"),
