@@ -18620,7 +18620,8 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
     """Those that a service manager listens on for us (sd_listen_fds(3)). Raises StartError."""
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    first, count = 3, int(environ.get("LISTEN_FDS", "0"))
+    told = environ.get("LISTEN_FDS", "")
+    first, count = 3, int(told) if told.isdecimal() else 0
     socks = []
     for descriptor in range(first, first + count):
         try:
