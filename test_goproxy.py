@@ -6553,21 +6553,17 @@ def test_health_asks_the_server_of_the_same_settings(run: Run, address: str) -> 
     assert finish(run.folder, "health", *settings) == Ended(1, "no answer\n", "")
 
 
-def test_health_asks_whichever_address_a_name_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_health_asks_whichever_address_a_name_is(tmp_path: Path) -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
-        address = server.getsockname()
-        found = [(socket.AF_INET6, socket.SOCK_STREAM, 0, "", address)]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **how: found)
-        settings = goproxy.Settings.load(["-host=localhost", f"-port={address[1]}"], {})
-        with ThreadPoolExecutor(1) as pool:
-            status = pool.submit(goproxy.run_health, settings, {})
+        port = server.getsockname()[1]
+        found = f"[(socket.AF_INET6, socket.SOCK_STREAM, 0, '', ('::1', {port}))]"
+        begin = f"import socket; socket.getaddrinfo = lambda *asked, **how: {found}"
+        words = command("health", "-host=localhost", f"-port={port}", begin=begin)
+        with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE) as asking:
             server.settimeout(PATIENCE)
-            with server.accept()[0] as asking:
-                asking.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-                assert status.result(PATIENCE) == 0
-    assert capsys.readouterr().out == "HTTP/1.1 200 OK\n"
+            with server.accept()[0] as heard:
+                heard.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                assert asking.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "docker-compose.yml"])
@@ -16813,11 +16809,17 @@ def gate_lines(gate: goproxy.Gate, user: str) -> int:
     return lines_run(fail)
 
 
-def test_who_fails_several_times_at_once_has_failed_several_times(
-    users: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, at_once = goproxy.Gate(str(users), goproxy.Log(2, False)), threading.Barrier(10)
-    monkeypatch.setattr(gate, "_identify", lambda known, shown: at_once.wait(PATIENCE) and None)
+class Together(goproxy.Gate):
+    """Ten who show themselves to it are wrong at once."""
+
+    AT_ONCE = threading.Barrier(10)
+
+    def _identify(self, users: Mapping[str, goproxy.User], shown: str) -> None:
+        self.AT_ONCE.wait(PATIENCE)
+
+
+def test_who_fails_several_times_at_once_has_failed_several_times(users: Path) -> None:
+    gate = Together(str(users), goproxy.Log(2, False))
 
     def fail(number: int) -> None:
         with pytest.raises(goproxy.Unauthorized):
@@ -16829,14 +16831,17 @@ def test_who_fails_several_times_at_once_has_failed_several_times(
         gate.user(asking_as("Bearer x"))
 
 
-def test_an_unknown_name_is_401_where_nothing_hashes_slowly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    enrol(tmp_path, "alice", "-token")
-    monkeypatch.delattr(hashlib, "scrypt")
-    gate = goproxy.Gate(str(tmp_path / "users"), goproxy.Log(2, False))
-    with pytest.raises(goproxy.Unauthorized):
-        gate.user(asking_as(basic("nobody", "")))
+def test_an_unknown_name_is_401_where_nothing_hashes_slowly(users: Path) -> None:
+    lacking = (
+        "import hashlib, sys; del hashlib.scrypt; import goproxy; "
+        "gate = goproxy.Gate(sys.argv[1], goproxy.QuietLog()); "
+        "gate.user(goproxy.parse_request(b'GET / HTTP/1.1\\r\\nHost: x\\r\\n"
+        "Authorization: Basic Og=='))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", lacking, str(users)], cwd=HERE, capture_output=True, text=True
+    )
+    assert "goproxy.Unauthorized: unknown user" in done.stderr
 
 
 def test_neighbours_in_an_ipv6_net_share_their_failures(users: Path) -> None:
