@@ -14530,7 +14530,8 @@ class Exporter:
                 known.add(item.name)
                 try:
                     record = read_record(read_small(self._storage, item.name, MAX_INFO))
-                    read_tree(record.note)
+                    if record.number >= read_tree(record.note).size:  # nothing would prove it
+                        raise BadUpstream("a record from beyond the end")
                 except (NotFound, BadUpstream) as error:
                     self._fail(item.name, str(error))
                     bad.add(item.name)

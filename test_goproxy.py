@@ -13606,10 +13606,14 @@ def test_what_an_export_lacks_is_told(tmp_path: Path, argument: str, told: str) 
     assert told in ended.out
 
 
-def test_a_record_that_is_none_is_told_and_the_rest_exported(tmp_path: Path) -> None:
-    filled(goproxy.DiskStorage(str(tmp_path / "cache"))).put(LOOKUP, b"garbage")
+@pytest.mark.parametrize("fault", ["malformed record", "a record from beyond the end"])
+def test_a_record_that_is_none_is_told_and_the_rest_exported(tmp_path: Path, fault: str) -> None:
+    end = DATABASE["latest"].split(b"\n")[1]
+    bad = end + DATABASE[LOOKUP.partition("sum.test/")[2]].lstrip(b"0123456789")
+    data = bad if "end" in fault else b"garbage"
+    filled(goproxy.DiskStorage(str(tmp_path / "cache"))).put(LOOKUP, data)
     ended = finish(tmp_path, "export", "out.tar")
-    assert (ended.status, f"{LOOKUP}: malformed record" in ended.out) == (1, True)
+    assert (ended.status, f"{LOOKUP}: {fault}" in ended.out) == (1, True)
     names = set(untarred((tmp_path / "out.tar").read_bytes()))
     assert LOOKUP not in names
     assert {goproxy.MANIFEST, LIST, TILE, *QUOTE_FILES} < names
