@@ -6554,7 +6554,11 @@ def test_health_asks_the_server_of_the_same_settings(run: Run, address: str) -> 
 
 
 def test_health_asks_whichever_address_a_name_is(tmp_path: Path) -> None:
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+    try:
+        server = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with server:
         port = server.getsockname()[1]
         found = f"[(socket.AF_INET6, socket.SOCK_STREAM, 0, '', ('::1', {port}))]"
         begin = f"import socket; socket.getaddrinfo = lambda *asked, **how: {found}"
