@@ -12072,20 +12072,15 @@ class Generated(Modules):
             raise type(failed)(str(failed))
         if reach is Reach.READY:
             raise MustWait
-        flight, first = self._flights.join(artifact.name, Future)
-        if first:
-            try:
-                self._lane.do(lambda: self._make(artifact, flight))
-            except Overloaded as error:  # who comes next tries again
-                self._flights.land(artifact.name)
-                flight.set_exception(error)
+        make = functools.partial(self._lane.submit, functools.partial(self._make, artifact))
+        flight, _ = self._flights.join(artifact.name, make)
         try:
             flight.result(self._maker.SECONDS + TRANSFER.total)
         except FutureTimeout:
             raise Overloaded("-generate: others are made first", 60) from None
         return Answer(self._own.open(artifact), Verdict.MISS)
 
-    def _make(self, artifact: Artifact, flight: Future[None]) -> None:
+    def _make(self, artifact: Artifact) -> None:
         try:
             if not self._own.has(artifact.path, artifact.version):
                 with contextlib.suppress(Conflict):  # another replica was first
@@ -12097,11 +12092,9 @@ class Generated(Modules):
             if isinstance(error, BadUpstream):  # the upstream's other failures have been told
                 self._maker.bemoan(artifact, error)
             self._failed.put(artifact.name, unframed(error), self._FAILURE_SECONDS)
+            raise error from None
+        finally:
             self._flights.land(artifact.name)
-            flight.set_exception(error)
-        else:
-            self._flights.land(artifact.name)
-            flight.set_result(None)
 
     def _made(self, artifact: Artifact) -> None:
         info = self._modules.small(artifact._replace(kind="info"), Reach.FETCH).data
