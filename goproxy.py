@@ -12236,15 +12236,10 @@ class _Session:
         more = (self.named, self.unread)
         return sum(map(len, (*kept, *more, *self.imported.values())))
 
-    def note_mod(self, sight: Sight) -> None:
-        """Of a .mod that the client asked."""
-        asked = self.asked.get(sight.path, "")
-        self.asked[sight.path] = max(asked, sight.version, key=semver_key)
-
     def note_names(self, content: GoMod) -> None:
-        """Of such a .mod, when it is read."""
+        """Of a .mod that the client asked."""
         for path, version, _ in content.requirements:
-            self.named[path] = max(self.named.get(path, ""), version, key=semver_key)
+            _note_higher(self.named, path, version)
 
     def listed(self, path: str) -> str:
         """The version of a module in the client's build list, as far as we know; "" if in none."""
@@ -12263,17 +12258,16 @@ class _Session:
             for each in sights
             if self.asked.get(each.path) != each.version
         ]
-        self.unread.update(each[1:3] for each in found)
+        self.unread.update((each.path, each.version) for each in found)
         return found
 
     def note_requirements(self, content: GoMod) -> None:
         """Of a module whose .zip is here. A higher version than was guessed takes its place."""
         for path, version, _ in content.requirements:
-            if semver_key(self.required.get(path, "")) < semver_key(version):
-                self.required[path] = version
-                if path in self.imported and (path, self.sources.get(path)) not in self.zips:
-                    self.sources.pop(path, None)
-                    self.missing.add(path)
+            higher = _note_higher(self.required, path, version) and path in self.imported
+            if higher and (path, self.sources.get(path)) not in self.zips:
+                self.sources.pop(path, None)
+                self.missing.add(path)
 
     def note_imports(self, packages: Iterable[str]) -> set[str]:
         """The modules, as far as they are known, of those packages that are new."""
@@ -12286,6 +12280,14 @@ class _Session:
                 self.imported[path].add(package)
                 found.add(path)
         return found
+
+
+def _note_higher(highest: dict[str, str], path: str, version: str) -> bool:
+    """Whether a version is higher than what is known of a module; then it is what is known."""
+    is_higher = semver_key(highest.get(path, "")) < semver_key(version)
+    if is_higher:
+        highest[path] = version
+    return is_higher
 
 
 class ReadAhead:
@@ -12359,7 +12361,7 @@ class ReadAhead:
     def _note_here(self, session: _Session, sight: Sight) -> None:
         """What was here before anybody guessed it: so is the rest, as a rule."""
         if sight.kind == "mod":
-            session.note_mod(sight)
+            _note_higher(session.asked, sight.path, sight.version)
         elif sight.kind == "zip":
             session.zips.add((sight.path, sight.version))
 
@@ -12392,8 +12394,8 @@ class ReadAhead:
         """
         if (sight.path, sight.version) in session.zips:
             return
-        session.note_mod(sight)
-        if sight[1:3] in session.unread:
+        _note_higher(session.asked, sight.path, sight.version)
+        if (sight.path, sight.version) in session.unread:
             return
         waiting, session.waiting = session.waiting, []
         if (sight.path, sight.version) == session.info and not waiting:
@@ -12483,10 +12485,9 @@ class ReadAhead:
         if session.asked.get(sight.path) == sight.version:
             session.note_names(content)
         for path, version, _ in content.requirements:
-            higher = semver_key(session.guessed.get(path, "")) < semver_key(version)
-            if not content.prunes or (path > sight.path and higher):
-                if higher:
-                    session.guessed[path] = version
+            is_ahead = path > sight.path or not content.prunes
+            higher = is_ahead and _note_higher(session.guessed, path, version)
+            if higher or not content.prunes:
                 self._guess(session, Sight(sight.client, path, version, "mod"))
 
     def _guess(self, session: _Session, sight: Sight, more: int = 0) -> bool:
@@ -12528,7 +12529,9 @@ class ReadAhead:
                 self._guess(session, found._replace(kind="mod"))
             elif building:
                 self._look_into(session, sight)
-            elif sight.name not in session.followed and sight[1:3] not in session.unread:
+            elif (sight.path, sight.version) in session.unread:
+                return  # pruned: the client does not read on either
+            elif sight.name not in session.followed:
                 session.followed.add(sight.name)
                 if not self._read(sight).prunes:
                     self._follow(session, sight)
