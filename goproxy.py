@@ -61,7 +61,7 @@ def _begin_lean() -> None:
             return
         loader = (
             "import marshal,os,sys;__file__=sys.argv[1];del sys.argv[0];"
-            f"os.lseek({code},0,0);_file=open({code},'rb');_code=marshal.load(_file);"
+            f"os.lseek({code},0,0);_file=open({code},'rb');_code=marshal.loads(_file.read());"
             "_file.close();exec(_code)"
         )
         flags = words[1 : len(words) - len(sys.argv)]
