@@ -8191,6 +8191,7 @@ class MemoryStorage(Storage):
         )
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
+        self._check_size(len(data))
         return self._hold(name, data, time.time(), replace)
 
     def adopt(self, name: str, draft: Draft) -> bool:
@@ -8206,7 +8207,6 @@ class MemoryStorage(Storage):
             raise BodyTooLarge(f"{size} bytes are more than the whole store holds (-max-size)")
 
     def _hold(self, name: str, data: bytes | bytearray, modified: float, replace: bool) -> bool:
-        self._check_size(len(data))
         with self._mutex:
             if name in self._held:
                 if not replace:
@@ -14518,7 +14518,7 @@ class Exporter:
 
     def _records(self) -> Iterator[str]:
         """The checksum records of what is chosen, and what proves them."""
-        chosen: dict[str, list[Record]] = {}
+        chosen: dict[str, list[tuple[int, int]]] = {}  # places in a tree, and its size then
         known, bad = set[str](), set[str]()
         for item in self._storage.walk("sumdb/"):
             about = lookup_of(item.name)
@@ -14526,13 +14526,15 @@ class Exporter:
                 known.add(item.name)
                 try:
                     record = read_record(read_small(self._storage, item.name, MAX_INFO))
-                    if record.number >= read_tree(record.note).size:  # nothing would prove it
+                    size = read_tree(record.note).size
+                    if record.number >= size:  # nothing would prove it
                         raise BadUpstream("a record from beyond the end")
                 except (NotFound, BadUpstream) as error:
                     self._fail(item.name, str(error))
                     bad.add(item.name)
                 else:
-                    chosen.setdefault(item.name.partition("lookup/")[0], []).append(record)
+                    place = item.name.partition("lookup/")[0]
+                    chosen.setdefault(place, []).append((record.number, size))
         for place, records in chosen.items():
             known |= self._tiles(place, records)
         yield from sorted(known - bad)
@@ -14540,11 +14542,11 @@ class Exporter:
             names = (item.name for item in self._storage.walk("sumdb/"))
             yield from (name for name in names if name not in known)
 
-    def _tiles(self, place: str, records: Sequence[Record]) -> set[str]:
+    def _tiles(self, place: str, records: Sequence[tuple[int, int]]) -> set[str]:
         """The tiles that prove records and their tree heads to be part of the largest one."""
-        heads = {read_tree(record.note).size for record in records}
+        heads = {size for _, size in records}
         edges = [tile for size in heads for tile in edge_tiles(size)]
-        places = [(0, record.number // TILE_WIDTH) for record in records]
+        places = [(0, number // TILE_WIDTH) for number, _ in records]
         places += [(tile.level, tile.number) for tile in edges]
         tiles = {*edges, *proving_tiles(max(heads), places)}
         kept = {"latest", "supported"} & set(self._storage.names(place))
@@ -17379,11 +17381,9 @@ class HotMemory:
         return reply
 
     def put(self, target: str, stored: Stamped, message: Message, now: float) -> None:
-        """Remembers a message whose blob, if any, is the caller's to close. `now`: monotonic."""
+        """Remembers a message and its blob, if any. `now`: monotonic."""
         if message.status != 200 or message.left is None or len(message.body) > self._SMALL:
             return
-        if message.blob:
-            message = message._replace(blob=message.blob.again())
         line = f"GET {target} HTTP/1.1".encode()
         self._drop(line)
         self._replies[line] = reply = _Remembered(target, stored, message)
