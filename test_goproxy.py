@@ -144,6 +144,13 @@ def escaped(text: str) -> str:
     return re.sub("[A-Z]", lambda letter: "!" + letter.group().lower(), text)
 
 
+def plant(folder: Path, files: Files) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return folder
+
+
 def make_zip(prefix: str, files: Files) -> bytes:
     """The zip of a module version whose `prefix` is `module@version`, in x/mod's form."""
     held = io.BytesIO()
@@ -776,6 +783,13 @@ def responses(data: bytes, method: str = "GET") -> list[Answer]:
         response.begin()
         found.append(answer_from(response))
     return found
+
+
+def next_body(client: socket.socket) -> bytes:
+    """Of the next response on a connection that goes on."""
+    response = http.client.HTTPResponse(client)
+    response.begin()
+    return response.read()
 
 
 # --- the program -------------------------------------------------------------
@@ -8097,8 +8111,7 @@ def test_other_bytes_than_those_stored_never_go_out(run: Run, upstream: Upstream
     """Another replica may have been first."""
     proxy = run(upstream=upstream.url("hold"))
     with proxy.begin(BIG) as client:
-        (run.cache / BIG).parent.mkdir(parents=True)
-        (run.cache / BIG).write_bytes(SITE[ZIP])
+        plant(run.cache, {BIG: SITE[ZIP]})
         upstream.gate.set()
         assert len(read_all(client)) < len(SITE[BIG])
     assert proxy.get(BIG).body == SITE[ZIP]
@@ -9424,10 +9437,8 @@ def test_absence_everywhere_is_absence(run: Run, upstream: Upstream, fault: str)
 
 
 def test_an_upstream_may_be_a_folder(run: Run, tmp_path: Path) -> None:
-    for name, body in SITE.items():
-        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "site" / name).write_bytes(body)
-    proxy = run(upstream=f"file://{tmp_path}/site")
+    folder = plant(tmp_path / "site", SITE)
+    proxy = run(upstream=f"file://{folder}")
     for name in (INFO, MOD, ZIP, f"{SHOUT}.zip", "example.com/quote/@v/main.info"):
         assert proxy.get(name).body == SITE[name]
     assert proxy.get(LIST).versions == ["v1.0.0", "v1.1.0"]
@@ -12446,10 +12457,8 @@ def test_the_database_is_asked_only_if_it_can_say_something(
 def test_own_modules_are_not_compared(
     strict: Callable[..., Proxy], upstream: Upstream, tmp_path: Path
 ) -> None:
-    for name, data in released("example.com/quote@v1.0.0", {"ours.go": "package q\n"}).items():
-        (tmp_path / "ours" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "ours" / name).write_bytes(data)
-    proxy = strict(modules=tmp_path / "ours")
+    files = released("example.com/quote@v1.0.0", {"ours.go": "package q\n"})
+    proxy = strict(modules=plant(tmp_path / "ours", files))
     assert [proxy.get(name).status for name in (MOD, ZIP)] == [200, 200]
     assert upstream.asked == []
 
@@ -12643,9 +12652,7 @@ def test_a_note_is_signed_when_go_says_so(ask_go: Ask) -> None:
 @pytest.mark.parametrize("lie", ["", *sorted(LIES)])
 def test_a_database_lies_when_go_says_so(ask_go: Ask, tmp_path: Path, lie: str) -> None:
     """The cases above are judged by x/mod/sumdb.Client."""
-    for path, data in {**SUMS, **LIES.get(lie, {})}.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(data)
+    plant(tmp_path, {**SUMS, **LIES.get(lie, {})})
     (said,) = ask_go([("sumdb", str(tmp_path), NOTARY.key, "example.com/quote", "v1.0.0")])
     assert said.startswith("ok" if not lie else "refused"), said
 
@@ -13030,9 +13037,7 @@ OUR_FILES = {"go.mod": "module example.com/quote\n", "ours.go": "package quote\n
 def host(folder: Path, name: str, files: Files = OUR_FILES) -> dict[str, bytes]:
     """Puts a module version into a folder of -modules, and returns its files."""
     held = released(name, files)
-    for path, data in held.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
+    plant(folder, held)
     return held
 
 
@@ -16421,9 +16426,7 @@ def test_well_known_fields_excuse_no_odd_first_line(proxy: Proxy) -> None:
         with dial(proxy.port) as known, dial(proxy.port) as new:
             for _ in range(2):
                 known.sendall(b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % INFO.encode())
-                answer = http.client.HTTPResponse(known)
-                answer.begin()
-                assert answer.read() == SITE[INFO]
+                assert next_body(known) == SITE[INFO]
             for client, fields in ((known, b"Host: x"), (new, b"Host: x\r\nX-New: 1")):
                 client.sendall(b"%b\r\n%b\r\n\r\n" % (odd, fields))
                 client.shutdown(socket.SHUT_WR)
@@ -16438,9 +16441,7 @@ def test_what_followed_an_empty_line_makes_no_fields_known(proxy: Proxy) -> None
     with dial(proxy.port) as client:
         for head in (b"", b"", b"\r\n"):
             client.sendall(head + asked + b"Host: x\r\n\r\n")
-            answer = http.client.HTTPResponse(client)
-            answer.begin()
-            assert answer.read() == SITE[INFO]
+            assert next_body(client) == SITE[INFO]
         client.sendall(asked + asked + b"Host: x\r\n\r\n")
         assert [answer.status for answer in responses(read_all(client))] == [400]
 
@@ -16451,9 +16452,7 @@ def test_fields_that_decide_nothing_are_counted_like_others(proxy: Proxy) -> Non
     with dial(proxy.port) as client:
         for _ in range(2):
             client.sendall(head + b"\r\n")
-            answer = http.client.HTTPResponse(client)
-            answer.begin()
-            assert answer.read() == SITE[INFO]
+            assert next_body(client) == SITE[INFO]
         client.sendall(head + many + b"\r\n")
         assert [answer.status for answer in responses(read_all(client))] == [431]
 
@@ -16480,8 +16479,7 @@ def test_a_remembered_zip_reaches_a_slow_reader_whole(run: Run, refused: str) ->
     """One that goes out by one call where the client takes it, and in many here."""
     name, files = "example.com/hot/@v/v1.0.0.zip", {"big.bin": random.Random(3).randbytes(400_000)}
     module = make_zip("example.com/hot@v1.0.0", files)
-    (run.cache / name).parent.mkdir(parents=True)
-    (run.cache / name).write_bytes(module)
+    plant(run.cache, {name: module})
     proxy = run(upstream=refused)
     request = f"GET /{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
     for _ in range(4):
@@ -16490,18 +16488,14 @@ def test_a_remembered_zip_reaches_a_slow_reader_whole(run: Run, refused: str) ->
             client.connect(("127.0.0.1", proxy.port))
             for _ in range(3):
                 client.sendall(request)
-                answer = http.client.HTTPResponse(client)
-                answer.begin()
-                assert answer.read() == module
+                assert next_body(client) == module
 
 
 def stored_zips(run: Run, count: int) -> list[str]:
     """Names of stored zips that are too big to be kept in memory."""
     module = make_zip("example.com/hot@v1.0.0", {"a.bin": random.Random(3).randbytes(200_000)})
     names = [f"example.com/hot{number}/@v/v1.0.0.zip" for number in range(count)]
-    for name in names:
-        (run.cache / name).parent.mkdir(parents=True)
-        (run.cache / name).write_bytes(module)
+    plant(run.cache, dict.fromkeys(names, module))
     return names
 
 
@@ -16539,8 +16533,7 @@ def test_who_reads_nothing_for_a_minute_is_cut_off(run: Run, refused: str) -> No
     """A second, here. What is stored is as good as before."""
     name = "example.com/hot/@v/v1.0.0.zip"
     module = make_zip("example.com/hot@v1.0.0", {"a.bin": random.Random(3).randbytes(12 << 20)})
-    (run.cache / name).parent.mkdir(parents=True)
-    (run.cache / name).write_bytes(module)
+    plant(run.cache, {name: module})
     run.command = functools.partial(command, begin="goproxy._STALL_SECONDS = 1.0")
     proxy = run(upstream=refused)
     with socket.socket() as client:
@@ -16570,10 +16563,7 @@ def test_slow_readers_keep_nobody_waiting(proxy: Proxy) -> None:
             client.sendall(f"GET /{BIG} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert proxy.get(INFO).body == SITE[INFO]
         assert proxy.get(BIG).body == SITE[BIG]
-        last = http.client.HTTPResponse(client)
-        last.begin()
-        assert last.read() == SITE[BIG]
-        last.close()
+        assert next_body(client) == SITE[BIG]
 
 
 @pytest.mark.parametrize("path", ["health", "version", MOD])
@@ -17481,8 +17471,7 @@ def test_a_big_body_goes_by_tls_byte_for_byte(run_tls: TlsRun, run: Run, trust: 
     body = random.Random(9).randbytes(12 << 20)
     name = "example.com/huge/@v/v1.0.0.zip"
     proxy = run_tls(upstream="off")
-    (run.cache / name).parent.mkdir(parents=True)
-    (run.cache / name).write_bytes(body)
+    plant(run.cache, {name: body})
 
     def fetch(_: int) -> bytes:
         with trust.client.wrap_socket(dial(proxy.port), server_hostname="127.0.0.1") as client:
@@ -17786,8 +17775,7 @@ def test_an_admin_moves_a_version_aside(press: Proxy, modules: Path) -> None:
 
 def test_a_removal_that_was_cut_short_may_be_repeated(press: Proxy, modules: Path) -> None:
     put(press, f"{OURS}.zip", OUR_ZIP)
-    (modules / ".goproxy-removed" / OURS).parent.mkdir(parents=True)
-    (modules / ".goproxy-removed" / f"{OURS}.zip").write_bytes(OUR_ZIP)
+    plant(modules / ".goproxy-removed", {f"{OURS}.zip": OUR_ZIP})
     assert press.get(f"{OURS}.zip", "DELETE", Authorization=ADA).status == 204
     assert press.get(f"{OURS}.zip", Authorization=ADA).status == 404
 
@@ -19873,13 +19861,6 @@ ODD_FILES: Files = {
     "vendor/example.com/other/o.go": "package other\n",
     "vendor/modules.txt": "",
 }
-
-
-def plant(folder: Path, files: Files) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    return folder
 
 
 def test_pack_makes_what_the_proxy_serves(run: Run, tmp_path: Path) -> None:
