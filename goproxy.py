@@ -662,6 +662,15 @@ def fits_major(version: str, path_major: str) -> bool:
     return major == "v" + parsed.major or (old and major == "v1")
 
 
+def meant(path: str, version: str) -> str:
+    """The version that a canonical one stands for where somebody asks: v2.0.0 of a path that names
+    no major version is v2.0.0+incompatible (checkCanonical in modfetch/coderepo.go). Raises BadName
+    for a bad path."""
+    if split_path_version(path)[1] or "+" in version or fits_major(version, ""):
+        return version
+    return version + "+incompatible"
+
+
 class Pseudo(NamedTuple):
     """A pseudo-version in parts: `base` is the version before it or "", `stamp` the time of its
     commit as %Y%m%d%H%M%S, `revision` the beginning of the commit's hash."""
@@ -14005,8 +14014,7 @@ class Gatherer:
 
     def _find(self, module: tuple[str, str]) -> bytes:
         path, version = module
-        if not is_canonical(version):
-            version = self._resolved(path, version)
+        version = meant(path, version) if is_canonical(version) else self._resolved(path, version)
         go_mod = self._small(Artifact(path, version, "mod"))
         self._want(path, version, _ALL_KINDS)
         return go_mod
@@ -16110,6 +16118,8 @@ def serve_artifact(app: App, request: Request, module: str, version: str, kind: 
         if kind != "info":
             raise BadName("not a canonical version")
         return _serve_query(app, request, artifact.path, artifact.version)
+    if kind == "info":
+        artifact = artifact._replace(version=meant(artifact.path, artifact.version))
     check_module(artifact.path, artifact.version)
     mirror = app.policy.admit(artifact.path, request.asker)
     link = mirror.link(artifact, request.method) if kind == "zip" else ""

@@ -15929,6 +15929,14 @@ def test_every_form_of_a_name_is_found(shared: Shared, path: str) -> None:
     assert shared.proxy.get(path).body == SITE[urllib.parse.unquote(path)]
 
 
+def test_a_major_version_that_the_path_does_not_name_is_incompatible(shared: Shared) -> None:
+    for version in ("v2.0.0", "v2.0.0+incompatible"):  # go get example.com/old@v2.0.0
+        answer = shared.proxy.get(f"example.com/old/@v/{version}.info")
+        assert json.loads(answer.body)["Version"] == "v2.0.0+incompatible"
+    for name in ("old/@v/v2.0.0.mod", "old/@v/v2.0.0.zip", "quote/v2/@v/v3.0.0.info"):
+        assert shared.proxy.get(f"example.com/{name}").status == 404
+
+
 def test_a_module_without_tags_has_an_empty_list(shared: Shared) -> None:
     answer = shared.proxy.get("example.com/untagged/@v/list")
     assert (answer.status, answer.body) == (200, b"")
@@ -20028,6 +20036,7 @@ def test_fetch_selects_as_go_does(fetch: Fetch, run: Run) -> None:
         ("example.com/quote@main", f"example.com/quote/@v/{BRANCH}"),
         ("example.com/quote@v1.0.0", "example.com/quote/@v/v1.0.0"),
         ("github.com/BurntSushi/toml@v1.0.0", SHOUT),
+        ("example.com/old@v2.0.0", "example.com/old/@v/v2.0.0+incompatible"),
     ],
 )
 def test_fetch_takes_module_versions(fetch: Fetch, word: str, stem: str) -> None:
