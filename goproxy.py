@@ -10156,7 +10156,12 @@ class BareRepository:
             with open(self._folder + ".lock", "ab") as lock:
                 self._await(lock.fileno())
                 self._make(url, hash_length)
+                if os.path.exists(self._unfinished):
+                    self._sweep()
+                with open(self._unfinished, "wb"):
+                    pass
                 yield functools.partial(self._fetch, lock.fileno())
+                os.unlink(self._unfinished)
         finally:
             self._mutex.release()
 
@@ -10189,16 +10194,11 @@ class BareRepository:
             for name in names:
                 if name.endswith(".lock") or name.startswith("tmp_"):
                     os.unlink(os.path.join(folder, name))
-        os.unlink(self._unfinished)
 
     def _fetch(self, lock: int, *arguments: str) -> None:
         options = ("-q", "-f", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head")
         variables = {"GIT_DIR": self._folder, **self._network()}
         words = ("fetch", *options, *arguments)
-        if os.path.exists(self._unfinished):
-            self._sweep()
-        with open(self._unfinished, "wb"):
-            pass
         # All that run at once together leave room on the disk.
         largest = min(self._git.LARGEST, shutil.disk_usage(self._folder).free // 8)
         order = _Order(words, variables, TRANSFER.total, aloud=True, lock=lock, largest=largest)
@@ -10206,15 +10206,13 @@ class BareRepository:
             self._git.run(order)
         except _GitFailed as error:
             outgrew = self._outgrew(largest)
-            if outgrew or error.status > 0:  # it was not killed, but one of its children may be
-                self._sweep()
+            self._sweep()  # it was killed, or one of its children
             if outgrew:
                 raise BadUpstream(f"more than {shown_size(largest)} for one fetch") from None
             if "Out of memory" in str(error):
                 told = f"more than {shown_size(self._git.MEMORY)} of memory for one fetch"
                 raise BadUpstream(told) from None
             raise
-        os.unlink(self._unfinished)
 
     def _outgrew(self, largest: int) -> bool:
         """Whether a pack has been cut at its limit; git does not say so."""

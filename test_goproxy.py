@@ -10108,6 +10108,20 @@ def test_a_fetch_whose_child_was_killed_leaves_nothing(quote: Origin, tmp_path: 
     assert not [*(tmp_path / "acme/kept").rglob("tmp_*")]
 
 
+def test_the_lock_of_a_killed_naming_blocks_nobody(quote: Origin, tmp_path: Path) -> None:
+    """Two tags are on one commit: the second one is only named, and killed at that with us."""
+    quote("tag", "v1.0.1", "v1.0.0")
+    kept = tmp_path / "acme" / "kept"
+    script = (
+        """case "$note" in update-ref*) set -- $note; touch "$GIT_DIR/$3.lock"; kill -9 $$; esac"""
+    )
+    assert read_from(git_source(quote), "v1.0.0", "mod")
+    with pytest.raises(goproxy.BadUpstream):
+        read_from(watched_source(quote, NotingGit(tmp_path / "bin", script)), "v1.0.1", "mod")
+    assert [*kept.rglob("refs/**/*.lock")]
+    assert read_from(git_source(quote), "v1.0.1", "mod")
+
+
 def test_what_a_dead_process_has_begun_is_finished(quote: Origin, tmp_path: Path) -> None:
     """Its git has inherited the lock, and lives: so long nobody else touches the repository."""
     script = "import fcntl,os,sys;f=os.open(sys.argv[1],os.O_CREAT|os.O_WRONLY);fcntl.flock(f,2)"
