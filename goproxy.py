@@ -99,7 +99,6 @@ import itertools
 import json
 import math
 import mmap
-import netrc
 import operator
 import posixpath
 import queue
@@ -5931,24 +5930,45 @@ def redirect_target(url: Url, location: str) -> Url:
     return dataclasses.replace(target, path=(path or "/") + mark + query)
 
 
+_NETRC_WORD = re.compile(r'"((?:[^"\\]|\\.)*)"(?!\S)|(\S+)')
+
+
 def read_netrc(path: str) -> dict[str, str]:
-    """Authorization values by machine of a netrc file; a missing file has none.
-    Raises UsageError naming the file. (Go: cmd/go/internal/auth/netrc.go; `default` is ignored.)"""
+    """Authorization values by machine of a netrc file, read as the go command does (Go:
+    cmd/go/internal/auth/netrc.go): words come in pairs, those it does not know are passed over, of
+    two entries the first counts, and nothing after `default`. A word may be in quotes, as curl and
+    so git have it. A missing file has none. Raises UsageError naming the file."""
     try:
-        hosts = netrc.netrc(path).hosts
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise UsageError(f"NETRC={path}: cannot be read: {error.strerror}") from None
-    except netrc.NetrcParseError as error:  # whose text may hold a password
-        raise UsageError(f"NETRC={path}: not a netrc file: see line {error.lineno}") from None
     except UnicodeDecodeError:
         raise UsageError(f"NETRC={path}: not a netrc file: not UTF-8") from None
-    return {
-        machine.lower(): _basic(login, password or "")
-        for machine, (login, _, password) in hosts.items()
-        if machine != "default"
-    }
+    return _netrc_logins(text)
+
+
+def _netrc_logins(text: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    entry: dict[str, str] = {}
+    in_macro = False
+    for line in text.split("\n"):
+        if in_macro:
+            in_macro = bool(line)
+            continue
+        words = [re.sub(r"\\(.)", r"\1", a) or b for a, b in _NETRC_WORD.findall(line)]
+        for name, value in zip(words[::2], words[1::2]):
+            entry = {**({} if name == "machine" else entry), name: value}
+            in_macro = in_macro or name == "macdef"
+            if {"machine", "login", "password"} <= entry.keys():
+                value = _basic(entry["login"], entry["password"])
+                found.setdefault(entry["machine"].lower(), value)
+                entry = {}
+        if len(words) % 2 and words[-1] == "default":
+            break
+    return found
 
 
 class VcsLogin(NamedTuple):

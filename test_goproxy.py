@@ -3986,6 +3986,30 @@ def test_credentials_of_netrc_are_sent(run: Run, upstream: Upstream) -> None:
     assert proxy.get(INFO).status == 200
 
 
+# By Go 1.26's own parser but for the quotes, which are as curl and git have them.
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("machine a.test login u password p\\w", {"a.test": "u:p\\w"}),
+        ('machine a.test login u password "p \\"w"', {"a.test": 'u:p "w'}),
+        ('machine a.test login u password "p"w', {"a.test": 'u:"p"w'}),
+        ("machine a.test\r\n\tlogin u\r\n\tpassword #p\r\n", {"a.test": "u:#p"}),
+        ("machine a.test port 443 login u password p protocol https", {"a.test": "u:p"}),
+        ("machine a.test login u password p\nmachine a.test login v password q", {"a.test": "u:p"}),
+        ("machine a.test login u\nmachine b.test login v password q", {"b.test": "v:q"}),
+        ("# of mine\nmachine A.test login u password p # old\nmachine", {"a.test": "u:p"}),
+        ("machine a.test macdef m login u password p\nlogin v\n\nfoo", {"a.test": "u:p"}),
+        ("default\nlogin u password p\nmachine a.test login v password q", {}),
+        ("\ufeffmachine a.test login u password p", {"a.test": "u:p"}),
+    ],
+)
+def test_netrc_is_read_as_go_reads_it(tmp_path: Path, text: str, known: dict[str, str]) -> None:
+    (tmp_path / "netrc").write_bytes(text.encode())
+    found = goproxy.read_netrc(str(tmp_path / "netrc"))
+    told = {host: base64.b64decode(value[len("Basic ") :]) for host, value in found.items()}
+    assert told == {host: login.encode() for host, login in known.items()}
+
+
 def test_credentials_do_not_follow_to_another_host(run: Run, upstream: Upstream) -> None:
     url = upstream.url("redirect-away").replace("//", "//user:secret@")
     assert run(upstream=url).get(INFO).status == 200
