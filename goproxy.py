@@ -9442,7 +9442,13 @@ class Upstream(Source):
         return found
 
     def resolve(self, path: str, query: str) -> Info:
-        return read_info(self._small(query_name(path, query), MAX_INFO), None)
+        try:
+            return read_info(self._small(query_name(path, query), MAX_INFO), None)
+        except NotFound:
+            versions = self.versions(path) if query == LATEST else []  # as proxyRepo.Latest has it
+            if not versions:
+                raise
+            return self.resolve(path, newest(versions))
 
     def open(self, artifact: Artifact) -> Blob:
         if artifact.kind == "zip":
@@ -9540,11 +9546,10 @@ def newest(versions: Sequence[str]) -> str:
     if not versions:
         raise NotFound("no version in the store")
 
-    def rank(version: str) -> tuple[int, Any]:
-        return (
-            0 if is_pseudo(version) else 1 if is_prerelease(version) else 2,
-            semver_key(version),
-        )
+    def rank(version: str) -> tuple[int, str, Any]:
+        if is_pseudo(version):
+            return 0, version.rpartition("-")[0][-14:], semver_key(version)
+        return 1 if is_prerelease(version) else 2, "", semver_key(version)
 
     return max(versions, key=rank)
 

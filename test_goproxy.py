@@ -9446,6 +9446,16 @@ def test_an_upstream_that_fails_is_waited_for_if_no_other_has_it(upstream: Upstr
         assert peer.connections == 6
 
 
+def test_without_a_latest_the_newest_of_the_list_is_meant(run: Run, upstream: Upstream) -> None:
+    newer = "v0.0.0-20250102030405-abcdefabcdef"
+    names = [f"v1.0.1-0.20240102030405-{'ab' * 6}", newer, f"v0.9.1-0.20230102030405-{'ab' * 6}"]
+    upstream.files["example.com/list/@v/list"] = "\n".join(names).encode()
+    upstream.files[f"example.com/list/@v/{newer}.info"] = b'{"Version":"%s"}' % newer.encode()
+    proxy = run(upstream=upstream.url())
+    assert json.loads(proxy.get("example.com/list/@latest").body) == {"Version": newer}
+    assert proxy.get("example.com/none/@latest").status == 404
+
+
 @pytest.mark.parametrize("fault", ["cutchunk", "reset", "truncate"])
 def test_a_cut_zip_moves_on_after_a_bar(run: Run, upstream: Upstream, fault: str) -> None:
     proxy = run(upstream=f"{upstream.url(fault)}|{upstream.url()}")
@@ -17034,7 +17044,7 @@ def test_failures_of_an_upstream_are_counted_by_host(
 ) -> None:
     proxy = run(upstream=f"{refused}|{upstream.url('truncate')}")
     proxy.get(BIG)
-    proxy.get("example.com/none/@latest")
+    proxy.get("example.com/none/@v/list")
     bad, good = (url.partition("//")[2].partition("/")[0] for url in (refused, upstream.url()))
     found = figures(proxy)
     name = "goproxy_upstream_failures_total"
