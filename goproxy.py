@@ -4511,6 +4511,7 @@ _A, _CNAME, _OPT, _AAAA = 1, 5, 41, 28
 _FAMILIES = {_A: socket.AF_INET, _AAAA: socket.AF_INET6}
 _LENGTHS = {_A: 4, _AAAA: 16}
 _RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
+_FORMERR, _NOTIMP = 1, 4
 _MAX_RECORDS, _MAX_ALIASES, _MAX_HOPS = 256, 8, 127
 _MIN_TTL, _MAX_TTL = 5, 300  # seconds
 
@@ -4548,10 +4549,14 @@ def encode_name(name: str) -> bytes:
 
 
 def encode_query(name: str, kind: int, number: int, size: int) -> bytes:
-    """A recursive question with EDNS0 that takes answers of `size` bytes."""
-    head = struct.pack("!6H", number, 0x0100, 1, 0, 0, 1)
-    edns = b"\0" + struct.pack("!HHIH", _OPT, size, 0, 0)
+    """A recursive question, with EDNS0 for answers of `size` bytes unless that is 0."""
+    head = struct.pack("!6H", number, 0x0100, 1, 0, 0, size > 0)
+    edns = b"\0" + struct.pack("!HHIH", _OPT, size, 0, 0) if size else b""
     return head + encode_name(name) + struct.pack("!HH", kind, 1) + edns
+
+
+def _question(query: bytes) -> bytes:
+    return query[12:-11] if query[11] else query[12:]
 
 
 class _DnsReader:
@@ -4601,15 +4606,15 @@ class _DnsReader:
 
 
 def answers_query(message: bytes, query: bytes) -> bool:
-    """Whether message is a reply with the number and the question of query."""
-    question = query[12:-11]
-    return (
-        message[:2] == query[:2]
-        and len(message) >= 12 + len(question)
-        and message[2] & 0xF8 == 0x80
-        and message[4:6] == b"\0\1"
-        and message[12 : 12 + len(question)].lower() == question.lower()
-    )
+    """Whether message is a reply with the number and the question of query; who could not read
+    that (FORMERR) need not repeat it."""
+    question = _question(query)
+    if message[:2] != query[:2] or len(message) < 12 or message[2] & 0xF8 != 0x80:
+        return False
+    if len(message) == 12:
+        return message[3] & 15 == _FORMERR
+    told = message[12 : 12 + len(question)]
+    return message[4:6] == b"\0\1" and told.lower() == question.lower()
 
 
 def decode_reply(message: bytes, query: bytes) -> DnsReply:
@@ -4618,9 +4623,9 @@ def decode_reply(message: bytes, query: bytes) -> DnsReply:
         raise BadUpstream("dns: answer to another question")
     reader = _DnsReader(message)
     _, bits, _, count, _, _ = reader.numbers("!6H")
-    reader.take(len(query) - 23)
-    if bits & 0x0200:
-        return DnsReply(bits & 15, True, [])
+    if bits & 0x0200 or bits & 15 == _FORMERR:
+        return DnsReply(bits & 15, bool(bits & 0x0200), [])
+    reader.take(len(_question(query)))
     if count > _MAX_RECORDS:
         raise BadUpstream("dns: too many records in an answer")
     return DnsReply(bits & 15, False, [reader.record() for _ in range(count)])
@@ -6087,12 +6092,17 @@ class DnsTransport:
 
     def ask(self, name: str, kind: int, until: float) -> DnsAnswer:
         """The addresses of one kind. Raises BadUpstream, Unreachable, UpstreamTimeout."""
-        query = encode_query(name, kind, secrets.randbelow(1 << 16), self._SIZE)
         with _naming(f"dns: {self._server}"):
-            reply = decode_reply(self.carry(query, until), query)
+            reply = self._exchange(name, kind, self._SIZE, until)
+            if reply.rcode in (_FORMERR, _NOTIMP):  # to EDNS0, as RFC 6891 has it in section 7
+                reply = self._exchange(name, kind, 0, until)
             if reply.truncated:
                 raise BadUpstream("truncated answer")
         return find_addresses(name, kind, reply)
+
+    def _exchange(self, name: str, kind: int, size: int, until: float) -> DnsReply:
+        query = encode_query(name, kind, secrets.randbelow(1 << 16), size)
+        return decode_reply(self.carry(query, until), query)
 
     def carry(self, query: bytes, until: float) -> bytes:
         """Raises OSError, BadUpstream."""

@@ -4264,13 +4264,17 @@ def reply(query: bytes, *records: bytes, flags: int = 0x8180) -> bytes:
     return (
         query[:2]
         + struct.pack("!5H", flags, 1, len(records), 0, 0)
-        + query[12:-11]
+        + question_of(query)
         + b"".join(records)
     )
 
 
+def question_of(query: bytes) -> bytes:
+    return query[12:-11] if query[11] else query[12:]
+
+
 def kind_of(query: bytes) -> int:
-    return int(struct.unpack("!H", query[-15:-13])[0])
+    return int(struct.unpack("!H", question_of(query)[-4:-2])[0])
 
 
 LOOP = b"\xc0\x0c"  # the name in the question
@@ -5426,6 +5430,16 @@ def test_lying_server_is_left_for_the_next(problem: Callable[[bytes], list[bytes
         assert resolver.lookup("a.test", soon()) == ["127.0.0.1"]
         assert resolver.lookup("b.test", soon()) == ["127.0.0.1"]
         assert len(bad.asked) == 2
+
+
+@pytest.mark.parametrize(("code", "size"), [(1, 12), (1, None), (4, None)])
+def test_a_server_that_does_not_know_edns_is_asked_without(code: int, size: int | None) -> None:
+    def old(query: bytes) -> list[bytes]:
+        return [reply(query, flags=0x8180 | code)[:size]] if query[11] else plain(query)
+
+    with UdpDns(old) as fake, asking(fake) as resolver:
+        assert resolver.lookup("up.test", soon()) == ["127.0.0.1"]
+        assert [query[11] for query in fake.asked].count(0) == 2
 
 
 def test_dead_servers_are_all_named(closed: int) -> None:
