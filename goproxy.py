@@ -5776,7 +5776,10 @@ class Client:
         wire = self._lend(request.url) if request.may_repeat else None
         if wire:
             try:
-                return self._exchange(wire, request, head, patience, until)
+                response = self._exchange(wire, request, head, patience, until)
+                if response.status != 408:  # which was for the idle connection
+                    return response
+                response.close()
             except UpstreamTimeout:
                 raise
             except Unreachable:

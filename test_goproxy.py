@@ -5673,6 +5673,22 @@ def test_a_hundred_idle_connections_are_kept_in_all() -> None:
         assert [peer.connections for peer in peers] == [10] * 10 + [20]
 
 
+def tired(sock: socket.socket) -> None:
+    """Answers once, and has lost its patience when the second request comes (RFC 9110, 15.5.9)."""
+    for said in (b"200 OK", b"408 Request Timeout"):
+        heard = b""
+        while not heard.endswith(b"\r\n\r\n"):
+            heard += exactly(sock, 1)
+        sock.sendall(b"HTTP/1.1 " + said + b"\r\nContent-Length: 2\r\n\r\nok")
+
+
+def test_who_was_tired_of_an_idle_connection_is_asked_on_another() -> None:
+    with Peer(tired) as peer, contextlib.closing(goproxy.Client(dialer(), {})) as client:
+        for connections in (1, 2):
+            ask_at_once(client, peer.port, 1)
+            assert peer.connections == connections
+
+
 class ForgetfulClient(goproxy.Client):
     _IDLE_SECONDS = 0.0
 
