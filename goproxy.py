@@ -5321,8 +5321,8 @@ class Response(Blob):
         self.size = content_length(self.fields)
         if coding is not None and (self.size is not None or coding.lower() != "chunked"):
             raise BadRequest("ambiguous body length")
-        plain = self.fields.get("content-encoding", "identity").lower() == "identity"
-        if not plain and not may_be_coded:
+        is_coded = not {"", "identity"}.issuperset(self.fields.tokens("content-encoding"))
+        if is_coded and not may_be_coded:
             raise BadRequest("compressed although nobody asked for it")
         if self.bodiless:
             self.size, coding = 0, None

@@ -5634,6 +5634,14 @@ def answering(sock: socket.socket) -> None:
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
 
+@pytest.mark.parametrize("line", ["Content-Encoding:", "Content-Encoding: identity, ,"])
+def test_a_list_of_no_encodings_is_none(line: str) -> None:
+    head = f"HTTP/1.1 200 OK\r\n{line}\r\nContent-Length: 2\r\n\r\nok".encode()
+    peer = Peer(Script((b"\r\n\r\n", head)))
+    with peer, contextlib.closing(goproxy.Client(dialer(), {})) as client:
+        ask_at_once(client, peer.port, 1)
+
+
 def dripping(sock: socket.socket) -> None:
     """A body that never ends and never stalls."""
     sock.recv(1000)
