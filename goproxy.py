@@ -5009,7 +5009,7 @@ def connect_tunnel(exact: _Exact, host: str, port: int, proxy: Url) -> None:
         request += f"Proxy-Authorization: {shown}\r\n"
     exact.send(f"{request}\r\n".encode("ascii"))
     line = exact.head().partition(b"\r\n")[0].decode("latin-1")
-    match = re.fullmatch(r"HTTP/1\.[01] ([0-9]{3})( [ -~]*)?", line)
+    match = re.fullmatch(r"HTTP/1\.[01] ([0-9]{3})( [\t -~\x80-\xff]*)?", line)
     if not match:
         raise ConnectionError("this is no HTTP proxy")
     if match[1] in ("401", "407"):  # tinyproxy says 401 to a wrong password

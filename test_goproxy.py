@@ -6071,7 +6071,7 @@ SOCKS = [
     (
         "http://joe:secret@{}",
         "up.test",
-        [(b"\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"y" * 16000 + b"\r\n\r\nhello")],
+        [(b"\r\n\r\n", b"HTTP/1.1 200 \xc9tabli\r\nX: " + b"y" * 16000 + b"\r\n\r\nhello")],
         b"CONNECT up.test:80 HTTP/1.1\r\nHost: up.test:80\r\n"
         b"Proxy-Authorization: Basic am9lOnNlY3JldA==\r\n\r\n",
     ),
