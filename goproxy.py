@@ -7750,7 +7750,7 @@ class TraceLine:
         try:
             partial = json.loads(said)["partialSuccess"]
             rejected, why = int(partial.get("rejectedSpans", 0)), partial.get("errorMessage", "")
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             return
         if rejected > 0:
             raise BadUpstream(f"{self._plan.url.authority} rejects spans: {str(why)[:200]}")

@@ -7719,7 +7719,10 @@ def test_what_is_put_off_is_sent_again_at_the_time_told(collector: Collector) ->
     ]
 
 
-@pytest.mark.parametrize("said", [b"", b"{}", b"<html>", b"[]", b'{"partialSuccess":null}'])
+WORDLESS = [b"", b"{}", b"<html>", b"[]", b'{"partialSuccess":null}']
+
+
+@pytest.mark.parametrize("said", [*WORDLESS, b'{"partialSuccess":{"rejectedSpans":1e999}}'])
 def test_a_collector_may_take_spans_without_words(collector: Collector, said: bytes) -> None:
     collector.said = [Said(200, {"Connection": "close"}, said)]
     with exporting(collector.base) as lines:
