@@ -16241,7 +16241,7 @@ def serve_go_get(app: App, request: Request, package: str) -> Reply:
     vcs/discovery.go). The tag counts whatever the status, so an unknown path gets none."""
     host = request.fields.get("host", "")
     name = f"{host.partition(':')[0].lower()}/{package}".rstrip("/")
-    found = _vanity(app, name)
+    found = _vanity(app, name, _sees(app, request))
     where = found.url or app.settings.public_url or f"http{'s' if app.tls else ''}://{host}"
     is_page = found.vcs != "mod" and found.url.startswith("http")
     docs = found.url if is_page else f"https://pkg.go.dev/{urllib.parse.quote(name)}"
@@ -16267,8 +16267,9 @@ Documentation of <a href="{1}">{2}</a>.
 _MAX_ELEMENTS = 32  # of an import path whose module is looked for
 
 
-def _vanity(app: App, name: str) -> Vanity:
-    """The longest prefix that -vanity names or that is a module of ours. Raises NotFound."""
+def _vanity(app: App, name: str, sees: Sees) -> Vanity:
+    """The longest prefix that -vanity names or that is a module of ours which may be named to the
+    client. Raises NotFound."""
     configured = {each.prefix: each for each in app.settings.vanity}
     elements = name.split("/", _MAX_ELEMENTS)
     for count in range(len(elements), 0, -1):
@@ -16276,7 +16277,7 @@ def _vanity(app: App, name: str) -> Vanity:
         if prefix in configured:
             return configured[prefix]
         with contextlib.suppress(BadName):
-            if app.own.versions(prefix):
+            if sees(prefix, 1) and app.own.versions(prefix):
                 return Vanity(prefix, "mod", "")
     raise NotFound("no module of this path is told of here")
 

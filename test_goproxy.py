@@ -17965,8 +17965,9 @@ def vanity(run: Run, modules: Path) -> Proxy:
     return run(upstream="off", modules=modules, vanity=RULES)
 
 
-def page(proxy: Proxy, path: str, name: str = "go.test") -> Answer:
-    request = f"GET /{path}?x&go-get=1 HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n"
+def page(proxy: Proxy, path: str, name: str = "go.test", shown: str = "") -> Answer:
+    fields = f"Host: {name}\r\nConnection: close\r\nAuthorization: {shown}\r\n\r\n"
+    request = f"GET /{path}?x&go-get=1 HTTP/1.1\r\n{fields}"
     (answer,) = responses(talk(proxy.port, request.encode()))
     return answer
 
@@ -18003,6 +18004,17 @@ def test_an_import_path_leads_to_its_repository(vanity: Proxy, path: str, told: 
 def test_an_import_path_of_another_host_leads_nowhere(vanity: Proxy) -> None:
     assert go_import(vanity, "ours", "other.test") == "404"
     assert go_import(vanity, "ours", "GO.test:8080") == "go.test/ours mod http://GO.test:8080"
+
+
+def test_an_import_path_leads_a_user_to_their_own_modules_alone(
+    run: Run, modules: Path, users: Path
+) -> None:
+    host(modules, "example.com/quote/v2@v2.0.0", {"go.mod": "module example.com/quote/v2\n"})
+    host(modules, "example.com/secret@v1.0.0", {"go.mod": "module example.com/secret\n"})
+    proxy = run(upstream="off", modules=modules, auth=users)
+    asked = itertools.product(("quote/v2/x", "secret"), (ALICE, basic("bob", "bob"), ""))
+    statuses = [page(proxy, path, "example.com", shown).status for path, shown in asked]
+    assert statuses == [200, 200, 401, 200, 404, 401]
 
 
 def test_what_a_page_repeats_is_escaped(vanity: Proxy) -> None:
