@@ -16980,7 +16980,8 @@ def _explained(work: Callable[[], Reply], path: str) -> Reply:
 def respond(app: App, request: Request) -> Reply:
     """The reply to a request, whatever happens; only MustWait passes through."""
     reply = _respond(app, request)
-    if not app.gate or reply.is_passed:
+    is_personal = app.settings.private_auth == "client" and reply.status >= 400
+    if not (app.gate or is_personal) or reply.is_passed:
         return reply
     # "public" would let a shared cache give it to anybody (RFC 9111, section 3.5).
     headers = ((name, re.sub(r"^public\b", "private", value)) for name, value in reply.headers)

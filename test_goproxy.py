@@ -11841,6 +11841,13 @@ def test_a_client_shows_its_own_credentials(world: World) -> None:
     assert (answer.status, answer.headers["cache-control"]) == (200, "private, no-store")
 
 
+def test_what_is_hidden_from_a_client_is_not_hidden_from_all_behind_a_cache(world: World) -> None:
+    world.forge.accepted = {DEPLOY}
+    proxy = world.start(private_auth="client")
+    answer = proxy.get("git.test/team/none/@v/list", Authorization=DEPLOY)
+    assert (answer.status, answer.headers["cache-control"]) == (404, "private, max-age=60")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_is_stored_is_shown_to_nobody_else(world: World, workers: int) -> None:
     world.forge.accepted = {DEPLOY}
