@@ -7750,7 +7750,7 @@ class TraceLine:
         try:
             partial = json.loads(said)["partialSuccess"]
             rejected, why = int(partial.get("rejectedSpans", 0)), partial.get("errorMessage", "")
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError):
             return
         if rejected > 0:
             raise BadUpstream(f"{self._plan.url.authority} rejects spans: {str(why)[:200]}")
@@ -15669,6 +15669,8 @@ _REQUEST_LINE = re.compile(rb"(" + TOKEN.pattern + rb") ([\x21-\x7e]+) HTTP/([0-
 _KNOWN_METHODS = frozenset(
     ["CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"]
 )
+# An element by which a server behind us may understand a path as one that is not below ours.
+_CLIMB = re.compile(r"(?i)(/|%2f|%5c)(\.|%2e){2}([/;]|%2f|%5c|$)")
 _AUTHORITY = re.compile(r"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
 
 
@@ -15710,7 +15712,7 @@ def parse_request(head: bytes, passed: str = "\0") -> Request:
     options = fields.tokens("connection")
     query = match[2].decode().partition("?")[2]
     target = _target(match[2].decode(), fields, is_new)
-    is_passed = f"{target}/".startswith(passed)
+    is_passed = f"{target}/".startswith(passed) and not _CLIMB.search(target)
     return Request(
         method=_method(match[1].decode()),
         target=target,

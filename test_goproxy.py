@@ -15774,6 +15774,18 @@ def test_a_registry_that_is_away_is_told_as_registries_tell_it(run: Run, refused
     assert "Connection refused" in error["message"]
 
 
+CLIMBS = ["..", "%2E%2e", ".%2e", "a/..%2f..%2fb", "a/..;/..;/b", "a%5c..%5cb", "/../a"]
+
+
+def test_no_path_climbs_to_what_else_the_host_of_the_registry_has(run: Run) -> None:
+    with scripted(lambda heard: Said(200)) as registry:
+        proxy = run(upstream="off", registry=registry.base)
+        assert {proxy.get(f"v2/{path}").status for path in CLIMBS} == {404}
+        others = ("a../b", "a%2f..b", "...", "?/../")
+        assert {proxy.get(f"v2/{path}").status for path in others} == {200}
+        assert len(registry.seen) == 4
+
+
 def test_below_v2_is_nothing_without_a_registry(shared: Shared) -> None:
     assert {shared.proxy.get(path).status for path in ("v2", "v2/", "v2/a/tags/list")} == {404}
 
