@@ -17801,7 +17801,8 @@ class Handler(Courier, BaseHTTPRequestHandler):
                 self.reject(error)
                 return
             self._head = head
-            self._skip = self._asked.body
+            awaits = "expect" in self._asked.fields  # and need not send: the answer is the last one
+            self._skip = 0 if awaits else self._asked.body
             if self._asked.has_upload:  # the body stays where it is until somebody wants it
                 self._asked = with_upload(self._asked, self.sock, self._buffer)
                 self._buffer, self._skip = b"", 0
