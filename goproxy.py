@@ -695,8 +695,16 @@ def read_pseudo(version: str) -> Pseudo:
         return Pseudo("", stamp, revision)
     if parsed.patch == "0":
         raise BadName("version before it would have negative patch number")
-    before = f"v{parsed.major}.{parsed.minor}.{int(parsed.patch) - 1}{parsed.build}"
+    before = f"v{parsed.major}.{parsed.minor}.{_next_number(parsed.patch, -1)}{parsed.build}"
     return Pseudo(before, stamp, revision)
+
+
+def _next_number(digits: str, step: int) -> str:
+    """One more (`step` 1) or less (-1), of any length: int() takes 4,300 digits at most."""
+    spent, fresh = "90" if step > 0 else "09"
+    stem = "0" + digits.rstrip(spent)
+    turned = fresh * (len(digits) + 1 - len(stem))
+    return f"{stem[:-1]}{int(stem[-1]) + step}{turned}".lstrip("0") or "0"
 
 
 def make_pseudo(major: str, base: str, stamp: str, revision: str) -> str:
@@ -707,7 +715,8 @@ def make_pseudo(major: str, base: str, stamp: str, revision: str) -> str:
         return f"{major or 'v0'}.0.0-{stamp}-{revision}"
     if parsed.pre:
         return f"{base}.0.{stamp}-{revision}"
-    return f"v{parsed.major}.{parsed.minor}.{int(parsed.patch) + 1}-0.{stamp}-{revision}"
+    patch = _next_number(parsed.patch, 1)
+    return f"v{parsed.major}.{parsed.minor}.{patch}-0.{stamp}-{revision}"
 
 
 # Capital letters of Unicode 14 and their small ones: Go knows them, Python 3.9 and 3.10 do not.

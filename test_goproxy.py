@@ -2007,9 +2007,12 @@ FOLDS = [
     [
         ("", "", "v0.0.0-20240102030405-abcdefabcdef"),
         ("v2", "", "v2.0.0-20240102030405-abcdefabcdef"),
+        ("", "v1.2.0", "v1.2.1-0.20240102030405-abcdefabcdef"),
         ("", "v1.2.9", "v1.2.10-0.20240102030405-abcdefabcdef"),
+        ("", "v1.2.1" + 5000 * "9", f"v1.2.2{5000 * '0'}-0.20240102030405-abcdefabcdef"),
         ("", "v1.2.3-rc.1", "v1.2.3-rc.1.0.20240102030405-abcdefabcdef"),
     ],
+    ids=lambda text: text[:20],
 )
 def test_a_pseudo_version_is_taken_apart_as_it_was_made(major: str, base: str, pseudo: str) -> None:
     parts = goproxy.Pseudo(base, "20240102030405", "abcdefabcdef")
