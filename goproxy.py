@@ -5191,7 +5191,8 @@ class Dialer:
         with _naming(f"proxy {proxy}"):
             for left in range(len(names), 0, -1):
                 try:
-                    return self._dig(proxy, names[-left], port, _share(until, left))
+                    # Half of what is left: a proxy far away needs its time for any of many.
+                    return self._dig(proxy, names[-left], port, _share(until, min(left, 2)))
                 except OSError:
                     if left == 1:
                         raise

@@ -6151,6 +6151,26 @@ def test_socks5_tries_the_next_address() -> None:
         assert received(through.connect("up.test", 80, soon())) == b"hello"
 
 
+class DeafDialer(goproxy.Dialer):
+    """Gets through no proxy."""
+
+    def __init__(self, *told: Any) -> None:
+        super().__init__(*told)
+        self.patience: list[float] = []  # seconds for each attempt
+
+    def _dig(self, proxy: goproxy.Url, name: str, port: int, until: float) -> socket.socket:
+        self.patience.append(until - time.monotonic())
+        raise ConnectionError("refused")
+
+
+def test_the_first_of_many_addresses_has_half_of_the_time() -> None:
+    addresses = [f"10.0.0.{number}" for number in range(8)]
+    deaf = DeafDialer(Table(up=addresses), route("socks5://gw"))
+    with pytest.raises(goproxy.Unreachable):
+        deaf.connect("up.test", 80, soon())
+    assert [seconds > 1 for seconds in deaf.patience] == [True] * 8
+
+
 @pytest.mark.parametrize("scheme", sorted(goproxy.TUNNELS))
 def test_plain_http_goes_in_absolute_form_through_http_proxies_alone(scheme: str) -> None:
     through = dialer(f"{scheme}://joe:secret@gw", ".corp")
