@@ -2944,7 +2944,8 @@ class Retraction(NamedTuple):
     reason: str
 
     def covers(self, version: str) -> bool:
-        return semver_key(self.low) <= semver_key(version) <= semver_key(self.high)
+        low, order, high = (semver_key(each)[:-1] for each in (self.low, version, self.high))
+        return low <= order <= high
 
 
 class Notices(NamedTuple):
@@ -2982,7 +2983,7 @@ def read_notices(raw: bytes) -> Notices:
             found = _DEPRECATION.search(said or (of_block if verb else ""))
             deprecated = found[1].strip() if found else deprecated
         elif (verb or tokens[0]) == "retract":
-            versions = list(filter(is_canonical, tokens))
+            versions = list(filter(None, map(canonical, tokens)))  # v1 is v1.0.0, as go has it
             if versions:
                 reason = said or (of_block if verb else "")
                 retractions.append(Retraction(versions[0], versions[-1], reason))

@@ -3329,12 +3329,13 @@ retract [v1.1.0, v1.2.0]
 retract (
 \tv1.3.0
 \t[ v1.4.0 , v1.5.0 ] // why
-\tv1 // not canonical
+\tv1.6 // as short as that
 )
 require retract.example/v9 v9.0.0
 """
-    wanted = [("v1.0.0",) * 2, ("v1.1.0", "v1.2.0"), ("v1.3.0",) * 2, ("v1.4.0", "v1.5.0")]
-    assert goproxy.read_retractions(raw) == wanted
+    pairs = [("v1.0.0",) * 2, ("v1.1.0", "v1.2.0"), ("v1.3.0",) * 2, ("v1.4.0", "v1.5.0")]
+    assert goproxy.read_retractions(raw) == [*pairs, ("v1.6.0",) * 2]
+    assert goproxy.Retraction("v2.0.0", "v2.1.0", "").covers("v2.1.0+incompatible")
 
 
 GO_MOD_NOTICES = """
