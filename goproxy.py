@@ -10273,6 +10273,11 @@ class BareRepository:
     def is_shallow(self) -> bool:
         return os.path.exists(os.path.join(self._folder, "shallow"))
 
+    @property
+    def stamp(self) -> object:
+        """Tells the objects here from fewer of them, and from others in their place."""
+        return stamp_of(os.stat(os.path.join(self._folder, "objects", "pack")))
+
 
 _HEX = re.compile("[0-9a-f]{7,64}")
 _REF_LINE = re.compile(
@@ -10302,7 +10307,7 @@ class Repository:
         self._content = BareRepository(git, os.path.join(folder, "content"), self._network)
         self._history = BareRepository(git, os.path.join(folder, "history"), self._network)
         self._known: tuple[float, Mapping[str, str]] = (-math.inf, {})
-        self._in_history: Mapping[str, str] = {}
+        self._in_history: object = None  # the objects there, and the refs they were fetched by
         self._questions: Flights[Future[Mapping[str, str]]] = Flights()
 
     def _network(self) -> Mapping[str, str]:
@@ -10411,13 +10416,13 @@ class Repository:
         arguments = (depth, "--prune", "--end-of-options", "origin", *specs)
         length = len(next(iter(refs.values()), ""))
         with self._explained(), self._history.filling(self.url, length) as fetch:
-            if self._in_history == refs:
+            if self._in_history == (self._history.stamp, refs):
                 return
             try:
                 fetch("--filter=tree:0", *arguments)
             except _GitFailed:
                 fetch(*arguments)
-            self._in_history = refs
+            self._in_history = (self._history.stamp, refs)
 
     def tags(self) -> dict[str, str]:
         """Commits by the name of their tag."""

@@ -10221,6 +10221,15 @@ def test_the_lock_of_a_killed_naming_blocks_nobody(quote: Origin, tmp_path: Path
     assert read_from(git_source(quote), "v1.0.1", "mod")
 
 
+def test_a_history_that_somebody_has_removed_is_fetched_again(
+    quote: Origin, tmp_path: Path
+) -> None:
+    source = git_source(quote)
+    assert source.resolve(ACME_QUOTE, quote.names["s2"]).version
+    shutil.rmtree(tmp_path / "acme" / "kept")
+    assert source.resolve(ACME_QUOTE, quote.names["s2"]).version
+
+
 def test_what_a_dead_process_has_begun_is_finished(quote: Origin, tmp_path: Path) -> None:
     """Its git has inherited the lock, and lives: so long nobody else touches the repository."""
     script = "import fcntl,os,sys;f=os.open(sys.argv[1],os.O_CREAT|os.O_WRONLY);fcntl.flock(f,2)"
