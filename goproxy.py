@@ -10147,6 +10147,10 @@ class _Moved(NotFound):
     """A commit is no longer where the branches and tags of some seconds ago have it."""
 
 
+class _Damaged(BadUpstream):
+    """A repository of ours had lost what it should have, and is gone: it is to be filled anew."""
+
+
 class Commit(NamedTuple):
     """A commit: `time` in seconds since the epoch, `name` the tag that led to it, else its hash."""
 
@@ -10159,6 +10163,7 @@ class BareRepository:
     """A bare repository of ours that is filled from one URL. To read it needs no lock."""
 
     _BLOCK = 4096  # bytes that git writes at once
+    _TRUST_SECONDS = 600.0
 
     def __init__(self, git: GitRunner, folder: str, network: Callable[[], Mapping[str, str]]):
         """`network` gives the variables for the gits that may use the network."""
@@ -10167,6 +10172,7 @@ class BareRepository:
         self._network = network
         self._mutex = threading.Lock()
         self._unfinished = os.path.join(folder, "unfinished")
+        self._trusted_until = 0.0
 
     def ask(self, *arguments: str, feed: bytes = b"") -> bytes:
         """What a git without network says. Raises _GitFailed."""
@@ -10196,23 +10202,46 @@ class BareRepository:
 
     @contextlib.contextmanager
     def filling(self, url: str, hash_length: int) -> Iterator[Callable[..., None]]:
-        """The only right to change the repository, here and in other processes, as a function
-        that runs `git fetch` with what it is given. Makes the repository if there is none."""
+        """The right to change the repository, as a function that runs `git fetch` with what it is
+        given. Makes the repository if there is none."""
+        with self._alone() as lock:
+            self._make(hash_length)
+            if os.path.exists(self._unfinished):
+                self._sweep()
+            with open(self._unfinished, "wb"):
+                pass
+            yield functools.partial(self._fetch, lock, url)
+            os.unlink(self._unfinished)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[int]:
+        """The only right to change the repository, here and in other processes: what locks it."""
         if not self._mutex.acquire(timeout=TRANSFER.total):
             raise Overloaded("another fetch of the repository takes too long")
         try:
             os.makedirs(os.path.dirname(self._folder), exist_ok=True)
             with open(self._folder + ".lock", "ab") as lock:
                 self._await(lock.fileno())
-                self._make(url, hash_length)
-                if os.path.exists(self._unfinished):
-                    self._sweep()
-                with open(self._unfinished, "wb"):
-                    pass
-                yield functools.partial(self._fetch, lock.fileno())
-                os.unlink(self._unfinished)
+                yield lock.fileno()
         finally:
             self._mutex.release()
+
+    def check(self) -> None:
+        """To be called when a git has failed here. Looks once in a while whether that is due to
+        damage, by a dying disk or by who cleans up among temporary files; then all goes, and
+        _Damaged is raised."""
+        if time.monotonic() < self._trusted_until or not os.path.isdir(self._folder):
+            return
+        self._trusted_until = time.monotonic() + self._TRUST_SECONDS
+        try:
+            with contextlib.suppress(ProxyError):  # too large to be looked through
+                self.ask("fsck", "--no-dangling", "--no-progress")
+        except _GitFailed as error:
+            if error.status <= 1:  # killed, or only its authors have made something badly
+                return
+            with contextlib.suppress(OSError), self._alone():  # another may have been faster
+                os.rename(self._folder, self._aside())
+            raise _Damaged("the repository kept here was damaged: it is fetched anew") from None
 
     @staticmethod
     def _await(lock: int) -> None:
@@ -10222,20 +10251,23 @@ class BareRepository:
                 raise Overloaded("another process fetches the repository for too long")
             time.sleep(0.05)
 
-    def _make(self, url: str, hash_length: int) -> None:
+    def _make(self, hash_length: int) -> None:
         if os.path.isdir(self._folder):
             return
-        new = f"{self._folder}.new"
-        shutil.rmtree(new, ignore_errors=True)
+        new = self._aside()
         kind = "sha256" if hash_length == 64 else "sha1"
         making = ("init", "-q", "--bare", "--template=", f"--object-format={kind}", new)
         self._git.run(_Order(making, {}, _LOCAL_SECONDS))
-        naming = ("config", "remote.origin.url", url)
-        self._git.run(_Order(naming, {"GIT_DIR": new}, _LOCAL_SECONDS))
         os.makedirs(os.path.join(new, "info"), exist_ok=True)
         with open(os.path.join(new, "info", "attributes"), "w", encoding="ascii") as file:
             file.write("* -export-subst -export-ignore\n")
         os.rename(new, self._folder)
+
+    def _aside(self) -> str:
+        """The name of a folder that is not there, any more at least."""
+        new = f"{self._folder}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        return new
 
     def _sweep(self) -> None:
         """Removes what a git leaves that was killed: nobody else would, and its locks block."""
@@ -10244,9 +10276,10 @@ class BareRepository:
                 if name.endswith(".lock") or name.startswith("tmp_"):
                     os.unlink(os.path.join(folder, name))
 
-    def _fetch(self, lock: int, *arguments: str) -> None:
+    def _fetch(self, lock: int, url: str, *arguments: str) -> None:
         options = ("-q", "-f", "--no-tags", "--no-recurse-submodules", "--no-write-fetch-head")
-        variables = {"GIT_DIR": self._folder, **self._network()}
+        variables = {"GIT_CONFIG_GLOBAL": "", "GIT_DIR": self._folder, **self._network()}
+        variables["GIT_CONFIG_GLOBAL"] += f'[remote "origin"]\nurl = {json.dumps(url)}\n'
         words = ("fetch", *options, *arguments)
         # All that run at once together leave room on the disk.
         largest = min(self._git.LARGEST, shutil.disk_usage(self._folder).free // 8)
@@ -10314,10 +10347,12 @@ class Repository:
         return {"GIT_ALLOW_PROTOCOL": self.url.partition(":")[0], **self._environment(self.url)}
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, *filled: BareRepository) -> Iterator[None]:
         try:
             yield
         except _GitFailed as error:
+            for each in filled:
+                each.check()
             raise _meaning(str(error), self.url) from None
 
     def refs(self, age: float = _REFS_SECONDS) -> Mapping[str, str]:
@@ -10386,13 +10421,19 @@ class Repository:
                 found = self._history.commit(revision)
             if found:
                 return self._fill(found[0], found[0])
+            self._prove_history()
         raise NotFound(f"unknown revision {revision}")
+
+    def _prove_history(self) -> None:
+        """That a commit is not there says nothing where none can be read."""
+        with self._explained(self._history):
+            self._history.ask("rev-list", "-n1", "--all")
 
     def _fill(self, wanted: str, source: str, tag: str = "") -> Commit:
         """Fetches a commit and its files by a ref or hash, and gives it a name here. What fails
         for whatever reason is tried again with everything."""
         content, pin = self._content, _pin(tag) if tag else f"refs/pinned/{wanted}"
-        with self._explained(), content.filling(self.url, len(wanted)) as fetch:
+        with self._explained(content), content.filling(self.url, len(wanted)) as fetch:
             if not content.commit(wanted):
                 with contextlib.suppress(_GitFailed):
                     fetch("--depth=1", "--end-of-options", "origin", f"+{source}:{pin}")
@@ -10415,7 +10456,7 @@ class Repository:
         depth = "--unshallow" if self._history.is_shallow else "--update-shallow"
         arguments = (depth, "--prune", "--end-of-options", "origin", *specs)
         length = len(next(iter(refs.values()), ""))
-        with self._explained(), self._history.filling(self.url, length) as fetch:
+        with self._explained(self._history), self._history.filling(self.url, length) as fetch:
             if self._in_history == (self._history.stamp, refs):
                 return
             try:
@@ -10453,12 +10494,14 @@ class Repository:
         """Raises _GitFailed for the status 1 alone: an answer, and no trouble."""
         self._update_history()
         if not self._history.commit(commit.hash):
+            self._prove_history()
             raise _Moved(f"unknown revision {commit.hash}")  # it was there once
         try:
             return self._history.ask(*words)
         except _GitFailed as error:
             if error.status == 1:
                 raise
+            self._history.check()
             raise BadUpstream(f"git cannot read the history of {commit.hash}") from None
 
     def files(self, commit: Commit, *names: str) -> list[bytes | None]:
@@ -10471,7 +10514,12 @@ class Repository:
         try:
             return self._content.ask(*words, feed=feed)
         except _GitFailed:
+            self.check_content()
             raise BadUpstream(f"git cannot read the files of {commit.hash}") from None
+
+    def check_content(self) -> None:
+        """To be called when something is wrong with the files of a commit. Raises _Damaged."""
+        self._content.check()
 
     def sizes(self, commit: Commit, folder: str) -> dict[str, int | None]:
         """The files below a folder ("" for the top) with their sizes in bytes; None for links."""
@@ -10502,6 +10550,7 @@ class Repository:
             while git.out.read(CHUNK):
                 pass
             if git.wait():
+                self.check_content()
                 raise BadUpstream(f"git cannot pack {commit.hash}")
 
 
@@ -10837,7 +10886,8 @@ class GitModule(ModuleFolder):
         sizes.update({name: len(data) for name, data in given.items()})
         chosen = choose_files(sizes, go_mod or b"")
         contents = self._contents(commit, folder, set(chosen), given)
-        return _Packing(zip_pieces(self._path, version, contents), contents)
+        pieces = zip_pieces(self._path, version, contents)
+        return _Packing(pieces, contents, self._repository.check_content)
 
     def _contents(
         self, commit: Commit, folder: str, missing: set[str], given: Mapping[str, bytes]
@@ -10857,10 +10907,14 @@ class _Packing(Blob):
     """The pieces of a zip that is made while it is read."""
 
     def __init__(
-        self, pieces: Generator[bytes, None, None], contents: Generator[FileContent, None, None]
+        self,
+        pieces: Generator[bytes, None, None],
+        contents: Generator[FileContent, None, None],
+        on_failure: Callable[[], None],
     ) -> None:
         self._pieces = pieces
         self._contents = contents
+        self._on_failure = on_failure
         self._ready = b""
 
     def read(self, count: int) -> bytes:
@@ -10868,6 +10922,7 @@ class _Packing(Blob):
             try:
                 piece = next(self._pieces, None)
             except tarfile.TarError as error:
+                self._on_failure()
                 raise BadUpstream(f"git ended amid its archive: {error}") from None
             if piece is None:
                 return b""
@@ -10892,9 +10947,10 @@ class GitSource(Source):
         site = self._find(path)
         repository = self._repositories.at(site.url)
         module = GitModule(path, site, repository)
-        with contextlib.suppress(_Moved):
-            return question(module)
-        repository.refs(0.0)
+        for _ in range(2):  # there are two repositories of ours that may be damaged
+            with contextlib.suppress(_Moved, _Damaged):
+                return question(module)
+            repository.refs(0.0)
         return question(module)
 
     def versions(self, path: str) -> list[str]:

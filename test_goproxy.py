@@ -10230,6 +10230,35 @@ def test_a_history_that_somebody_has_removed_is_fetched_again(
     assert source.resolve(ACME_QUOTE, quote.names["s2"]).version
 
 
+@pytest.mark.parametrize(
+    "damaged", ["*/HEAD", "content/objects/pack/*.pack", "content/refs/*/*", "*/config"]
+)
+def test_a_damaged_repository_is_fetched_anew(quote: Origin, tmp_path: Path, damaged: str) -> None:
+    """As who cleans up temporary files leaves it, or a power cut."""
+
+    def answers(source: goproxy.GitSource) -> list[object]:
+        version = source.resolve(ACME_QUOTE, quote.names["s2"]).version
+        return [read_from(source, v, kind) for v in ("v1.0.0", version) for kind in GIT_KINDS]
+
+    running = git_source(quote)
+    good = answers(running)
+    for file in (tmp_path / "acme" / "kept").glob(f"*/{damaged}"):
+        file.chmod(0o644)
+        file.write_bytes(b"")
+    assert answers(running) == answers(git_source(quote)) == good
+
+
+def test_a_repository_that_is_whole_stays_when_a_fetch_fails(quote: Origin, tmp_path: Path) -> None:
+    """What a tag was at first, it stays, whatever becomes of other fetches."""
+    first = read_from(git_source(quote), "v1.0.0", "info")
+    quote("tag", "-f", "v1.0.0", "dev")
+    script = 'case "$note" in fetch*) exit 128;; esac'
+    source = watched_source(quote, NotingGit(tmp_path / "bin", script))
+    with pytest.raises(goproxy.BadUpstream):
+        source.resolve(ACME_QUOTE, "dev")
+    assert read_from(git_source(quote), "v1.0.0", "info") == first
+
+
 def test_what_a_dead_process_has_begun_is_finished(quote: Origin, tmp_path: Path) -> None:
     """Its git has inherited the lock, and lives: so long nobody else touches the repository."""
     script = "import fcntl,os,sys;f=os.open(sys.argv[1],os.O_CREAT|os.O_WRONLY);fcntl.flock(f,2)"
