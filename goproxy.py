@@ -10710,7 +10710,8 @@ class GitModule(ModuleFolder):
     def resolve(self, query: str) -> Info:
         """The .info of what a query stands for, as the go command writes it without a proxy."""
         if query == LATEST:
-            versions = self.versions()
+            taken = self._retracted()
+            versions = [version for version in self.versions() if not _is_between(taken, version)]
             query = newest(versions) if versions else ""
         commit = self._find(query)
         return self._info(commit, self._convert(commit, query))
@@ -10781,8 +10782,7 @@ class GitModule(ModuleFolder):
         fits = fits_major(version, self._major)
         if not fits and not self._can_be_incompatible(commit, query, version):
             return False
-        order = _rank(version)
-        return not any(_rank(low) <= order <= _rank(high) for low, high in self._retracted())
+        return not _is_between(self._retracted(), version)
 
     def _retracted(self) -> list[tuple[str, str]]:
         """The versions that the newest release takes back."""
@@ -10976,6 +10976,11 @@ def _moment(commit: Commit, form: str) -> str:
         return time.strftime(form, time.gmtime(commit.time))
     except (OSError, OverflowError, ValueError):
         raise BadUpstream(f"commit {commit.hash} has an impossible time") from None
+
+
+def _is_between(intervals: Iterable[tuple[str, str]], version: str) -> bool:
+    order = _rank(version)
+    return any(_rank(low) <= order <= _rank(high) for low, high in intervals)
 
 
 def _without_mark(version: str) -> str:

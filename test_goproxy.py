@@ -10636,6 +10636,11 @@ HISTORIES: dict[str, list[Step]] = {
             "v1.0.0",
         )
     ],
+    "withdrawn": [
+        Step({"go.mod": mod("withdrawn", "retract [v1, v1.2]")}, "v1.0.0"),
+        Step({"a.go": BARE}, "v1.2.0"),
+        Step({"b.go": BARE}),
+    ],
 }
 ASKED = """
 annotated: v1.0.0 v1.1.0 note main {c2} v1.3.1-0.{t3}-{s3} v1.1.1-0.{t1}-{s1}
@@ -10683,7 +10688,7 @@ plain: v1.0.2-0.{t2}-{s2} v1.0.1-0.{t2}-{s2} v1.0.1-pre.0.{t2}-{s2} v0.0.0-{t2}-
 plain: v1.0.0-{t2}-{s2}
 plain: v0.0.0-20200101000000-{s2} v0.0.0-{t1}-{s2} v0.0.0-{t2}-{c2} v0.0.0-{t2}-abcdefabcdef
 plain: v2.0.0-{t2}-{s2} v1.9.1-0.{t2}-{s2} v1.0.0+incompatible
-retracted: v1.1.0 {c2} main v1.2.0
+retracted: v1.1.0 {c2} main v1.2.0 latest
 sha256: v1.0.0 main v1.0.1-0.{t2}-{s2}
 sub: v1.0.0 v1.2.0
 sub/x: v1.0.0 main v1.2.0 v2.0.0 v1.0.1-0.{t3}-{s3}
@@ -10698,6 +10703,7 @@ vanity.test/mono/v2: v2.0.0 main
 vanity.test/top/v2: v2.0.0 two
 vendor-new: v1.0.0
 vendor-old: v1.0.0
+withdrawn: latest {c2} main v1.2.0
 """
 # Paths that a web page leads to a repository, as find_repository of the go command sees it.
 PAGES = {
