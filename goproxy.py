@@ -891,7 +891,7 @@ class Url:
 _PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?|\[[0-9A-Fa-f:.]+\]")
 _URL = re.compile(
-    r"(https?)://(?:([^/@\s]*)@)?([^/@\s?#]*?)(?::([0-9]*))?(/[\x21\x24-\x3e\x40-\x7e]*)?"
+    r"((?i:https?))://(?:([^/@\s]*)@)?([^/@\s?#]*?)(?::([0-9]*))?(/[\x21\x24-\x3e\x40-\x7e]*)?"
 )
 
 
@@ -901,6 +901,7 @@ def parse_url(text: str) -> Url:
     if not match:
         raise ValueError("want http(s)://[user:password@]host[:port][/path]")
     scheme, userinfo, host, port, path = match.groups(default="")
+    scheme = scheme.lower()
     if not _HOST.fullmatch(host):
         raise ValueError("the host is missing or malformed")
     number = int(port.lstrip("0")[:6] or 0) if port else _PORTS[scheme]

@@ -5754,6 +5754,13 @@ def test_a_body_that_drips_ends_with_the_time_for_all() -> None:
             response.read_all(1 << 20)
 
 
+def test_a_scheme_may_be_in_capitals() -> None:
+    url = goproxy.parse_url("HTTP://Up.test:80/x")
+    assert (str(url), url.port) == ("http://up.test/x", 80)
+    away = goproxy.redirect_target(url, "HTTPS://away.test/y?z")
+    assert (str(away), away.port) == ("https://away.test/y?z", 443)
+
+
 def test_a_redirect_from_https_to_http_is_refused(trust: Trust, upstream: Upstream) -> None:
     secure = Upstream(SITE, trust.server)
     with contextlib.closing(secure), contextlib.closing(links(trust).client) as client:
