@@ -10355,6 +10355,8 @@ class Repository:
             for each in filled:
                 each.check()
             raise _meaning(str(error), self.url) from None
+        except OSError as error:
+            raise StoreDown(f"no repository can be kept: {error.strerror}") from None
 
     def refs(self, age: float = _REFS_SECONDS) -> Mapping[str, str]:
         """Commits by branch, tag (refs/...) and HEAD, as they were at most `age` seconds ago.

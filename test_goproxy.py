@@ -10266,6 +10266,12 @@ def test_a_repository_that_is_whole_stays_when_a_fetch_fails(quote: Origin, tmp_
     assert read_from(git_source(quote), "v1.0.0", "info") == first
 
 
+def test_a_disk_that_takes_no_repository_is_an_outage(quote: Origin, tmp_path: Path) -> None:
+    (tmp_path / "acme" / "kept").write_bytes(b"")
+    with pytest.raises(goproxy.StoreDown, match="Not a directory"):
+        read_from(git_source(quote), "v1.0.0", "mod")
+
+
 def test_what_a_dead_process_has_begun_is_finished(quote: Origin, tmp_path: Path) -> None:
     """Its git has inherited the lock, and lives: so long nobody else touches the repository."""
     script = "import fcntl,os,sys;f=os.open(sys.argv[1],os.O_CREAT|os.O_WRONLY);fcntl.flock(f,2)"
