@@ -10262,6 +10262,8 @@ class BareRepository:
         os.makedirs(os.path.join(new, "info"), exist_ok=True)
         with open(os.path.join(new, "info", "attributes"), "w", encoding="ascii") as file:
             file.write("* -export-subst -export-ignore\n")
+            file.flush()
+            os.fsync(file.fileno())  # a power cut may damage what is noticed, but not this
         os.rename(new, self._folder)
 
     def _aside(self) -> str:

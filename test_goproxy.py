@@ -14329,6 +14329,12 @@ def test_a_fetch_from_git_killed_at_any_change_can_be_done_again(
     print(f"fetching from git: {kills} kills")
 
 
+def test_what_keeps_zips_of_git_right_is_on_the_disk(tmp_path: Path, repositories: Path) -> None:
+    trace = ["-f", "-qq", "-y", "-o", f"{tmp_path}/calls", "-e", "trace=fsync"]
+    assert fetched_from_git(tmp_path, repositories, installed("strace"), *trace)
+    assert "/info/attributes>) = 0" in (tmp_path / "calls").read_text()
+
+
 REPEATED = {
     "fetch": ["fetch", "-cache=there", "-sumdb=off", "-upstream=file://{}/cache",
               "github.com/BurntSushi/toml@v1.0.0"],
