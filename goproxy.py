@@ -5917,6 +5917,8 @@ def _with_trace(request: Outgoing) -> Outgoing:
 def _metered(host: str) -> Iterator[None]:
     try:
         yield
+    except (BadBody, HeadTooSlow):
+        raise  # of the client whose body it is
     except ProxyError as error:
         failure = type(error).__name__
         METER.add("goproxy_upstream_failures_total", host=host, failure=failure)

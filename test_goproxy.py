@@ -15697,6 +15697,16 @@ def test_a_registry_hears_that_a_body_has_no_bytes(run: Run) -> None:
         assert [heard.headers.get("content-length") for heard in registry.seen] == ["0", "0"]
 
 
+def test_a_push_that_its_client_ends_is_no_failure_of_the_registry(run: Run) -> None:
+    with scripted(lambda heard: Said(202)) as registry:
+        proxy = run(upstream="off", registry=registry.base)
+        with dial(proxy.port) as client:
+            client.sendall(b"PUT /v2/a HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
+            client.shutdown(socket.SHUT_WR)
+            assert b"request body cut short" in read_all(client)
+        assert "goproxy_upstream_failures_total{" not in proxy.get("metrics").text
+
+
 @pytest.mark.parametrize("host", ["", "http://elsewhere.test"])
 def test_the_next_page_of_a_registry_is_here_if_it_is_there(run: Run, host: str) -> None:
     def answer(heard: Heard) -> Said:
