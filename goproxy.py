@@ -5777,7 +5777,7 @@ class Client:
             if response.status >= 400 and response.status not in _ANSWERS:
                 span.fail(str(response.status), f"answered {response.status}")
         METER.add("goproxy_upstream_requests_total", host=host, code=response.status)
-        _check_forwarded(response, proxy)
+        _check_forwarded(request, response, proxy)
         return response
 
     def _send(
@@ -5925,11 +5925,11 @@ def _metered(host: str) -> Iterator[None]:
         raise
 
 
-def _check_forwarded(response: Response, proxy: Url | None) -> None:
+def _check_forwarded(request: Outgoing, response: Response, proxy: Url | None) -> None:
     """Raises BadUpstream if it is the proxy that refuses: what it hands on has a Via (RFC 9110,
-    section 7.6.3)."""
+    section 7.6.3), or should have. A challenge of a registry must come through all the same."""
     fields = response.fields
-    is_own = "via" not in fields or "x-squid-error" in fields
+    is_own = ("via" not in fields and not request.is_passed) or "x-squid-error" in fields
     if proxy and (response.status == 407 or (is_own and response.status in (401, 403))):
         response.close()
         words = "its rules forbid it" if response.status == 403 else _unwelcome(proxy)

@@ -15871,6 +15871,14 @@ def test_a_registry_that_is_away_is_told_as_registries_tell_it(run: Run, refused
     assert "Connection refused" in error["message"]
 
 
+def test_a_registry_asks_for_a_login_through_a_proxy_that_does_not_say_it_is_one(run: Run) -> None:
+    asks = {"WWW-Authenticate": 'Bearer realm="http://registry.test/token"'}
+    with scripted(lambda heard: Said(401, asks)) as gateway:
+        proxy = run(upstream="off", registry="http://registry.test", proxy=gateway.base)
+        answer = proxy.get("v2/")
+    assert (answer.status, answer.headers["www-authenticate"]) == (401, asks["WWW-Authenticate"])
+
+
 CLIMBS = ["..", "%2E%2e", ".%2e", "a/..%2f..%2fb", "a/..;/..;/b", "a%5c..%5cb", "/../a"]
 
 
