@@ -15405,7 +15405,10 @@ class Registry:
         if size is None and not is_ranged and not call.may_wait:
             raise MustWait
         permit = self._permit(call)
-        if permit.is_away and size not in (None, permit.size):
+        is_vague = (
+            permit.size is None and _value(permit.lines, "docker-content-digest") != call.digest
+        )
+        if (permit.is_away or is_vague) and size not in (None, permit.size):
             raise Refused("it sends for something else, such as a form to log in")
         if self._marks.waiting < self._PERMITS:
             self._marks.do(functools.partial(self._mark, store, call.digest))

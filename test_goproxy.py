@@ -15829,6 +15829,19 @@ def test_an_object_that_is_something_else_is_replaced(run: Run, s3_place: str) -
     assert file.read_bytes() == PLAYED
 
 
+@pytest.mark.parametrize(("told", "status"), [("", 200), (digest_of(PLAYED), 307)])
+def test_a_page_to_log_in_is_no_permission(run: Run, s3_place: str, told: str, status: int) -> None:
+    """Its length may not be told; nor that of a blob, but then its digest is."""
+    with open_bucket(s3_place) as (bucket, _):
+        bucket.put(digest_of(PLAYED), goproxy.bytes_body(PLAYED), once=True)
+    place = s3_place.replace("127.0.0.1", "localhost")
+    fields = f"Connection: close\r\nDocker-Content-Digest: {told}\r\n\r\n"
+    with one_answer(f"HTTP/1.1 200 OK\r\n{fields}log in here".encode()) as (url, _):
+        proxy = run(upstream="off", registry=url, registry_blobs=place)
+        answer = proxy.get(Play(PLAYED).path)
+    assert (answer.status, answer.body) == (status, b"log in here" if status == 200 else b"")
+
+
 def test_a_layer_that_cannot_be_kept_is_given_all_the_same(run: Run, s3_place: str) -> None:
     def read_only(port: int, heard: Heard) -> Said:
         return (
