@@ -15341,12 +15341,16 @@ class Ageing:
 
 class Permit(NamedTuple):
     """The registry's word that a client may have a blob: the header lines of its answer, and the
-    length in bytes that it tells, if so; or, if `is_away`, that of a server to which the
-    registry sends for it."""
+    length in bytes that it tells, if so. If it `is_vague`, as where the registry sends elsewhere
+    for it, it may be about something else, such as a form to log in, but for that length."""
 
     lines: Lines
     size: int | None
-    is_away: bool
+    is_vague: bool
+
+    def fits(self, size: int | None) -> bool:
+        """Whether it is about a blob of that length."""
+        return not self.is_vague if self.size is None else self.size == size
 
 
 class Registry:
@@ -15405,14 +15409,11 @@ class Registry:
         if size is None and not is_ranged and not call.may_wait:
             raise MustWait
         permit = self._permit(call)
-        is_vague = (
-            permit.size is None and _value(permit.lines, "docker-content-digest") != call.digest
-        )
-        if (permit.is_away or is_vague) and size not in (None, permit.size):
+        if permit.is_vague and size is not None and not permit.fits(size):
             raise Refused("it sends for something else, such as a form to log in")
         if self._marks.waiting < self._PERMITS:
             self._marks.do(functools.partial(self._mark, store, call.digest))
-        if size is not None and permit.size not in (None, size):
+        if size is not None and not permit.fits(size):
             if not call.may_wait:
                 raise MustWait
             self._log.error(f"{call.digest}: {size} bytes in the bucket, {permit.size} in truth")
@@ -15437,6 +15438,9 @@ class Registry:
                 relayed = Relayed(200, permit.lines, blob, Verdict.HIT)
                 return self._counted("streamed", relayed, size)
         blob = self._following(call, store)
+        if not permit.fits(blob.size):
+            blob.close()
+            raise Refused("it sends for something else than what others get")
         return self._counted("fetched", Relayed(200, permit.lines, blob, Verdict.MISS), permit.size)
 
     @staticmethod
@@ -15460,7 +15464,9 @@ class Registry:
         lines = [] if is_away else end_to_end(head.lines, "date")
         if not _value(lines, "content-type"):
             lines.append(("Content-Type", "application/octet-stream"))
-        permit = Permit(lines, content_length(head.fields), is_away)
+        length = content_length(head.fields)
+        is_told = length is not None or _value(lines, "docker-content-digest") == call.digest
+        permit = Permit(lines, length, is_away or not is_told)
         if self._store and self._store.permit:
             shared = permit._replace(lines=end_to_end(lines, "set-cookie"))  # that is one client's
             self._permits.put(key, shared, self._store.permit)

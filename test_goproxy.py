@@ -15842,6 +15842,28 @@ def test_a_page_to_log_in_is_no_permission(run: Run, s3_place: str, told: str, s
     assert (answer.status, answer.body) == (status, b"log in here" if status == 200 else b"")
 
 
+def test_a_layer_on_its_way_is_for_those_who_may_have_it(run: Run, s3_place: str) -> None:
+    gate, path = threading.Event(), f"/{Play(PLAYED).path}"
+
+    def answer(heard: Heard) -> Said:
+        if heard.path == "/login":
+            return Said(200, {}, b"log in here")
+        if "authorization" not in heard.headers:
+            return Said(302, {"Location": "/login"})
+        length, begin, end = {"Content-Length": "300000"}, PLAYED[:200_000], PLAYED[200_000:]
+        return Said(200, length, begin, lambda: end * gate.wait(PATIENCE))
+
+    with scripted(answer) as registry:
+        proxy = run(upstream="off", registry=registry.base, registry_blobs=s3_place)
+        with contextlib.closing(proxy.connect()) as one, contextlib.closing(proxy.connect()) as two:
+            one.request("GET", path, headers={"Authorization": "Basic x"})
+            shown = one.getresponse()
+            two.request("GET", path)
+            status = two.getresponse().status
+            gate.set()
+            assert (shown.read() == PLAYED, status) == (True, 302)
+
+
 def test_a_layer_that_cannot_be_kept_is_given_all_the_same(run: Run, s3_place: str) -> None:
     def read_only(port: int, heard: Heard) -> Said:
         return (
