@@ -6178,7 +6178,7 @@ class _DnsOverChannel(DnsTransport):
             undo.callback(channel.close)
             message = channel.exchange(query, until)
             with self._mutex:
-                if len(self._idle) < self._IDLE:
+                if len(self._idle) < self._IDLE and answers_query(message, query):
                     self._idle.append((time.monotonic(), channel))
                     undo.pop_all()
         return message

@@ -5376,6 +5376,22 @@ def test_stream_that_the_server_closed_is_opened_again() -> None:
         assert server.connections == 6
 
 
+def test_a_stream_that_is_out_of_step_is_not_kept(trust: Trust) -> None:
+    def stammer(sock: socket.socket) -> None:
+        while True:
+            query = exactly(sock, struct.unpack("!H", exactly(sock, 2))[0])
+            (message,) = plain(query)
+            sock.sendall((struct.pack("!H", len(message)) + message) * 2)
+
+    with Peer(stammer) as server:
+        transport = goproxy.DnsOverTcp(goproxy.Url("tcp", "127.0.0.1", server.port), links(trust))
+        with contextlib.closing(transport):
+            assert transport.ask("a.test", 1, soon()).addresses == ("127.0.0.1",)
+            with pytest.raises(goproxy.BadUpstream, match=r"answer to another question"):
+                transport.ask("b.test", 1, soon())
+            assert transport.ask("c.test", 1, soon()).addresses == ("127.0.0.1",)
+
+
 @pytest.mark.parametrize("way", ["https", "quic", "tls"])
 def test_encrypted_never_falls_back_to_clear_text(way: str) -> None:
     script = Script((5, b"no TLS here"))
