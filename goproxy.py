@@ -10587,11 +10587,14 @@ class Repositories:
         folder: str,
         environment: Callable[[str], Mapping[str, str]],
         search_path: str = os.defpath,
+        ttl: float = math.inf,
     ) -> None:
         """`environment` gives the variables that git needs for a URL, besides those that are
         fixed here and that it may replace; they are for the network alone and may hold secrets.
-        `search_path` is the PATH to find git by. Starts nothing."""
+        `search_path` is the PATH to find git by. A question about what changes begins with branches
+        and tags that are at most `ttl` seconds old. Starts nothing."""
         self._folder = folder
+        self.ttl = ttl
         self._environment = environment
         self._git = GitRunner(search_path)
         self._mutex = threading.Lock()
@@ -10950,9 +10953,10 @@ class GitSource(Source):
         self._find = find
         self._repositories = repositories
 
-    def _ask(self, path: str, question: Callable[[GitModule], T]) -> T:
+    def _ask(self, path: str, question: Callable[[GitModule], T], age: float = math.inf) -> T:
         site = self._find(path)
         repository = self._repositories.at(site.url)
+        repository.refs(age)
         module = GitModule(path, site, repository)
         for _ in range(2):  # there are two repositories of ours that may be damaged
             with contextlib.suppress(_Moved, _Damaged):
@@ -10961,10 +10965,10 @@ class GitSource(Source):
         return question(module)
 
     def versions(self, path: str) -> list[str]:
-        return self._ask(path, GitModule.versions)
+        return self._ask(path, GitModule.versions, self._repositories.ttl)
 
     def resolve(self, path: str, query: str) -> Info:
-        return self._ask(path, lambda module: module.resolve(query))
+        return self._ask(path, lambda module: module.resolve(query), self._repositories.ttl)
 
     def open(self, artifact: Artifact) -> Blob:
         return self._ask(artifact.path, lambda module: self._open(module, artifact))
@@ -19461,7 +19465,7 @@ def going_direct(settings: Settings, outside: Outside, client: Client) -> Iterat
 
     def repositories(name: str, access: GitAccess) -> Repositories:
         place = os.path.join(folder, name)
-        return Repositories(place, access.environment, outside.search_path)
+        return Repositories(place, access.environment, outside.search_path, settings.ttl)
 
     with contextlib.closing(others), contextlib.ExitStack() as stack:
         keys = NO_KEYS if settings.private_auth == "client" else keyring

@@ -9700,6 +9700,15 @@ def test_a_fetched_tag_stays_what_it_was(quote: Origin) -> None:
     assert read_from(git_source(quote), "v1.0.0", "info") == before
 
 
+def test_without_a_ttl_the_repository_is_asked_each_time(run: Run, quote: Origin) -> None:
+    proxy = run(vcs=f"{ACME_QUOTE}={quote.url}", private=ACME_QUOTE, upstream="off", ttl="0")
+    assert proxy.get(f"{ACME_QUOTE}/@v/list").versions == ["v1.0.0"]
+    quote("tag", "v1.1.0", "dev")
+    assert proxy.get(f"{ACME_QUOTE}/@v/list").versions == ["v1.0.0", "v1.1.0"]
+    quote("tag", "v1.2.0", "dev")
+    assert json.loads(proxy.get(f"{ACME_QUOTE}/@latest").body)["Version"] == "v1.2.0"
+
+
 def test_a_new_tag_is_found_at_once(quote: Origin) -> None:
     source = git_source(quote)
     assert source.versions(ACME_QUOTE) == ["v1.0.0"]
