@@ -10230,21 +10230,27 @@ class BareRepository:
             self._mutex.release()
 
     def check(self) -> None:
-        """To be called when a git has failed here. Looks once in a while whether that is due to
-        damage, by a dying disk or by who cleans up among temporary files; then all goes, and
-        _Damaged is raised."""
-        if time.monotonic() < self._trusted_until or not os.path.isdir(self._folder):
+        """To be called when a git has failed here. Looks whether that is due to damage, by a dying
+        disk or by who cleans up among temporary files; then all goes, and _Damaged is raised. What
+        was sound is not looked at again for a while."""
+        if time.monotonic() < self._trusted_until:
             return
-        self._trusted_until = time.monotonic() + self._TRUST_SECONDS
+        with contextlib.suppress(OSError), self._alone():
+            if os.path.isdir(self._folder):
+                if self._is_sound():
+                    self._trusted_until = time.monotonic() + self._TRUST_SECONDS
+                    return
+                os.rename(self._folder, self._aside())
+            raise _Damaged("the repository kept here was damaged: it is fetched anew")
+
+    def _is_sound(self) -> bool:
+        """As far as can be told in time."""
         try:
-            with contextlib.suppress(ProxyError):  # too large to be looked through
+            with contextlib.suppress(ProxyError):
                 self.ask("fsck", "--no-dangling", "--no-progress")
         except _GitFailed as error:
-            if error.status <= 1:  # killed, or only its authors have made something badly
-                return
-            with contextlib.suppress(OSError), self._alone():  # another may have been faster
-                os.rename(self._folder, self._aside())
-            raise _Damaged("the repository kept here was damaged: it is fetched anew") from None
+            return error.status <= 1  # killed, or only its authors have made something badly
+        return True
 
     @staticmethod
     def _await(lock: int) -> None:
@@ -10355,12 +10361,12 @@ class Repository:
     def _explained(self, *filled: BareRepository) -> Iterator[None]:
         try:
             yield
-        except _GitFailed as error:
+        except (_GitFailed, OSError) as error:
             for each in filled:
                 each.check()
+            if isinstance(error, OSError):
+                raise StoreDown(f"no repository can be kept: {error.strerror}") from None
             raise _meaning(str(error), self.url) from None
-        except OSError as error:
-            raise StoreDown(f"no repository can be kept: {error.strerror}") from None
 
     def refs(self, age: float = _REFS_SECONDS) -> Mapping[str, str]:
         """Commits by branch, tag (refs/...) and HEAD, as they were at most `age` seconds ago.

@@ -10280,6 +10280,17 @@ def test_a_damaged_repository_is_fetched_anew(quote: Origin, tmp_path: Path, dam
     assert answers(running) == answers(git_source(quote)) == good
 
 
+def test_half_a_repository_is_fetched_anew_each_time(quote: Origin, tmp_path: Path) -> None:
+    """As who removes all while it is filled leaves it."""
+    source = git_source(quote)
+    good = read_from(source, "v1.0.0", "zip")
+    (folder,) = (tmp_path / "acme" / "kept").glob("*/content")
+    for _ in range(3):
+        shutil.rmtree(folder)
+        (folder / "objects").mkdir(parents=True)
+        assert read_from(source, "v1.0.0", "zip") == good
+
+
 def test_a_repository_that_is_whole_stays_when_a_fetch_fails(quote: Origin, tmp_path: Path) -> None:
     """What a tag was at first, it stays, whatever becomes of other fetches."""
     first = read_from(git_source(quote), "v1.0.0", "info")
