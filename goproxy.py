@@ -647,6 +647,11 @@ def semver_key(version: str) -> SemverKey:
     return (True, numbers, not parsed.pre, order, version)
 
 
+def precedence(version: str) -> tuple[Any, ...]:
+    """The same, but versions that differ in build metadata alone are equal (semver.Compare)."""
+    return semver_key(version)[:-1]
+
+
 def fits_major(version: str, path_major: str) -> bool:
     """Whether a version may belong to a path of that major, as split_path_version tells it
     (module.CheckPathMajor)."""
@@ -2786,11 +2791,6 @@ def read_go_mod(raw: bytes) -> GoMod:
     return GoMod(requirements, prunes)
 
 
-def read_retractions(raw: bytes) -> list[tuple[str, str]]:
-    """The intervals of versions that a go.mod retracts, both ends included."""
-    return [(low, high) for low, high, _ in read_notices(raw).retractions]
-
-
 def choose_files(sizes: Mapping[str, int | None], go_mod: bytes) -> list[str]:
     """The names of the files that belong into a module zip, of all files below its root with
     their sizes in bytes (None: a link, or something else that is not a regular file). `go_mod` is
@@ -2945,8 +2945,7 @@ class Retraction(NamedTuple):
     reason: str
 
     def covers(self, version: str) -> bool:
-        low, order, high = (semver_key(each)[:-1] for each in (self.low, version, self.high))
-        return low <= order <= high
+        return precedence(self.low) <= precedence(version) <= precedence(self.high)
 
 
 class Notices(NamedTuple):
@@ -10727,7 +10726,7 @@ class GitModule(ModuleFolder):
         """The .info of what a query stands for, as the go command writes it without a proxy."""
         if query == LATEST:
             taken = self._retracted()
-            versions = [version for version in self.versions() if not _is_between(taken, version)]
+            versions = [v for v in self.versions() if not any(one.covers(v) for one in taken)]
             query = newest(versions) if versions else ""
         commit = self._find(query)
         return self._info(commit, self._convert(commit, query))
@@ -10773,11 +10772,11 @@ class GitModule(ModuleFolder):
         tags = (tag for tag, known in self._repository.tags().items() if known == commit.hash)
         best = base = ""
         for version, exact in map(self._tagged, sorted(tags)):
-            if version and is_semver(query) and _rank(version) == _rank(query):
+            if version and is_semver(query) and precedence(version) == precedence(query):
                 if exact:
                     return self._checked(commit, version, query)
                 base = version
-            elif exact and (not best or _rank(best) < _rank(version)):
+            elif exact and (not best or precedence(best) < precedence(version)):
                 best = version if self._is_allowed(commit, query, version) else best
         if best:
             return self._checked(commit, best, query)
@@ -10798,9 +10797,9 @@ class GitModule(ModuleFolder):
         fits = fits_major(version, self._major)
         if not fits and not self._can_be_incompatible(commit, query, version):
             return False
-        return not _is_between(self._retracted(), version)
+        return not any(one.covers(version) for one in self._retracted())
 
-    def _retracted(self) -> list[tuple[str, str]]:
+    def _retracted(self) -> list[Retraction]:
         """The versions that the newest release takes back."""
         versions = [version for version in self.versions() if "+" not in version]
         if not versions:
@@ -10810,12 +10809,12 @@ class GitModule(ModuleFolder):
             _, raw = self._find_folder(self._find(highest))
         except NotFound:
             return []
-        return read_retractions(raw or b"")
+        return read_notices(raw or b"").retractions
 
     def _base(self, commit: Commit, query: str) -> str:
         """The highest version on a commit before, after which its pseudo-version is counted."""
         versions = {self._tagged(tag)[0] for tag in self._repository.tags_before(commit)} - {""}
-        for version in sorted(versions, key=_rank, reverse=True):
+        for version in sorted(versions, key=precedence, reverse=True):
             if self._is_allowed(commit, query, version):
                 return version
         return ""
@@ -10865,8 +10864,8 @@ class GitModule(ModuleFolder):
             raise NotFound(
                 f"tag ({base}) found on revision {commit.hash[:12]} is already canonical"
             )
-        start = len(self._tag_prefix)
-        same = [tag for tag in tags if tag.startswith(exact) and _rank(tag[start:]) == _rank(base)]
+        start, order = len(self._tag_prefix), precedence(base)
+        same = [tag for tag in tags if tag.startswith(exact) and precedence(tag[start:]) == order]
         if not same:
             raise NotFound(f"preceding tag ({base}) not found")
         if not any(self._repository.is_before(tag, commit) for tag in same):
@@ -10995,19 +10994,9 @@ def _moment(commit: Commit, form: str) -> str:
         raise BadUpstream(f"commit {commit.hash} has an impossible time") from None
 
 
-def _is_between(intervals: Iterable[tuple[str, str]], version: str) -> bool:
-    order = _rank(version)
-    return any(_rank(low) <= order <= _rank(high) for low, high in intervals)
-
-
 def _without_mark(version: str) -> str:
     mark = "+incompatible"
     return version[: -len(mark)] if version.endswith(mark) else version
-
-
-def _rank(version: str) -> tuple[Any, ...]:
-    """Sort key by which versions that differ in build metadata alone are equal."""
-    return semver_key(version)[:-1]
 
 
 # What git is given to reach a repository.

@@ -3334,7 +3334,8 @@ retract (
 require retract.example/v9 v9.0.0
 """
     pairs = [("v1.0.0",) * 2, ("v1.1.0", "v1.2.0"), ("v1.3.0",) * 2, ("v1.4.0", "v1.5.0")]
-    assert goproxy.read_retractions(raw) == [*pairs, ("v1.6.0",) * 2]
+    found = goproxy.read_notices(raw).retractions
+    assert [(each.low, each.high) for each in found] == [*pairs, ("v1.6.0",) * 2]
     assert goproxy.Retraction("v2.0.0", "v2.1.0", "").covers("v2.1.0+incompatible")
 
 
