@@ -15160,7 +15160,7 @@ class RegistryLine:
 
     def _here(self, found: re.Match[str]) -> str:
         with contextlib.suppress(ValueError):
-            if parse_url(found[0].lower()).origin == self._url.origin:
+            if parse_url(found[0]).origin == self._url.origin:
                 return ""
         return found[0]
 
