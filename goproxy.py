@@ -4520,8 +4520,8 @@ def _checked_host(host: str) -> str:
 _A, _CNAME, _OPT, _AAAA = 1, 5, 41, 28
 _FAMILIES = {_A: socket.AF_INET, _AAAA: socket.AF_INET6}
 _LENGTHS = {_A: 4, _AAAA: 16}
-_RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
 _FORMERR, _NOTIMP = 1, 4
+_RCODES = {_FORMERR: "FORMERR", 2: "SERVFAIL", _NOTIMP: "NOTIMP", 5: "REFUSED"}
 _MAX_RECORDS, _MAX_ALIASES, _MAX_HOPS = 256, 8, 127
 _MIN_TTL, _MAX_TTL = 5, 300  # seconds
 
