@@ -5981,7 +5981,9 @@ def _netrc_logins(text: str) -> dict[str, str]:
             continue
         words = [re.sub(r"\\(.)", r"\1", a) or b for a, b in _NETRC_WORD.findall(line)]
         for name, value in zip(words[::2], words[1::2]):
-            entry = {**({} if name == "machine" else entry), name: value}
+            if name == "machine":
+                entry = {}
+            entry[name] = value
             in_macro = in_macro or name == "macdef"
             if {"machine", "login", "password"} <= entry.keys():
                 value = _basic(entry["login"], entry["password"])
