@@ -15410,11 +15410,12 @@ class Registry:
         if size is None and not is_ranged and not call.may_wait:
             raise MustWait
         permit = self._permit(call)
-        if permit.is_vague and size is not None and not permit.fits(size):
+        misfits = size is not None and not permit.fits(size)
+        if misfits and permit.is_vague:
             raise Refused("it sends for something else, such as a form to log in")
         if self._marks.waiting < self._PERMITS:
             self._marks.do(functools.partial(self._mark, store, call.digest))
-        if size is not None and not permit.fits(size):
+        if misfits:
             if not call.may_wait:
                 raise MustWait
             self._log.error(f"{call.digest}: {size} bytes in the bucket, {permit.size} in truth")
