@@ -8018,8 +8018,7 @@ class Folder(Shelf):
             if entry.is_dir(follow_symlinks=False):
                 left += self._entries(entry.path)
             elif entry.is_file(follow_symlinks=False):
-                with contextlib.suppress(FileNotFoundError):
-                    yield self._item(entry)
+                yield from self._item(entry)
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         """The last one first."""
@@ -8029,10 +8028,15 @@ class Folder(Shelf):
         except NotFound:
             return []
 
-    def _item(self, entry: os.DirEntry[str]) -> Item:
-        status = entry.stat(follow_symlinks=False)
+    def _item(self, entry: os.DirEntry[str]) -> list[Item]:
+        """None if it has gone meanwhile."""
+        try:
+            with StoreErrors(entry.path):
+                status = entry.stat(follow_symlinks=False)
+        except NotFound:
+            return []
         name = os.path.relpath(entry.path, self._root).replace(os.sep, "/")
-        return Item(name, status.st_size, status.st_mtime)
+        return [Item(name, status.st_size, status.st_mtime)]
 
 
 OWN_MARK = ".goproxy-"  # begins the names of our own side files, which are no artifacts

@@ -13465,6 +13465,23 @@ def test_what_a_file_system_keeps_for_itself_is_not_looked_into(tmp_path: Path) 
     assert {item.name.partition("/")[0] for item in storage.walk()} == {"example.com"}
 
 
+def test_what_may_not_be_looked_at_ends_a_walk_with_a_reason() -> None:
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as place:
+        storage = goproxy.DiskStorage(place)
+        put_version(storage, "v1.0.0")
+        folder = Path(place, ZIP).parent
+        os.chmod(place, 0o755)
+        folder.chmod(0o444)
+        os.seteuid(user or 65534)  # root may look at all
+        try:
+            with pytest.raises(goproxy.StoreDown, match="Permission denied"):
+                list(storage.walk())
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
+
+
 def test_what_begins_a_walk_is_counted_once(tmp_path: Path) -> None:
     storage = goproxy.DiskStorage(str(tmp_path))
     storage.put(MOD, bytes(10))
