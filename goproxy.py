@@ -340,6 +340,10 @@ class VersionNotSupported(ProxyError):
     status = 505
 
 
+# What taking JSON apart raises that somebody else has written.
+ODD_JSON = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 class UsageError(Exception):
     """A setting that cannot be used: one line that names it, its value and what is allowed."""
 
@@ -2751,43 +2755,78 @@ class GoMod(NamedTuple):
     prunes: bool
 
 
-_RELEASE_LINE = re.compile(
-    r"^\s*(?:go\s+(1\.[0-9]{1,3}(?:\.[0-9]+|rc[0-9]+))"
-    r"|toolchain\s+go(1\.[0-9]{1,3}(?:[.a-z][.0-9a-z]*)?))\s*(?://.*)?$",
-    re.M,
-)
+class _Directive(NamedTuple):
+    """A directive of a go.mod, each line of a block on its own: its verb, the words after it
+    (brackets and commas are words), the comment behind it, and `said`: that with what stands before
+    it, or else the comment of its block."""
+
+    verb: str
+    words: list[str]
+    behind: str
+    said: str
+
+
+_GO_MOD_WORD = re.compile(r"[\[\](),]|[^\s\[\](),]+")
+
+
+def _directives(raw: bytes) -> Iterator[_Directive]:
+    """Those of a go.mod, read leniently (Go: x/mod/modfile/read.go)."""
+    verb = of_block = ""
+    before: list[str] = []
+    for line in raw.decode("utf-8", "replace").split("\n"):
+        text, mark, comment = line.partition("//")
+        behind = comment.strip()
+        words = _GO_MOD_WORD.findall(text.replace('"', ""))
+        if not words:
+            before = [*before, behind] if mark else []
+            continue
+        said, before = "\n".join([*before, behind] if mark else before), []
+        if words == [")"]:
+            verb = ""
+        elif words[1:] == ["("]:
+            verb, of_block = words[0], said
+        elif verb:
+            yield _Directive(verb, words, behind, said or of_block)
+        else:
+            yield _Directive(words[0], words[1:], behind, said)
+
+
+_RELEASES = {
+    "go": re.compile(r"1\.[0-9]{1,3}(?:\.[0-9]+|rc[0-9]+)"),
+    "toolchain": re.compile(r"go1\.[0-9]{1,3}(?:[.a-z][.0-9a-z]*)?"),
+}
 
 
 def go_release(raw: bytes) -> list[str]:
     """The Go that a go.mod asks for, as go1.25.0: that of its toolchain line, or else of its go
     line where that names a release (Go reference, "Go toolchains"); none before 1.21."""
-    found = _RELEASE_LINE.findall(raw.decode("utf-8", "replace"))
-    names = [toolchain for _, toolchain in found if toolchain] or [line for line, _ in found]
-    return [f"go{name}" for name in names[:1] if int(re.split(r"\D", name)[1]) >= 21]
+    found = {
+        each.verb: each.words[0].removeprefix("go")
+        for each in _directives(raw)
+        if each.verb in _RELEASES and _RELEASES[each.verb].fullmatch(" ".join(each.words))
+    }
+    name = found.get("toolchain") or found.get("go") or "1.0"
+    return [f"go{name}"] if int(re.split(r"\D", name)[1]) >= 21 else []
 
 
-_GO_LINE = re.compile(r"go\s+1\.([0-9]{1,3})\b")
+_GO_LINE = re.compile(r"v?1\.([0-9]{1,3})(?![0-9])")
+
+
+def _minor_version(directive: _Directive) -> int:
+    """The 21 of `go 1.21`; 0 for any other directive."""
+    found = _GO_LINE.match("".join(directive.words)) if directive.verb == "go" else None
+    return int(found[1]) if found else 0
 
 
 def read_go_mod(raw: bytes) -> GoMod:
-    """The requirements of a go.mod, read leniently: what is not understood is passed over."""
+    """The requirements of a go.mod; what is not understood is passed over."""
     requirements: list[Requirement] = []
-    prunes = in_block = False
-    for line in raw.decode("utf-8", "replace").splitlines():
-        words, _, comment = line.partition("//")
-        found = _GO_LINE.match(words.strip())
-        if found:
-            prunes = int(found[1]) >= 17
-        fields = words.replace('"', " ").split()
-        if in_block and fields == [")"]:
-            in_block = False
-        elif fields[:2] == ["require", "("] or fields == ["require("]:
-            in_block = True
-        elif fields[:1] == ["require"] or in_block:
-            pair = fields if in_block else fields[1:]
-            if len(pair) == 2 and is_canonical(pair[1]):
-                direct = not comment.strip().startswith("indirect")
-                requirements.append(Requirement(pair[0], pair[1], direct))
+    prunes = False
+    for each in _directives(raw):
+        prunes = prunes or _minor_version(each) >= 17
+        if each.verb == "require" and len(each.words) == 2 and is_canonical(each.words[1]):
+            direct = not each.behind.startswith("indirect")
+            requirements.append(Requirement(each.words[0], each.words[1], direct))
     return GoMod(requirements, prunes)
 
 
@@ -2799,7 +2838,7 @@ def choose_files(sizes: Mapping[str, int | None], go_mod: bytes) -> list[str]:
     Nested modules and vendored packages stay out. Raises BadUpstream for a file that no module
     may have, and for too much (zip.Create of x/mod).
     """
-    modern = _minor_version(go_mod) >= 24
+    modern = any(_minor_version(each) >= 24 for each in _directives(go_mod))
     nested = {
         name[: -len("go.mod")]
         for name, size in sizes.items()
@@ -2819,14 +2858,6 @@ def choose_files(sizes: Mapping[str, int | None], go_mod: bytes) -> list[str]:
     if sum(chosen.values()) > MAX_ZIP:
         raise BadUpstream(f"module source tree too large (max size is {MAX_ZIP} bytes)")
     return list(chosen)
-
-
-_GO_DIRECTIVE = re.compile(rb"^[ \t]*go[ \t]+v?1\.([0-9]{1,3})(?![0-9])", re.MULTILINE)
-
-
-def _minor_version(go_mod: bytes) -> int:
-    found = _GO_DIRECTIVE.search(go_mod)
-    return int(found[1]) if found else 0
 
 
 def _is_vendored(name: str, modern: bool) -> bool:
@@ -2956,52 +2987,34 @@ class Notices(NamedTuple):
     retractions: list[Retraction]
 
 
-_GO_MOD_TOKEN = re.compile(r"[\[\](),]|[^\s\[\](),]+")
 _DEPRECATION = re.compile(r"(?:^|\n\n)Deprecated: *(.*?)(?:$|\n\n)", re.DOTALL)
 
 
 def read_notices(raw: bytes) -> Notices:
     """Deprecation and retractions of a go.mod (Go reference, "module directive" and "retract
-    directive"), read leniently as read_go_mod. A comment belongs to the directive that it stands
-    before or behind; that of a block to each of its lines that has none."""
+    directive")."""
     deprecated, retractions = "", list[Retraction]()
-    verb = of_block = ""
-    before: list[str] = []
-    for line in raw.decode("utf-8", "replace").splitlines():
-        words, mark, comment = line.partition("//")
-        behind = [comment.strip()] if mark else []
-        tokens = _GO_MOD_TOKEN.findall(words.replace('"', ""))
-        if not tokens:
-            before = before + behind if mark else []
-            continue
-        said, before = "\n".join(before + behind), []
-        if tokens == [")"]:
-            verb = ""
-        elif tokens[1:] == ["("]:
-            verb, of_block = tokens[0], said
-        elif (verb or tokens[0]) == "module":
-            found = _DEPRECATION.search(said or (of_block if verb else ""))
+    for each in _directives(raw):
+        if each.verb == "module":
+            found = _DEPRECATION.search(each.said)
             deprecated = found[1].strip() if found else deprecated
-        elif (verb or tokens[0]) == "retract":
-            versions = list(filter(None, map(canonical, tokens)))  # v1 is v1.0.0, as go has it
+        elif each.verb == "retract":
+            versions = list(filter(None, map(canonical, each.words)))  # v1 is v1.0.0, as go has it
             if versions:
-                reason = said or (of_block if verb else "")
-                retractions.append(Retraction(versions[0], versions[-1], reason))
+                retractions.append(Retraction(versions[0], versions[-1], each.said))
     return Notices(deprecated, retractions)
-
-
-_REPLACE = re.compile(
-    r"^[ \t]*(?:replace[ \t]+)?([^\s(]+)(?:[ \t]+(v\S+))?"
-    r"[ \t]+=>[ \t]+(\S+)(?:[ \t]+(v\S+))?[ \t\r]*$",
-    re.MULTILINE,
-)
 
 
 def read_replacements(raw: bytes) -> dict[tuple[str, str], tuple[str, str]]:
     """The replace lines of a go.mod: by path and version ("" for all) the path and version to take
     instead, whose version is "" for a folder."""
-    text = re.sub("//.*", "", raw.decode("utf-8", "replace")).replace('"', "")
-    return {(old, at or ""): (new, to or "") for old, at, new, to in _REPLACE.findall(text)}
+    found = {}
+    for verb, words, _, _ in _directives(raw):
+        at = words.index("=>") if verb == "replace" and "=>" in words else 0
+        if at in (1, 2) and len(words) - at in (2, 3):
+            old, new = [*words[:at], ""], [*words[at + 1 :], ""]
+            found[old[0], old[1]] = (new[0], new[1])
+    return found
 
 
 def read_sums(raw: bytes) -> dict[tuple[str, str], set[str]]:
@@ -4647,9 +4660,7 @@ def decode_json(text: bytes) -> DnsReply:
         document = json.loads(text)
         rows = [row for row in document.get("Answer") or [] if row["type"] in (*_FAMILIES, _CNAME)]
         return DnsReply(int(document["Status"]), False, [_json_record(row) for row in rows])
-    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError) as error:
-        raise BadUpstream("dns: malformed JSON") from error
-    except (TypeError, ValueError) as error:
+    except (*ODD_JSON, OSError) as error:
         raise BadUpstream("dns: malformed JSON") from error
 
 
@@ -6999,7 +7010,7 @@ class AwsKeyChain:
             access, secret = str(found["accessKeyId"]), str(found["secretAccessKey"])
             ends = float(found["expiration"]) / 1000
             return AwsKeys(access, secret, str(found["sessionToken"]), ends)
-        except (FileNotFoundError, KeyError, TypeError, ValueError, RecursionError):
+        except (*ODD_JSON, FileNotFoundError):
             raise BadUpstream("sso: no sign-in that counts: run aws sso login") from None
 
     def _from_container(self) -> AwsKeys | None:
@@ -7075,7 +7086,7 @@ def _role_keys(raw: bytes) -> AwsKeys:
         found = json.loads(raw)
         access, secret, token = found["AccessKeyId"], found["SecretAccessKey"], found["Token"]
         return AwsKeys(str(access), str(secret), str(token), iso_seconds(found["Expiration"]))
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except ODD_JSON:
         raise BadUpstream("the role's answer holds no keys") from None
 
 
@@ -7765,7 +7776,7 @@ class TraceLine:
         try:
             partial = json.loads(said)["partialSuccess"]
             rejected, why = int(partial.get("rejectedSpans", 0)), partial.get("errorMessage", "")
-        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError):
+        except ODD_JSON:
             return
         if rejected > 0:
             raise BadUpstream(f"{self._plan.url.authority} rejects spans: {str(why)[:200]}")
@@ -9586,19 +9597,6 @@ def newest(versions: Sequence[str]) -> str:
     return max(versions, key=rank)
 
 
-class Nowhere(Source):
-    """The source `off`: it has nothing."""
-
-    def versions(self, path: str) -> list[str]:
-        raise NotFound("no upstream is configured (-upstream off)")
-
-    def resolve(self, path: str, query: str) -> Info:
-        raise NotFound("no upstream is configured (-upstream off)")
-
-    def open(self, artifact: Artifact) -> Blob:
-        raise NotFound("no upstream is configured (-upstream off)")
-
-
 def first_of(attempts: Sequence[tuple[Callable[[], T], bool]]) -> T:
     """The first success. Absence moves on to the next attempt, other trouble only where its second
     half says so. When all fail, trouble is told before absence, as the go command does. A host that
@@ -9624,7 +9622,7 @@ def _first_of(attempts: Sequence[tuple[Callable[[], T], bool]]) -> T:
             trouble = trouble or unframed(error)
             if not any_error:
                 break
-    raise trouble or absence or NotFound("no upstream is configured")
+    raise trouble or absence or NotFound("no upstream is configured (-upstream off)")
 
 
 class FirstOf(Source):
@@ -11525,7 +11523,7 @@ _SOURCES: dict[str, Callable[[Client, Hop, Source], Source]] = {
     "direct": lambda client, hop, direct: direct,
     "file": lambda client, hop, direct: LocalFolder(hop.folder),
     "http": lambda client, hop, direct: Upstream(client, hop.url or Url("", "", 0)),
-    "off": lambda client, hop, direct: Nowhere(),
+    "off": lambda client, hop, direct: FirstOf([]),
 }
 
 
@@ -12852,14 +12850,24 @@ class SumDbOrigin:
         return supported
 
 
+_TILE = re.compile(
+    r"tile/8/(?P<level>data|[0-9]{1,2})/(?:x[0-9]{3}/)*[0-9]{3}(?:\.p/(?P<part>[0-9]{1,3}))?"
+)
+
+
+def stored_tile(storage: Storage, name: str) -> str:
+    """A tile, or where that is not stored, one that begins with it."""
+    full, _, width = name.partition(".p/")
+    parts = [part for part in storage.names(f"{full}.p/") if part.isdecimal()]
+    wider = sorted(int(part) for part in parts if int(part) >= int(width or TILE_WIDTH))
+    return f"{full}.p/{wider[0]}" if wider else full
+
+
 class SumDb:
     """Checksum databases, so that clients that reach only us can verify (Go: "Proxying a checksum
     database", go.dev/design/25530-sumdb), and so that we can. Records and tiles are kept for ever.
     """
 
-    _TILE = re.compile(
-        r"tile/8/(?P<level>data|[0-9]{1,2})/(?:x[0-9]{3}/)*[0-9]{3}(?:\.p/(?P<part>[0-9]{1,3}))?"
-    )
     _THREADS, _REMEMBERED = 12, 10_000
     # Seconds that a fill waits for its record when it is there itself; the second, if the database
     # failed the last time it was asked.
@@ -13044,7 +13052,7 @@ class SumDb:
     def tile(self, database: str, what: str, reach: Reach) -> Answer:
         """A tile; a partial one is cut from a wider one where that is stored."""
         self.check_known(database)
-        match = self._TILE.fullmatch(what)
+        match = _TILE.fullmatch(what)
         if not match:
             raise BadName("malformed tile")
         width = int(match["part"] or TILE_WIDTH)
@@ -13056,7 +13064,8 @@ class SumDb:
             with contextlib.suppress(NotFound, StoreDown):
                 return self._cache.small(name, Reach.STORED, bytes)
             with contextlib.suppress(NotFound, StoreDown):
-                wider = self._cache.small(self._wider(name, width), Reach.STORED, bytes)
+                found = stored_tile(self._cache.storage, name)
+                wider = self._cache.small(found, Reach.STORED, bytes)
                 if len(wider.data) >= size:
                     return self._cut(name, wider, size, reach)
 
@@ -13077,14 +13086,6 @@ class SumDb:
             self._cache.keep(name, piece, replace=False)
         return wider._replace(body=piece, stored=None)
 
-    def _wider(self, name: str, width: int) -> str:
-        """A stored tile that a partial one is the beginning of: a wider one, or the full one."""
-        full, _, _ = name.partition(".p/")
-        for part in self._cache.storage.names(f"{full}.p/"):
-            if part.isdecimal() and int(part) >= width:
-                return f"{full}.p/{part}"
-        return full
-
     def _fetch(self, database: str, what: str) -> bytes:
         data = self._origin.fetch(database, what)
         if database not in self._marked:
@@ -13098,7 +13099,7 @@ class SumDb:
         self._tile_lane.close()
 
 
-# --- upkeep ---
+# Upkeep
 
 
 def unhurried(items: Iterable[T]) -> Iterator[T]:
@@ -14423,15 +14424,13 @@ class Inspector(Round):
                 self._storage.remove(name)
 
 
-# --- export and import ---
+# Export and import
 
 MANIFEST = OWN_MARK + "manifest"  # lines as sha256sum writes and checks them
 _MAX_MANIFEST = 512 << 20
 _LOOKUP_NAME = re.compile(r"sumdb/[^/]+/lookup/(.+)@([^/@]+)")
 _ANSWER_NAME = re.compile(r"(.+)/(?:@latest|@v/[^/]+\.info)")
-_TILE_NAME = re.compile(
-    r"sumdb/[^/]+/tile/8/(?:data|[0-9]{1,2})/(?:x[0-9]{3}/)*[0-9]{3}(?:\.p/([0-9]{1,3}))?"
-)
+_TILE_NAME = re.compile(rf"sumdb/[^/]+/{_TILE.pattern}")
 _H1 = re.compile(rb"h1:[A-Za-z0-9+/]{43}=\n?")
 
 
@@ -14683,14 +14682,8 @@ class Exporter:
         places += [(tile.level, tile.number) for tile in edges]
         tiles = {*edges, *proving_tiles(max(heads), places)}
         kept = {"latest", "supported"} & set(self._storage.names(place))
-        return {place + name for name in kept} | {self._stored_tile(place + t.name) for t in tiles}
-
-    def _stored_tile(self, name: str) -> str:
-        """A tile, or where that is not stored, one that begins with it."""
-        full, _, width = name.partition(".p/")
-        parts = [part for part in self._storage.names(f"{full}.p/") if part.isdecimal()]
-        wider = sorted(int(part) for part in parts if int(part) >= int(width or TILE_WIDTH))
-        return f"{full}.p/{wider[0]}" if wider else full
+        found = (stored_tile(self._storage, place + tile.name) for tile in tiles)
+        return {place + name for name in kept}.union(found)
 
 
 class Incoming(NamedTuple):
@@ -14977,8 +14970,8 @@ def _check_sum_file(name: str, data: bytes) -> None:
         line = f"\n{about[0]} {about[1]} h1:".encode()
         _insist(line in b"\n" + read_record(data).text)
     elif tile:
-        size = int(tile[1] or TILE_WIDTH) * HASH_SIZE
-        _insist(bool(data) and ("/data/" in name or len(data) == size))
+        size = int(tile["part"] or TILE_WIDTH) * HASH_SIZE
+        _insist(bool(data) and (tile["level"] == "data" or len(data) == size))
     elif name.endswith("/latest"):
         read_tree(data.partition(b"\n\n")[0] + b"\n")
     else:
@@ -19827,10 +19820,13 @@ class Daemon:
             self._log.line(f"  Set GOPROXY={scheme}://{self._reachable()}:{ports[0]},direct")
 
     def _reachable(self) -> str:
-        host = self._settings.host
-        if host in ("", "0.0.0.0", "::"):
-            return "localhost"
+        host = _from_here(self._settings.host)
         return f"[{host}]" if ":" in host else host
+
+
+def _from_here(host: str) -> str:
+    """By what name this machine reaches what listens on a -host."""
+    return "localhost" if host in ("", "0.0.0.0", "::") else host
 
 
 def run_serve(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -19886,8 +19882,7 @@ def _connected(host: str, port: int) -> socket.socket:
     """A connection to who listens for -host and -port, whichever address a name is. Raises
     OSError."""
     if not host.startswith("unix:"):
-        host = host if host not in ("", "0.0.0.0", "::") else "localhost"
-        return socket.create_connection((host, port), _HEALTH_SECONDS)
+        return socket.create_connection((_from_here(host), port), _HEALTH_SECONDS)
     with contextlib.ExitStack() as failing:
         sock = failing.enter_context(socket.socket(socket.AF_UNIX))
         sock.settimeout(_HEALTH_SECONDS)

@@ -13633,7 +13633,7 @@ def again(tmp_path: Path, upstream: Upstream, request: Any) -> Iterator[Again]:
     flags_given = ["-recheck=0", f"-upstream={upstream.url()}", *getattr(request, "param", [])]
     settings = goproxy.Settings.load(flags_given, {})
     with contextlib.closing(goproxy.Client(dialer(), {})) as client:
-        source = goproxy.open_sources(client, settings.upstream, goproxy.Nowhere())
+        source = goproxy.open_sources(client, settings.upstream, goproxy.FirstOf([]))
         recheck = goproxy.Recheck(source, storage, lambda path, version: True, settings, QUIET_LOG)
         yield Again(storage, recheck, upstream)
 
