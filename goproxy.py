@@ -4496,7 +4496,7 @@ def _blaming(peer: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _naming(who: str) -> Iterator[None]:
+def naming(who: str) -> Iterator[None]:
     """As _blaming, and what is ours already gets `who` before its words."""
     try:
         yield
@@ -5180,7 +5180,7 @@ class Dialer:
 
     def connect_proxy(self, proxy: Url, until: float) -> socket.socket:
         """A connection to the proxy itself, for requests in absolute form."""
-        with _naming(f"proxy {proxy}"):
+        with naming(f"proxy {proxy}"):
             return self._reach(proxy, min(until, time.monotonic() + _CONNECT))
 
     def forward_proxy(self, url: Url) -> Url | None:
@@ -5200,7 +5200,7 @@ class Dialer:
         names = [host]
         if not TUNNELS[proxy.scheme].resolves:
             names = sorted(self.resolver.lookup(host, until), key=_family)[:10]  # IPv4 first
-        with _naming(f"proxy {proxy}"):
+        with naming(f"proxy {proxy}"):
             for left in range(len(names), 0, -1):
                 try:
                     # Half of what is left: a proxy far away needs its time for any of many.
@@ -6121,7 +6121,7 @@ class DnsTransport:
 
     def ask(self, name: str, kind: int, until: float) -> DnsAnswer:
         """The addresses of one kind. Raises BadUpstream, Unreachable, UpstreamTimeout."""
-        with _naming(f"dns: {self._server}"):
+        with naming(f"dns: {self._server}"):
             reply = self._exchange(name, kind, self._SIZE, until)
             if reply.rcode in (_FORMERR, _NOTIMP):  # to EDNS0, as RFC 6891 has it in section 7
                 reply = self._exchange(name, kind, 0, until)
@@ -6259,7 +6259,7 @@ class DnsOverHttps(DnsTransport):
 
     def _ask_json(self, name: str, kind: int, until: float) -> DnsReply | None:
         """None from a server that does not speak JSON."""
-        with _naming(f"dns: {self._server}"):
+        with naming(f"dns: {self._server}"):
             status, media, body = self._get(f"name={name}&type={kind}", self._JSON[0], until)
             if status == 200 and media in self._JSON:
                 return decode_json(body)
@@ -9486,19 +9486,22 @@ class Upstream(Source):
 
     def resolve(self, path: str, query: str) -> Info:
         try:
-            return read_info(self._small(query_name(path, query), MAX_INFO), None)
+            data = self._small(query_name(path, query), MAX_INFO)
         except NotFound:
             versions = self.versions(path) if query == LATEST else []  # as proxyRepo.Latest has it
             if not versions:
                 raise
             return self.resolve(path, newest(versions))
+        with naming(self._url.authority):
+            return read_info(data, None)
 
     def open(self, artifact: Artifact) -> Blob:
         if artifact.kind == "zip":
             return _Download(self._client, below(self._url, artifact.name))
         kind = KINDS[artifact.kind]
         data = self._small(artifact.name, kind.limit)
-        kind.check(artifact, data)
+        with naming(self._url.authority):
+            kind.check(artifact, data)
         return BytesBlob(data)
 
     def _small(self, name: str, limit: int) -> bytes:
@@ -9524,6 +9527,8 @@ class _Download(LongBody):
         self._ahead = b""
         try:
             self._look_ahead()
+            if not self._ahead.startswith(b"PK"):  # a page of somebody in between
+                raise BadUpstream(f"{self._response.peer}: not a zip file")
         except BaseException:
             self.close()
             raise
@@ -11894,7 +11899,9 @@ class Mirror(Modules):
         upstream's, because it knows none or fails, the stored ones alone, if there are any."""
         name = f"{escape_path(path)}/@v/list"
         if reach is Reach.STORED:
-            return Answer(_lines(self._stored.versions(path)), Verdict.HIT)
+            with contextlib.suppress(NotFound):
+                return Answer(_lines(self._stored.versions(path)), Verdict.HIT)
+            raise NotHere("not in the store, and fetching is off")
         try:
             answer = self._cache.changing(name, reach, lambda: _lines(self._source.versions(path)))
         except ProxyError as error:
