@@ -3790,7 +3790,10 @@ METRICS = {
     ),
     "goproxy_store_bytes": Metric("gauge", "Size of what -max-size counts, where that is set."),
     "goproxy_store_errors_total": Metric(
-        "counter", "Failures of the store, to read or to write.", "operation", ("read", "write")
+        "counter",
+        "Failures of the store, to read or to write, and of the bucket for the registry's layers.",
+        "operation",
+        ("read", "write", "read layers", "write layers"),
     ),
     "goproxy_trace_failing": Metric("gauge", "Processes whose spans no collector takes."),
     "goproxy_trace_spans_total": Metric(
@@ -7281,7 +7284,9 @@ class BucketLine:
             size = content_length(fields)
             if size is None:
                 raise ValueError("an object without a length")
-            modified = http_seconds(fields.get("last-modified", ""))
+            if "last-modified" not in fields:
+                raise ValueError("it does not speak S3: an object without a date")
+            modified = http_seconds(fields["last-modified"])
         return ObjectHead(size, modified, fields.get("etag", ""), fields.get(_SHA256_NOTE, ""))
 
     def ask(self, ask: _Ask) -> Response:
@@ -15166,7 +15171,8 @@ class RegistryLine:
 
     def _here(self, found: re.Match[str]) -> str:
         with contextlib.suppress(ValueError):
-            if parse_url(found[0]).origin == self._url.origin:
+            # Behind what ends TLS before us the registry may take itself for one that speaks it.
+            if parse_url(found[0]).authority == self._url.authority:
                 return ""
         return found[0]
 
@@ -15377,10 +15383,16 @@ class Registry:
         self.fetches = fetches
         self._permits: TtlCache[Permit] = TtlCache(self._PERMITS)
         self._away_until = 0.0  # monotonic; 0 unless the bucket has failed
+        self._trouble = ""
         self._flights: Flights[Draft] = Flights()
         self._fills = Lane("registry-fill", self._FILLS if store else 0)
         self._keeps = Lane("registry-keep", self._FILLS if store else 0)
         self._marks = Lane("registry-mark", 1 if store else 0)
+
+    @property
+    def trouble(self) -> str:
+        """Why the bucket, asked within the last minute, was of no use."""
+        return self._trouble if time.monotonic() < self._away_until + 60 else ""
 
     def answer(self, call: Call) -> Relayed:
         """Raises MustWait for a layer that has to be fetched elsewhere, BadUpstream,
@@ -15393,7 +15405,8 @@ class Registry:
         except Refused:
             return self._counted("refused", self._line.relay(call))
         except StoreDown as error:
-            self._away_until = time.monotonic() + self._AWAY_SECONDS
+            METER.add("goproxy_store_errors_total", operation="read layers")
+            self._away_until, self._trouble = time.monotonic() + self._AWAY_SECONDS, str(error)
             self._log.error(f"layers come from the registry itself: {error}")
             return self._line.relay(call)
 
@@ -15556,6 +15569,7 @@ class Registry:
                 reader.wait_for_end()
                 self._flights.land(digest)
         if failure and not draft.error:
+            METER.add("goproxy_store_errors_total", operation="write layers")
             self._log.error(f"{digest} is not kept: {failure}")
 
     def close(self) -> None:
@@ -16222,10 +16236,11 @@ def serve_health(app: App, request: Request) -> Reply:
 def serve_ready(app: App, request: Request) -> Reply:
     """GET /readyz: whether requests should come here. While the store fails, upstream's answers
     can still be passed on; where there are none, 503."""
-    trouble = app.storage.check()
+    asked = {"store": app.storage.check(), "layers": app.registry.trouble if app.registry else ""}
+    troubles = {part: trouble for part, trouble in asked.items() if trouble}
+    told = {"status": "degraded" if troubles else "ok", **troubles}
     alone = app.settings.offline or all(hop.kind == "off" for hop in app.settings.upstream)
-    told = {"status": "degraded", "store": trouble} if trouble else {"status": "ok"}
-    status = 503 if trouble and alone else 200
+    status = 503 if "store" in troubles and alone and not app.registry else 200
     return Reply(status, f"{json.dumps(told)}\n".encode(), "application/json", (_NO_STORE,))
 
 
@@ -18277,6 +18292,8 @@ class AccessLog:
         """A request, or what was none, for which the answer is known."""
         method, target = (request.method, request.target) if request else ("-", "/-")
         status, path = message.status, target[1:]
+        if self._as_text and not request:
+            self._log.line(f"[{client}] {message.body.decode().strip()}")
         if self._as_text and status >= 400:
             self._log.line(f"[ERROR {status}] {path}")
         elif self._as_text and verdict:

@@ -15765,10 +15765,16 @@ def test_a_push_that_its_client_ends_is_no_failure_of_the_registry(run: Run) -> 
         assert "goproxy_upstream_failures_total{" not in proxy.get("metrics").text
 
 
-@pytest.mark.parametrize("host", ["", "http://elsewhere.test"])
-def test_the_next_page_of_a_registry_is_here_if_it_is_there(run: Run, host: str) -> None:
+@pytest.mark.parametrize(
+    ("there", "host"),
+    [("HTTP://{}", ""), ("https://{}", ""), ("http://elsewhere.test", "http://elsewhere.test")],
+    ids=["as asked", "behind what ends TLS", "elsewhere"],
+)
+def test_the_next_page_of_a_registry_is_here_if_it_is_there(
+    run: Run, there: str, host: str
+) -> None:
     def answer(heard: Heard) -> Said:
-        base = host or f"HTTP://{heard.headers['host']}"
+        base = there.format(heard.headers["host"])
         return Said(200, {"Link": f'<{base}/v2/_catalog?last=a&n=1>; rel="next"'}, b"{}")
 
     with scripted(answer) as registry:
@@ -15800,6 +15806,9 @@ def test_without_a_bucket_layers_come_from_the_registry(run: Run, refused: str) 
         for _ in range(3):
             answer = proxy.get(play.path)
             assert (answer.status, answer.body) == (200, play.blob)
+        assert "degraded" in proxy.get("readyz").text
+        figure = 'goproxy_store_errors_total{operation="read layers"}'
+        assert f"{figure} 1\n" in proxy.get("metrics").text
         assert proxy.stop().log.count("layers come from the registry itself") == 1
         alone = run(upstream="off", registry=registry.base)
         answer = alone.get(play.path, Authorization="Basic x")
@@ -15940,8 +15949,17 @@ def test_a_layer_that_cannot_be_kept_is_given_all_the_same(run: Run, s3_place: s
         figures = proxy.get("metrics").text
         assert 'goproxy_registry_blobs_total{result="fetched"} 2\n' in figures
         assert 'goproxy_registry_bytes_total{result="fetched"} 600000\n' in figures
-        assert "goproxy_registry_fills_total 0\n" in figures
+        assert 'goproxy_store_errors_total{operation="write layers"} 2\n' in figures
         proxy.stop()
+
+
+def test_a_web_page_is_no_bucket(run: Run) -> None:
+    play = Play(PLAYED)
+    with scripted(play.answer) as registry, scripted(lambda _: Said(200, {}, b"<p>")) as page:
+        place = f"s3://layers?endpoint={page.base}"
+        proxy = run(upstream="off", registry=registry.base, registry_blobs=place)
+        assert proxy.get(play.path).body == PLAYED
+        proxy.logged("bucket layers: it does not speak S3")
 
 
 def test_check_asks_the_registry_and_its_bucket(run: Run, s3_place: str, refused: str) -> None:
@@ -16616,6 +16634,11 @@ def test_no_control_character_reaches_the_log(run: Run, upstream: Upstream, targ
     log = proxy.stop().log.replace("\n", "")
     assert [letter for letter in log if not letter.isprintable()] == []
     assert [line for line in proxy.log.splitlines() if not re.match(STAMP, line)] == []
+
+
+def test_the_log_tells_who_sent_what_is_no_request(proxy: Proxy) -> None:
+    talk(proxy.port, b"GET\r\n\r\n")
+    assert proxy.stop().lines[:2] == ["[127.0.0.1] malformed request line", "[ERROR 400] -"]
 
 
 def test_quiet_leaves_out_the_requests(run: Run, upstream: Upstream) -> None:
