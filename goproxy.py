@@ -10132,7 +10132,8 @@ class GitRunner:
 _COMPLAINTS: list[tuple[str, type[ProxyError]]] = [
     (
         r"repository '.*' not found|repository not found|does not appear to be a git repository"
-        r"|project you were looking for could not be found|repository not exported",
+        r"|project you were looking for could not be found|repository not exported"
+        r"|cannot find repository|repository .*does not exist|returned error: 410",
         NotFound,
     ),
     (
@@ -10404,8 +10405,14 @@ class Repository:
     def _listed(self) -> bytes:
         words = ("ls-remote", "-q", "--end-of-options", self.url)
         variables = {"GIT_DIR": os.devnull, **self._network()}
+        order = _Order(words, variables, METADATA.total, aloud=True)
         with self._explained():
-            return self._git.run(_Order(words, variables, METADATA.total, aloud=True))
+            said = self._git.run(order)
+            if not said and self.url.startswith("http"):
+                traced = order._replace(variables={**variables, "GIT_TRACE_PACKET": "1"})
+                if b" packet: " not in self._git.run(traced):
+                    raise Unreachable(f"{mask(self.url)}: a page, and no repository")
+            return said
 
     def find(self, revision: str) -> Commit:
         """What a tag, branch, HEAD or a hash of seven digits or more stands for, with its files at
@@ -11210,7 +11217,7 @@ class ImportTag(NamedTuple):
 
 
 _TAG = re.compile(r"""<(/?)([A-Za-z_:][^\s<>/"'=]*)((?:[^<>"']|"[^"]*"|'[^']*')*)>""")
-_ATTRIBUTE = re.compile(r"""([^\s"'=/]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"']+)))?""")
+_ATTRIBUTE = re.compile(r"""([^\s"'=/]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([\w:-]+)))?""", re.ASCII)
 _ENTITY = re.compile(r"&(?:amp|apos|gt|lt|quot|#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6}));")
 _NAMED = {"&amp;": "&", "&apos;": "'", "&gt;": ">", "&lt;": "<", "&quot;": '"'}
 _PASSED_OVER = {"<!--": "-->", "<![CDATA[": "]]>", "<?": "?>", "<!": ">"}

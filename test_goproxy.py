@@ -9851,12 +9851,32 @@ def test_a_server_that_refuses_little_gives_all(quote: Origin) -> None:
     assert versions == {version: read_from(other, version, "zip") for version in versions}
 
 
+def test_a_page_in_the_place_of_a_repository_is_no_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "quote/info").mkdir(parents=True)
+    (tmp_path / "quote/info/refs").write_text("<html>We are moving house</html>")
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Dumb, directory=str(tmp_path))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        origin = Origin.__new__(Origin)
+        origin.folder, origin.url = tmp_path, f"http://127.0.0.1:{server.server_port}/quote"
+        with pytest.raises(goproxy.Unreachable, match="a page, and no repository"):
+            git_source(origin).versions(ACME_QUOTE)
+        server.shutdown()
+
+
 SAYINGS = [
     ("ERROR: Repository not found.", goproxy.NotFound),
     ("fatal: repository 'https://x.test/y/' not found", goproxy.NotFound),
     ("fatal: '/y' does not appear to be a git repository", goproxy.NotFound),
     ("fatal: remote error: access denied or repository not exported: /y", goproxy.NotFound),
     ("remote: The project you were looking for could not be found", goproxy.NotFound),
+    ("Gitea: Cannot find repository: x/y", goproxy.NotFound),
+    ("The requested repository either does not exist or you do not have access.", goproxy.NotFound),
+    (
+        "fatal: unable to access 'https://x/': The requested URL returned error: 410",
+        goproxy.NotFound,
+    ),
     ("fatal: could not read Username for 'https://x.test': No such device", goproxy.Forbidden),
     ("git@x.test: Permission denied (publickey).", goproxy.Forbidden),
     (
@@ -11196,6 +11216,7 @@ IMPORTS = [
     "<!-- never closed " + ROOT,
     "<meta name='go-import' content='a.test git https://x>y'>",
     "<meta data-x name='go-import' content='a.test git https://x'>",
+    "<meta content='a.test git https://x' name=go-import/>",
 ]
 
 DISCOVERY = """package main
