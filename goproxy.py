@@ -6651,14 +6651,22 @@ class ConnectFilter:
 
     def __init__(self, dialer: Dialer) -> None:
         self._dialer = dialer
-        self._secret = f"git:{secrets.token_urlsafe(24)}"
+        self._secret = secrets.token_urlsafe(24)
         self._slots = threading.BoundedSemaphore(self._CONNECTIONS)
         self._closed = threading.Event()
         self._mutex = threading.Lock()
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=self._CONNECTIONS)
-        self.url = f"http://{self._secret}@127.0.0.1:{self._listener.getsockname()[1]}"
+        self.url = self._url("git")
         self._acceptor = in_thread(self._accept)
+
+    def _url(self, user: str) -> str:
+        place = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        return f"http://{urllib.parse.quote(user, safe='')}:{self._secret}@{place}"
+
+    def url_to(self, host: str, port: int) -> str:
+        """As `url`, but it leads to one place alone."""
+        return self._url(f"{host}:{port}")
 
     def close(self) -> None:
         """Cuts what is open and waits for all threads."""
@@ -6710,14 +6718,16 @@ class ConnectFilter:
     def _request(self, head: bytes) -> tuple[str, int]:
         """The target of a request. Raises ProxyError."""
         line, _, fields = head.decode("latin-1").partition("\r\n")
-        shown = re.search(r"(?im)^proxy-authorization: *basic +(\S+)", fields)
-        wanted = base64.b64encode(self._secret.encode())
-        if not shown or not hmac.compare_digest(shown[1].encode(), wanted):
-            raise _NoPassword("this is for the git of goproxy.py alone")
         match = self._TARGET.fullmatch(line)
         if not match:
             raise MethodNotAllowed("only CONNECT host:port")
-        return match[1], int(match[2])
+        host, port = match[1], int(match[2])
+        shown = re.search(r"(?im)^proxy-authorization: *basic +(\S+)", fields)
+        for user in ("git", f"{host}:{port}"):
+            wanted = base64.b64encode(f"{user}:{self._secret}".encode())
+            if shown and hmac.compare_digest(shown[1].encode(), wanted):
+                return host, port
+        raise _NoPassword("this is for the git of goproxy.py alone")
 
     @contextlib.contextmanager
     def _tracked(self, sock: socket.socket) -> Iterator[None]:
@@ -7979,12 +7989,11 @@ class StoreErrors:
         raise StoreDown(f"the store fails: {error.strerror} ({self._name})") from None
 
 
-# A link or a pipe in the place of an artifact is not an artifact; O_NONBLOCK so that opening a
-# pipe does not wait for its other end.
+# A pipe in the place of an artifact is not an artifact; O_NONBLOCK so that opening it does not wait
+# for its other end.
 _READ_FLAGS = (
     os.O_RDONLY
     | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_NOFOLLOW", 0)
     | getattr(os, "O_NONBLOCK", 0)
     | getattr(os, "O_BINARY", 0)
 )
@@ -7998,6 +8007,8 @@ def _place_in_order(entry: os.DirEntry[str]) -> str:
 class Folder(Shelf):
     """A folder laid out as GOMODCACHE/cache/download, only read."""
 
+    _flags = _READ_FLAGS
+
     def __init__(self, folder: str) -> None:
         self._root = os.path.abspath(folder)
 
@@ -8006,7 +8017,7 @@ class Folder(Shelf):
 
     def open(self, name: str) -> FileBlob:
         with StoreErrors(name):
-            file = OpenFile(os.open(self._path(name), _READ_FLAGS))
+            file = OpenFile(os.open(self._path(name), self._flags))
             status = os.fstat(file.descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise FileNotFoundError
@@ -8112,6 +8123,7 @@ class DiskStorage(Folder, Storage):
 
     _OWN = OWN_MARK + "drafts"
     _SEAL = "user.goproxy.sha256"
+    _flags = _READ_FLAGS | getattr(os, "O_NOFOLLOW", 0)  # nobody else's files are given out
 
     def __init__(self, folder: str) -> None:
         """Creates the folder and sweeps drafts of dead processes. Raises StartError."""
@@ -9572,7 +9584,8 @@ class Stored(Source):
             if name.endswith(".zip"):
                 with contextlib.suppress(BadName):
                     versions.append(unescape_version(name[: -len(".zip")]))
-        return [version for version in versions if is_canonical(version)]
+        major = split_path_version(path)[1]
+        return [each for each in versions if is_canonical(each) and fits_major(each, major)]
 
     def versions(self, path: str) -> list[str]:
         found = self.with_zip(path)
@@ -11075,17 +11088,18 @@ class GitAccess:
 
     def over_https(self, url: str, login: VcsLogin) -> Mapping[str, str]:
         """git hands headers of its configuration on to where a redirect leads, so with credentials
-        none is followed."""
+        it gets no farther than the host and port that they are for."""
         origin = "/".join(url.split("/")[:3])
-        config = {
-            "http.followRedirects": "false" if login.authorization or login.helper else "initial"
-        }
+        config = {"http.followRedirects": "initial"}
         if login.authorization:
             config[f"http.{origin}/.extraHeader"] = f"Authorization: {login.authorization}"
         if login.helper:
             config[f"credential.{origin}.helper"] = login.helper
-        if self._filtered:
-            config["http.proxy"] = self._filter_url()
+        place = urllib.parse.urlsplit(url)
+        if login.authorization or login.helper:
+            config["http.proxy"] = self._way().url_to(place.hostname or "", place.port or 443)
+        elif self._filtered:
+            config["http.proxy"] = self._way().url
         certificates = {"GIT_SSL_CAINFO": self._ca_file} if self._ca_file else {}
         return {**_as_config(config), **certificates}
 
@@ -11120,11 +11134,11 @@ class GitAccess:
                 f"{place.scheme} does not go through -proxy: use https, or NO_PROXY={host}"
             )
 
-    def _filter_url(self) -> str:
+    def _way(self) -> ConnectFilter:
         with self._mutex:
             if self._filter is None:
                 self._filter = ConnectFilter(self._dialer)
-            return self._filter.url
+            return self._filter
 
     def close(self) -> None:
         with self._mutex:

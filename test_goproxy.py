@@ -6793,6 +6793,16 @@ def test_filter_serves_nobody_else(git_filter: goproxy.ConnectFilter, target: Pe
     assert target.connections == 0
 
 
+def test_filter_leads_to_one_place_where_its_url_says_so(
+    git_filter: goproxy.ConnectFilter, target: Peer
+) -> None:
+    for port, status in ((target.port, b"200"), (target.port + 1, b"407")):
+        way = urllib.parse.urlsplit(git_filter.url_to("up.test", port))
+        secret = f"{urllib.parse.unquote(way.username or '')}:{way.password}"
+        answer = ask_filter(git_filter, f"CONNECT up.test:{target.port}", secret)
+        assert answer.startswith(b"HTTP/1.1 " + status)
+
+
 @pytest.mark.parametrize(
     "line", ["GET http://up.test/", "CONNECT up.test", "CONNECT up.test:80:80x", "POST up.test:80"]
 )
@@ -9101,6 +9111,24 @@ def test_only_a_regular_file_is_a_stored_one(run: Run, upstream: Upstream, kind:
     assert (run.folder / "secret").read_bytes() == b"module secret"
 
 
+@pytest.mark.parametrize("kind", ["modules", "upstream"])
+def test_a_folder_that_is_only_read_may_hold_links_and_what_is_misplaced(
+    run: Run, kind: str
+) -> None:
+    folder, path = run.folder / "ours", "corp.test/a"
+    there = folder / path / "@v"
+    there.mkdir(parents=True)
+    (run.folder / "real.zip").write_bytes(make_zip(f"{path}@v1.0.0", {"go.mod": f"module {path}"}))
+    (run.folder / "real.info").write_bytes(info_of("v1.0.0"))
+    for end in ("info", "zip"):
+        (there / f"v1.0.0.{end}").symlink_to(run.folder / f"real.{end}")
+    (there / "v2.0.0.zip").write_bytes(b"of corp.test/a/v2")
+    ours: dict[str, Any] = {"modules": str(folder)} if kind == "modules" else {}
+    proxy = run(upstream="off" if ours else folder.as_uri(), sumdb="off", **ours)
+    assert proxy.get(f"{path}/@v/list").versions == ["v1.0.0"]
+    assert [proxy.get(f"{path}/@v/v1.0.0.{end}").status for end in ("info", "zip")] == [200, 200]
+
+
 def test_a_list_from_the_future_is_not_fresh(proxy: Proxy, run: Run, upstream: Upstream) -> None:
     """As when the clock was wrong and has been put right."""
     proxy.get(LIST)
@@ -11381,14 +11409,16 @@ def git_access(proxy: str = "", filtered: bool = False) -> Iterator[goproxy.GitA
         yield access
 
 
-def test_git_over_https_is_given_a_header_and_follows_no_redirect() -> None:
+def test_git_over_https_is_given_a_header_and_a_way_to_one_host() -> None:
     with git_access() as access:
         told = access.environment("https://git.test:443/team/x")
         shown = "Authorization: Basic ZGVwbG95OnMzY3JldA=="
-        assert access.environment("https://git.test/team/x") == {
+        given = access.environment("https://git.test/team/x")
+        assert given == {
             "GIT_ALLOW_PROTOCOL": "https",
-            "GIT_CONFIG_GLOBAL": '[http]\nfollowRedirects = "false"\n'
-            f'[http "https://git.test/"]\nextraHeader = "{shown}"\n',
+            "GIT_CONFIG_GLOBAL": '[http]\nfollowRedirects = "initial"\n'
+            f'[http "https://git.test/"]\nextraHeader = "{shown}"\n'
+            f'[http]\nproxy = "{access._way().url_to("git.test", 443)}"\n',
             "GIT_SSL_CAINFO": "/ca.pem",
         }
         assert told["GIT_CONFIG_GLOBAL"] == '[http]\nfollowRedirects = "initial"\n'
@@ -11397,8 +11427,10 @@ def test_git_over_https_is_given_a_header_and_follows_no_redirect() -> None:
 def test_git_over_https_may_ask_a_helper() -> None:
     with git_access() as access:
         told = access.environment("https://git.corp.test:8443/x")["GIT_CONFIG_GLOBAL"]
+        way = access._way().url_to("git.corp.test", 8443)
     assert told.endswith(
         '[credential "https://git.corp.test:8443"]\nhelper = "/usr/bin/helper --flag"\n'
+        f'[http]\nproxy = "{way}"\n'
     )
 
 
@@ -11806,12 +11838,22 @@ def test_secrets_are_seen_nowhere(world: World, accepted: str) -> None:
     assert b"GIT_CONFIG_VALUE" not in of_git
 
 
-def test_credentials_do_not_follow_a_redirect(world: World) -> None:
+def test_credentials_do_not_follow_a_redirect_to_another_host(world: World) -> None:
     world.forge.accepted = {DEPLOY}
     world.forge.moved["/team/tool.git"] = "https://evil.test/team/tool.git"
     answer = world.start(f"git.test basic deploy {SECRET}").get(f"{TOOL}/list")
     assert answer.status == 502
     assert {host for host, _, _ in world.forge.seen} == {"git.test"}
+
+
+def test_a_repository_that_has_moved_on_its_host_is_followed_with_credentials(world: World) -> None:
+    world.forge.accepted = {DEPLOY}
+    world.forge.moved["/old/tool.git"] = "https://git.test/team/tool.git"
+    rule = "git.test/team/tool=https://git.test/old/tool.git"
+    world.environ["GOPROXY_VCS"] = rule
+    proxy = world.start(f"git.test basic deploy {SECRET}")
+    assert proxy.get(f"{TOOL}/list").versions == ["v1.0.0", "v1.1.0"]
+    assert proxy.get(f"{TOOL}/v1.0.0.zip").status == 200
 
 
 def test_others_modules_are_reached_directly_without_credentials(world: World) -> None:
