@@ -6721,7 +6721,7 @@ class ConnectFilter:
         match = self._TARGET.fullmatch(line)
         if not match:
             raise MethodNotAllowed("only CONNECT host:port")
-        host, port = match[1], int(match[2])
+        host, port = match[1].lower(), int(match[2])
         shown = re.search(r"(?im)^proxy-authorization: *basic +(\S+)", fields)
         for user in ("git", f"{host}:{port}"):
             wanted = base64.b64encode(f"{user}:{self._secret}".encode())

@@ -6799,7 +6799,7 @@ def test_filter_leads_to_one_place_where_its_url_says_so(
     for port, status in ((target.port, b"200"), (target.port + 1, b"407")):
         way = urllib.parse.urlsplit(git_filter.url_to("up.test", port))
         secret = f"{urllib.parse.unquote(way.username or '')}:{way.password}"
-        answer = ask_filter(git_filter, f"CONNECT up.test:{target.port}", secret)
+        answer = ask_filter(git_filter, f"CONNECT Up.test:{target.port}", secret)
         assert answer.startswith(b"HTTP/1.1 " + status)
 
 
