@@ -933,7 +933,7 @@ _HOST_NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_][a-z0-9_-]{0,62})
 _NUMERIC_END = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)")
 _SERVER = re.compile(
     r"(?:([A-Za-z][A-Za-z0-9+.-]*)://)?(?:([^/?#\s]*)@)?"
-    r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]?#]*)(?::([0-9]{0,9}))?(/(?!/)[!-~]*)?"
+    r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]?#]*)(?::([0-9]{0,9}))?(/(?!/)[!\"$->@-~]*)?"
 )
 
 
@@ -964,7 +964,7 @@ def _server(text: str, ports: Mapping[str, int], scheme: str) -> Url:
     """[scheme://][user[:password]@]host[:port][/path]; `scheme` and `ports` have the defaults."""
     match = _SERVER.fullmatch(text)
     if not match:
-        raise ValueError("want [scheme://]host[:port]")
+        raise ValueError("want [scheme://]host[:port][/path], no query")
     named, userinfo, host, port, path = match.groups()
     scheme = (named or scheme).lower()
     if scheme not in ports:
@@ -4481,6 +4481,9 @@ _CONNECT = 5.0
 _HANDSHAKE = 5.0
 
 
+_NO_TLS = ("HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL", "WRONG_VERSION_NUMBER")
+
+
 @contextlib.contextmanager
 def _blaming(peer: str) -> Iterator[None]:
     """The one door where the network's errors become ours."""
@@ -4490,6 +4493,9 @@ def _blaming(peer: str) -> Iterator[None]:
         raise UpstreamTimeout(f"{peer}: {error or 'timed out'}") from None
     except ssl.SSLCertVerificationError as error:
         raise Unreachable(f"{peer}: certificate: {error.verify_message}") from None
+    except ssl.SSLError as error:
+        words = "it does not speak TLS here" if error.reason in _NO_TLS else error.strerror
+        raise Unreachable(f"{peer}: {words or error}") from None
     except BadBody:
         raise  # which is not the peer's
     except (OSError, EOFError) as error:
@@ -5032,17 +5038,22 @@ def connect_tunnel(exact: _Exact, host: str, port: int, proxy: Url) -> None:
     if proxy.user:
         request += f"Proxy-Authorization: {shown}\r\n"
     exact.send(f"{request}\r\n".encode("ascii"))
-    line = exact.head().partition(b"\r\n")[0].decode("latin-1")
+    line, _, fields = exact.head().decode("latin-1").partition("\r\n")
     match = re.fullmatch(r"HTTP/1\.[01] ([0-9]{3})( [\t -~\x80-\xff]*)?", line)
     if not match:
         raise ConnectionError("this is no HTTP proxy")
     if match[1] in ("401", "407"):  # tinyproxy says 401 to a wrong password
-        raise BadUpstream(_unwelcome(proxy))
+        raise BadUpstream(_unwelcome(proxy, ", ".join(_CHALLENGE.findall(fields))))
     if match[1][0] != "2":
         raise ConnectionError(f"refuses {where}: {hide(line[9:], [shown])[:100]}")
 
 
-def _unwelcome(proxy: Url) -> str:
+_CHALLENGE = re.compile(r"(?im)^proxy-authenticate:[ \t]*([!-~][ -~]*)")
+
+
+def _unwelcome(proxy: Url, challenges: str = "") -> str:
+    if challenges and not re.search(r"(?i)(^|, *)basic\b", challenges):
+        return f"it wants {challenges.split()[0].rstrip(',')[:40]}, where we know Basic alone"
     return "user or password is wrong" if proxy.user else "it wants a user and a password"
 
 
@@ -5158,6 +5169,11 @@ class ProxyRoute:
         if any(exemption.covers(name, port) for exemption in self._exempt):
             return None
         return self.proxy
+
+    def peer(self, url: Url) -> str:
+        """Who answers a request for url, in words."""
+        proxy = self.proxy_for(url.host, url.port)
+        return f"{url.authority} by proxy {proxy}" if proxy else url.authority
 
 
 class Dialer:
@@ -5844,15 +5860,15 @@ class Client:
         return True
 
     def _connect(self, url: Url, proxy: Url | None, until: float) -> _Wire:
+        peer = self._dialer.route.peer(url)
         if proxy:
-            sock = self._dialer.connect_proxy(proxy, until)
-            return _Wire(sock, f"{url.authority} by proxy {proxy}")
+            return _Wire(self._dialer.connect_proxy(proxy, until), peer)
         sock = self._dialer.connect(url.host, url.port, until)
         if url.scheme == "http":
-            return _Wire(sock, url.authority)
-        with _blaming(url.authority):
+            return _Wire(sock, peer)
+        with _blaming(peer):
             until = min(until, time.monotonic() + _HANDSHAKE)
-            return _Wire(start_tls(sock, self.tls(), url.host, until), url.authority)
+            return _Wire(start_tls(sock, self.tls(), url.host, until), peer)
 
     def tls(self) -> ssl.SSLContext:
         """Certificates of the system or of SSL_CERT_FILE; read once, at the first use."""
@@ -5945,7 +5961,8 @@ def _check_forwarded(request: Outgoing, response: Response, proxy: Url | None) -
     is_own = ("via" not in fields and not request.is_passed) or "x-squid-error" in fields
     if proxy and (response.status == 407 or (is_own and response.status in (401, 403))):
         response.close()
-        words = "its rules forbid it" if response.status == 403 else _unwelcome(proxy)
+        wanted = _unwelcome(proxy, fields.get("proxy-authenticate", ""))
+        words = "its rules forbid it" if response.status == 403 else wanted
         raise BadUpstream(f"{response.peer}: {words}")
 
 
@@ -6438,6 +6455,7 @@ def open_transport(server: Url, links: DnsLinks) -> DnsTransport:
 class DnsResolver(CachingResolver):
     """Asks the servers of -dns, the next one when one fails."""
 
+    _TURN = 2.0  # seconds: who asks waits five for all, and has to connect as well
     _AAAA_SECONDS = 0.25  # some routers swallow questions for IPv6 (RFC 8305, section 3)
 
     def __init__(self, transports: Sequence[DnsTransport]) -> None:
@@ -6456,11 +6474,15 @@ class DnsResolver(CachingResolver):
             self._best = (best + turn) % count
             try:
                 return self._ask_both(
-                    self._transports[self._best], name, _share(until, count - turn)
+                    self._transports[self._best], name, self._until(until, count - turn)
                 )
             except BadUpstream as error:
                 failures.append(unframed(error))
         raise type(failures[-1])("; ".join(map(str, failures)))
+
+    def _until(self, until: float, left: int) -> float:
+        """When to turn to the next server, if one is left."""
+        return until if left == 1 else min(_share(until, left), time.monotonic() + self._TURN)
 
     def _ask_both(self, transport: DnsTransport, name: str, until: float) -> DnsAnswer:
         """A and AAAA at once; one that fails is forgiven when the other brings addresses."""
@@ -6571,7 +6593,7 @@ class _Visit:
         return ""
 
     def _handshake(self) -> str:
-        with _blaming(self._url.authority):
+        with _blaming(self._dialer.route.peer(self._url)):
             secure = start_tls(self._opened[0], self._client.tls(), self._url.host, self._until)
         self._opened.append(secure)
         certificate = secure.getpeercert() or {}
@@ -19472,14 +19494,26 @@ def open_outside(settings: Settings, environ: Mapping[str, str]) -> Outside:
     """Opens nothing yet. Raises UsageError."""
     netrc_file, remark = read_credentials(environ)
     keyring, other_remark = read_keyring(settings, netrc_file)
+    ca_file = environ.get("SSL_CERT_FILE", "")
+    last_remark = _authorities_remark(ca_file) if ca_file else ""
     return Outside(
         open_way_out(settings, environ),
         netrc_file,
         keyring,
-        environ.get("SSL_CERT_FILE", ""),
+        ca_file,
         environ.get("PATH", os.defpath),
-        [one for one in (remark, other_remark) if one],
+        [one for one in (remark, other_remark, last_remark) if one],
     )
+
+
+def _authorities_remark(path: str) -> str:
+    """What is wrong with SSL_CERT_FILE: the TLS library passes over what it cannot read."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except OSError as error:
+        why = "no certificates in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+        return f"SSL_CERT_FILE={path}: {why}: nobody is trusted by it"
+    return ""
 
 
 def read_keyring(settings: Settings, netrc_file: Mapping[str, str]) -> tuple[Keyring, str]:
@@ -19694,16 +19728,20 @@ class Daemon:
         variables = TraceVariables(environ)
         self._traces = variables.plan(settings.trace)
         self._remarks = [*self._outside.remarks, *variables.remarks]
-        means = Means(settings.max_size, self._outside.dialer, environ, self._log.line)
-        self._storage = open_store(settings, means)
-        self._layers = open_layers(settings, self._outside.dialer, environ, self._log)
-        self._settings = _as_shared(settings, self._storage)
-        prepare_git(settings, self._outside.search_path)
-        self._manager = ServiceManager(environ)
         handed = Handed(environ.get(_HANDED, ""))
-        self._succession = Succession(handed, self._log)
         self._passed = handed.sockets or passed_sockets(environ)
-        self._sockets = self._passed or [open_socket(settings)]
+        self._sockets = self._passed or [open_socket(settings)]  # before a store is made in vain
+        means = Means(settings.max_size, self._outside.dialer, environ, self._log.line)
+        with contextlib.ExitStack() as undo:
+            for sock in self._sockets:
+                undo.callback(sock.close)
+            self._storage = open_store(settings, means)
+            self._layers = open_layers(settings, self._outside.dialer, environ, self._log)
+            self._settings = _as_shared(settings, self._storage)
+            prepare_git(settings, self._outside.search_path)
+            undo.pop_all()
+        self._manager = ServiceManager(environ)
+        self._succession = Succession(handed, self._log)
 
     def run(self) -> None:
         """Serves until SIGINT or SIGTERM; a second signal ends it at once. SIGUSR2 replaces it."""
@@ -19883,9 +19921,11 @@ def run_serve(settings: Settings, environ: Mapping[str, str]) -> int:
 def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Prints a line for each server that the settings name, and one for the store; 1 if that or
     the first upstream fails. Raises UsageError."""
-    dialer = open_way_out(settings, environ)
-    client = Client(dialer, read_credentials(environ)[0])
+    outside = open_outside(settings, environ)
+    dialer, client = outside.dialer, Client(outside.dialer, outside.netrc_file)
     with contextlib.closing(dialer.resolver), contextlib.closing(client):
+        for remark in outside.remarks:
+            print(f"FAIL  settings  {remark}", flush=True)
         for finding in _way_findings(settings, dialer, environ.get("SSL_CERT_FILE")):
             print(finding, flush=True)
         git = git_version(environ.get("PATH", os.defpath))
@@ -20522,6 +20562,8 @@ def _fill_standard_streams() -> None:
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or sys.stdout
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which would be strict about foreign letters
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20552,6 +20594,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Overloaded, StartError, UsageError) as error:
         print(f"goproxy.py: {printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:  # as who reads what we print has gone, or the folder we are in
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"goproxy.py: {printable(str(error))}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

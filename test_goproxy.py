@@ -4998,6 +4998,7 @@ BAD_DNS = [
     ("tls://a..b", "malformed"),
     ("https://me:secret@dns.example/", "no user and no password"),
     ("tls://dns.example/dns-query", "only https:// has a path"),
+    ("https://dns.example/dns-query{?dns}", "no query"),
 ]
 
 
@@ -5429,6 +5430,23 @@ def test_each_question_has_its_own_number() -> None:
         for n in range(20):
             resolver.lookup(f"n{n}.test", soon())
         assert len({query[:2] for query in fake.asked}) > 35
+
+
+class Deaf(goproxy.DnsTransport):
+    """Remembers the longest that it was to take, in seconds, and is of no use."""
+
+    patience = 0.0
+
+    def ask(self, name: str, kind: int, until: float) -> goproxy.DnsAnswer:
+        self.patience = max(self.patience, until - time.monotonic())
+        raise goproxy.UpstreamTimeout("dns: timed out")
+
+
+def test_mute_servers_leave_time_for_the_next_one() -> None:
+    servers = [Deaf(server, links()) for server in goproxy.parse_dns("1.1.1.1,2.2.2.2,3.3.3.3")]
+    with pytest.raises(goproxy.UpstreamTimeout):
+        goproxy.DnsResolver(servers).lookup("up.test", soon())
+    assert servers[0].patience + servers[1].patience <= 4.0 < servers[2].patience
 
 
 def test_truncated_answer_is_asked_again_by_tcp() -> None:
@@ -6123,6 +6141,7 @@ def test_answer_split_at_every_byte(
     assert script.heard == heard
 
 
+CHALLENGES = b"Proxy-Authenticate: Negotiate\r\nproxy-authenticate:NTLM\r\n"
 BAD_PEERS = [
     ("socks5", [(3, b"\4\0")], "this is no SOCKS5 proxy"),
     ("socks5", [(3, b"HTTP/1.1 400")], "this is no SOCKS5 proxy"),
@@ -6138,6 +6157,11 @@ BAD_PEERS = [
         "http",
         [(b"\r\n\r\n", b"HTTP/1.1 403 No " + b"z" * 500 + b"\r\n\r\n")],
         "refuses 1.2.3.4:80: 403 No z{93}$",
+    ),
+    (
+        "http",
+        [(b"\r\n\r\n", b"HTTP/1.1 407 No\r\n" + CHALLENGES + b"\r\n")],
+        "it wants Negotiate, where we know Basic alone$",
     ),
     (
         "http",
@@ -6243,6 +6267,30 @@ def test_https_goes_through_a_tunnel(
     with Peer(Script((b"\r\n\r\n", OK)), trust.server) as origin:
         url = f"https://localhost:{origin.port}/"
         assert fetched(url, proxy_url(request, name), trust) == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n", r"localhost:1 by proxy \S+: "),
+        (b"HTTP/1.1 200 OK\r\n\r\n<html>", r"localhost:1 by proxy \S+: it does not speak TLS"),
+    ],
+)
+def test_what_fails_behind_a_tunnel_names_the_proxy(said: bytes, words: str) -> None:
+    with (
+        Peer(Script((b"\r\n\r\n", said))) as proxy,
+        pytest.raises(goproxy.BadUpstream, match=words),
+    ):
+        fetched("https://localhost:1/", f"http://127.0.0.1:{proxy.port}")
+
+
+def test_a_proxy_that_takes_no_basic_password_is_told_so_for_plain_http() -> None:
+    said = b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n" + CHALLENGES + b"\r\n"
+    with (
+        Peer(Script((b"\r\n\r\n", said))) as proxy,
+        pytest.raises(goproxy.BadUpstream, match=r"it wants Negotiate, where we know Basic alone$"),
+    ):
+        fetched("http://localhost:1/", f"http://joe:sesame@127.0.0.1:{proxy.port}")
 
 
 def test_dead_proxy_for_absolute_form_is_named(closed: int) -> None:
@@ -6605,6 +6653,38 @@ def test_check_tells_a_status_in_words_and_makes_no_store(
     status, out = checked(tmp_path, f"-upstream={upstream.url(fault)}", CACHE_DIR=place)
     assert status == 1
     assert re.search(rf"answered {fault} (Unauthorized|Internal Server Error)\n$", out)
+
+
+def test_check_tells_of_authorities_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, why in (("/no/such", "No such file"), (__file__, "no certificates")):
+        _, out = checked(tmp_path, "-upstream=off", SSL_CERT_FILE=path)
+        assert out.startswith(f"FAIL  settings  SSL_CERT_FILE={path}: {why}")
+        assert out.count("\n") == 1
+
+
+def check_printing_to(target: int, folder: Path, **variables: str) -> subprocess.Popen[bytes]:
+    environ = clean_environment(folder, {"GOPROXY_SUMDB": "off", **variables})
+    words = [*STRICT, goproxy.__file__, "check", "-upstream=off"]
+    return subprocess.Popen(words, stdout=target, stderr=subprocess.PIPE, env=environ, cwd=folder)
+
+
+@pytest.mark.parametrize("place", ["/dev/full", "a pipe"])
+def test_what_cannot_be_printed_is_one_line_and_status_1(tmp_path: Path, place: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    target = os.open(place, os.O_WRONLY) if place[0] == "/" else writing
+    with check_printing_to(target, tmp_path) as ended:
+        os.close(writing)
+        assert ended.communicate()[1].count(b"\n") == 1
+    assert ended.returncode == 1
+
+
+def test_letters_that_cannot_be_printed_are_told_by_their_numbers(tmp_path: Path) -> None:
+    narrow = {"PYTHONIOENCODING": "ascii", "CACHE_DIR": "caf\xe9"}
+    with check_printing_to(subprocess.PIPE, tmp_path, **narrow) as ended:
+        out, err = ended.communicate()
+    assert (ended.returncode, err) == (0, b"")
+    assert b"  caf\\xe9  not there" in out
 
 
 def test_check_fails_for_the_first_upstream_alone(
@@ -19696,6 +19776,7 @@ def test_a_taken_port_is_one_line_and_status_1(tmp_path: Path) -> None:
     assert port in ended.err.splitlines()[-1]
     assert "-port" in ended.err.splitlines()[-1]
     assert "Traceback" not in ended.err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_pair_that_is_none_is_one_line_and_status_2(tmp_path: Path, trust: Trust) -> None:
