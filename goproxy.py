@@ -3052,6 +3052,16 @@ KINDS = {
 }
 
 
+def glance(name: str, file: BinaryIO) -> None:
+    """Raises BadUpstream if a stored file is plainly no artifact of its name, which takes no time:
+    of a zip, only its end is looked at."""
+    artifact = stored_artifact(name)
+    if artifact and artifact.kind == "zip":
+        _find_directory(_Archive(file))
+    elif artifact and artifact.kind in KINDS:
+        KINDS[artifact.kind].check(artifact, file.read(KINDS[artifact.kind].limit))
+
+
 # =============================================================================
 # 5. Tools: blobs, drafts, flights, lanes, memory with a time limit, the log
 # =============================================================================
@@ -8136,6 +8146,9 @@ class _Marks:
         self._bytes[start:end] = mark + self._bytes[start : end - self._MARK]
 
 
+_NOT_FOR_GOOD = {errno.EDQUOT, errno.EIO, errno.ENOSPC, errno.EROFS}
+
+
 class DiskStorage(Folder, Storage):
     """A folder in the layout that file:// and nginx read as well.
 
@@ -8160,6 +8173,9 @@ class DiskStorage(Folder, Storage):
             with contextlib.suppress(FileNotFoundError):  # another process has swept it
                 os.unlink(probe)
         except OSError as error:
+            if error.errno in _NOT_FOR_GOOD and os.path.isdir(self._root):
+                self.remark = f"The store cannot be written yet: {error.strerror}"
+                return
             raise StartError(
                 f"cannot write to the cache folder {folder}: {error.strerror}; "
                 f"make it writable for this user{_user()} or choose another one with -cache"
@@ -8183,14 +8199,28 @@ class DiskStorage(Folder, Storage):
         return blob
 
     def _check(self, name: str, blob: FileBlob) -> None:
-        seal = _attribute(blob.descriptor, self._SEAL)
-        if seal and seal.hex() != digest_of(blob.again()):
+        trouble = self._trouble(name, blob)
+        if trouble:
             aside = os.path.join(self._root, BAD_PLACE, name)
             self._make_folder(os.path.dirname(aside))
             os.replace(self._path(name), aside)
-            raise Spoiled(f"its bytes have changed on the disk: moved aside to {BAD_PLACE}/{name}")
+            raise Spoiled(f"{trouble}: moved aside to {BAD_PLACE}/{name}")
         self._sound.add(blob.stamp)
         UNREADABLE.discard(blob.stamp)
+
+    def _trouble(self, name: str, blob: FileBlob) -> str:
+        """Without a seal, what a glance tells: a copied file may be a piece of one, and those of
+        go, which does not sync them, are empty after a power cut."""
+        seal = _attribute(blob.descriptor, self._SEAL)
+        if seal:
+            is_same = seal.hex() == digest_of(blob.again())
+            return "" if is_same else "its bytes have changed on the disk"
+        try:
+            with blob.reading() as file:
+                glance(name, file)
+        except BadUpstream as error:
+            return str(error)
+        return ""
 
     def draft(self) -> Draft:
         """On a disk that takes no file, one that cannot be stored, but given out."""
@@ -8769,13 +8799,14 @@ class SqlStorage(RemoteStorage):
         )
 
     def _tidy(self, line: SqlLine) -> None:
-        """Removes some of the oldest waste, once in a while."""
+        """Removes some of the oldest waste, once in a while, if that can be written."""
         if time.monotonic() < self._tidy_at:
             return
         self._tidy_at = time.monotonic() + self._TIDY_SECONDS
         select = "SELECT body FROM goproxy_waste WHERE since < ? ORDER BY since LIMIT ?"
-        for row in line.rows(select, time.time() - self._WASTE_SECONDS, self._TIDY_BODIES):
-            self._discard(line, row[0])
+        with contextlib.suppress(StoreDown):
+            for row in line.rows(select, time.time() - self._WASTE_SECONDS, self._TIDY_BODIES):
+                self._discard(line, row[0])
 
     @staticmethod
     def _discard(line: SqlLine, body: int) -> None:
@@ -8910,6 +8941,9 @@ class Sqlite(SqlDialect):
             raise StoreDown("the store fails: its disk is full")
 
     def refuse(self, error: StoreDown) -> None:
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(os.path.dirname(self._path)).free < self._SPARE:
+                return  # full: not for good
         raise StartError(
             f"cannot use {self._path} as a store: {error}; make it and its folder writable, or "
             "put a good copy in its place (or none: it fills again), or choose another -cache"
@@ -13221,7 +13255,7 @@ def _shorten_list(storage: Storage, name: str, version: str) -> None:
     if kept == listed:
         return
     storage.remove(name)
-    if kept:  # for those who read the folder itself
+    if kept and isinstance(storage.truth, Folder):  # for those who read that itself
         with drafting(storage) as draft:
             draft.modified = 0.0  # so old that we ask upstream before we give it out
             draft.write(_lines(kept))
@@ -14471,7 +14505,7 @@ class Inspector(Round):
 
     def _put_aside(self, item: Item, error: ProxyError) -> None:
         place = f"{BAD_PLACE}/{item.name}"
-        self._tell("bad", item, f"{error}; moved to {place}", error=str(error), place=place)
+        self._tell("bad", item, f"{error}: moved aside to {place}", error=str(error), place=place)
         sides = [item.name + "hash"] if item.name.endswith(".zip") else []
         for name in (*sides, item.name):
             with contextlib.suppress(NotFound):
@@ -14794,7 +14828,7 @@ class TarFiles:
                 size = int(said.get("size", size))
                 if offset + size > self._length:
                     raise BadUpstream("the archive is cut")
-                name = said.get("path") or _tar_name(head)
+                name = (said.get("path") or _tar_name(head)).removeprefix("./")  # tar -C DIR .
                 if kind in "0\0":
                     yield Incoming(name, _Piece(self._file, offset, size))
                 elif kind != "5":
@@ -15886,9 +15920,8 @@ def parse_request(head: bytes, passed: str = "\0") -> Request:
 def split_head(received: bytes) -> tuple[bytes | None, bytes]:
     """A head without its empty line, None if it is not complete, and what follows it. Raises
     ProxyError for what can be the beginning of none."""
-    if received.startswith(b"\r\n"):
-        received = received[2:]  # RFC 9112, section 2.2: be robust, once
-    head, end, rest = received.partition(b"\r\n\r\n")
+    told = received[2:] if received.startswith(b"\r\n") else received  # RFC 9112, 2.2: robust, once
+    head, end, rest = told.partition(b"\r\n\r\n")
     if end and len(head) <= _HEAD_LIMIT:
         return head, rest
     if len(received) > _LINE_LIMIT and b"\r\n" not in received[: _LINE_LIMIT + 2]:

@@ -41,6 +41,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import statistics
 import struct
@@ -8012,6 +8013,13 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[goproxy.
             yield made
 
 
+def test_a_list_without_what_was_taken_out_is_never_fresh(storage: goproxy.Storage) -> None:
+    storage.put(LIST, b"v1.0.0\nv1.1.0\n")
+    goproxy.forget_answers(storage, "example.com/quote", "v1.1.0")
+    with contextlib.suppress(goproxy.NotFound), contextlib.closing(storage.open(LIST)) as blob:
+        assert (blob.read_all(99), blob.modified) == (b"v1.0.0\n", 0)
+
+
 def read(storage: goproxy.Storage, name: str) -> bytes:
     with contextlib.closing(storage.open(name)) as blob:
         return blob.read_all(1 << 30)
@@ -8339,6 +8347,19 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield lent
 
 
+def test_a_database_that_takes_no_change_is_read(tmp_path: Path) -> None:
+    with opened(f"sqlite:{tmp_path}/db") as storage:
+        storage.put(MOD, SITE[MOD])
+    with contextlib.closing(sqlite3.connect(tmp_path / "db")) as base:
+        base.executescript(
+            "INSERT INTO goproxy_waste VALUES (1, 0);"
+            "CREATE TRIGGER refuse BEFORE DELETE ON goproxy_waste "
+            "BEGIN SELECT RAISE(ABORT, 'read-only'); END"
+        )
+    with opened(f"sqlite:{tmp_path}/db") as storage:
+        assert read(storage, MOD) == SITE[MOD]
+
+
 def test_of_many_writers_the_first_wins_for_all(place: str) -> None:
     with opened(place) as one, opened(place) as other:
 
@@ -8661,6 +8682,30 @@ def test_what_the_disk_has_no_room_for_is_given_out_all_the_same(
         assert [proxy.get(path).body for path in (INFO, BIG)] == [SITE[INFO], SITE[BIG]]
     proxy.logged("the store works again")
     assert [proxy.get(path).headers["x-cache"] for path in (INFO, BIG)] == ["HIT", "HIT"]
+
+
+@pytest.mark.parametrize("place", ["{}/cache", "sqlite:{}/store.db"])
+def test_a_disk_may_be_full_at_the_start(
+    run: Run, upstream: Upstream, small_disk: Path, place: str
+) -> None:
+    run(cache=place.format(small_disk), upstream=upstream.url()).get(MOD)
+    run.stop()
+    with contextlib.suppress(OSError), (small_disk / "full").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    proxy = run(cache=place.format(small_disk), upstream=upstream.url())
+    assert [proxy.get(path).body for path in (MOD, BIG)] == [SITE[MOD], SITE[BIG]]
+    (small_disk / "full").unlink()
+    assert proxy.get(MOD).headers["x-cache"] == "HIT"
+
+
+def test_a_folder_that_may_only_be_read_is_read(
+    run: Run, upstream: Upstream, small_disk: Path
+) -> None:
+    plant(small_disk, {MOD: SITE[MOD]})
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    proxy = run(cache=str(small_disk), upstream=upstream.url())
+    assert [proxy.get(path).headers["x-cache"] for path in (MOD, ZIP)] == ["HIT", "MISS"]
 
 
 # --- replicas ----------------------------------------------------------------
@@ -9151,6 +9196,16 @@ def test_bytes_that_changed_on_the_disk_are_not_served_but_fetched_again(
     assert proxy.get(name).body == SITE[name] == (run.cache / name).read_bytes()
     assert (run.cache / ".goproxy-bad" / name).read_bytes() == bad
     assert f"moved aside to .goproxy-bad/{name}" in proxy.stop().log
+
+
+@pytest.mark.parametrize("length", [0, -30])
+@pytest.mark.parametrize("name", [INFO, MOD, ZIP])
+def test_a_piece_of_a_file_that_was_copied_in_is_not_served(
+    run: Run, upstream: Upstream, name: str, length: int
+) -> None:
+    plant(run.cache, {name: SITE[name][:length]})
+    assert run(upstream=upstream.url()).get(name).body == SITE[name]
+    assert (run.cache / ".goproxy-bad" / name).exists()
 
 
 def keeps_attributes(folder: Path) -> None:
@@ -13927,14 +13982,17 @@ def untarred(archive: bytes) -> dict[str, bytes]:
 
 
 def tarred(
-    files: Mapping[str, bytes], kind: bytes = tarfile.REGTYPE, form: int = tarfile.PAX_FORMAT
+    files: Mapping[str, bytes],
+    kind: bytes = tarfile.REGTYPE,
+    form: int = tarfile.PAX_FORMAT,
+    prefix: str = "",
 ) -> bytes:
     """A tar archive with a manifest, whose other entries are of a kind."""
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=form) as tar:
         for name, data in {**files, goproxy.MANIFEST: sums.encode()}.items():
-            entry = tarfile.TarInfo(name)
+            entry = tarfile.TarInfo(prefix + name)
             entry.size, entry.linkname = len(data), "/etc/passwd"
             entry.type = tarfile.REGTYPE if name == goproxy.MANIFEST else kind
             tar.addfile(entry, io.BytesIO(data))
@@ -14144,6 +14202,12 @@ def test_random_bytes_in_an_archive_are_refused_or_do_no_harm() -> None:
         assert {item.name: read(storage, item.name) for item in storage.walk()}.items() <= {
             (name, SITE[name]) for name in (INFO, MOD)
         }
+
+
+def test_an_archive_of_the_folder_itself_is_imported() -> None:
+    storage = goproxy.MemoryStorage(None)
+    assert imported(storage, tarred({INFO: SITE[INFO]}, prefix="./")).failures == 0
+    assert read(storage, INFO) == SITE[INFO]
 
 
 def test_flipped_bytes_are_found_by_the_manifest() -> None:
@@ -18702,6 +18766,14 @@ def hear_chunks(said: bytes) -> None:
     assert heard == response.read()
 
 
+def test_a_head_is_the_same_however_it_comes() -> None:
+    for lead in range(3):
+        head = b"\r\n" * lead + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        for cut in range(1, len(head)):
+            _, rest = goproxy.split_head(head[:cut])
+            assert goproxy.split_head(rest + head[cut:]) == goproxy.split_head(head)
+
+
 def take_request(data: bytes) -> None:
     """A head that is taken cannot be two, in whatever way somebody else reads it."""
     head, _ = goproxy.split_head(data)
@@ -20665,7 +20737,7 @@ def test_verify_moves_aside_what_is_bad(inspect: Inspect, run: Run, what: str) -
     name, data = SPOILT_FILES[what]
     ended, left = inspect({name: data})
     assert ended.status == 1
-    assert f"{name}: " in ended.out and "; moved to .goproxy-bad/" in ended.out
+    assert f"{name}: " in ended.out and ": moved aside to .goproxy-bad/" in ended.out
     assert len(left) == 8 and name not in left
     assert (run.cache / ".goproxy-bad" / name).read_bytes() == data
 
