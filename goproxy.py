@@ -11683,7 +11683,7 @@ _REFRESH_WAIT = 1.0
 
 class Cache:
     """A storage in front of something slower. What never changes is fetched once, what changes is
-    fresh for `ttl` seconds, absence is remembered for a minute in memory, trouble never.
+    fresh for `ttl` seconds, absence is remembered as long, a minute at most, trouble never.
 
     A fetch belongs to its flight: the client that began it may leave, the fetch goes on, and
     everybody who asks meanwhile shares it."""
@@ -11818,7 +11818,7 @@ class Cache:
 
     def _remember(self, name: str, error: ProxyError) -> None:
         if isinstance(error, NotFound):
-            self._absent.put(name, unframed(error), _NEGATIVE_SECONDS)
+            self._absent.put(name, unframed(error), min(self._ttl, _NEGATIVE_SECONDS))
         else:
             self._failed.put(name, True, min(self._ttl, _NEGATIVE_SECONDS))
             self._log.error(f"{name}: {error}", status=error.status)

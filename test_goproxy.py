@@ -9875,6 +9875,9 @@ def test_without_a_ttl_the_repository_is_asked_each_time(run: Run, quote: Origin
     assert proxy.get(f"{ACME_QUOTE}/@v/list").versions == ["v1.0.0", "v1.1.0"]
     quote("tag", "v1.2.0", "dev")
     assert json.loads(proxy.get(f"{ACME_QUOTE}/@latest").body)["Version"] == "v1.2.0"
+    assert proxy.get(f"{ACME_QUOTE}/@v/v1.3.0.info").status == 404
+    quote("tag", "v1.3.0", "dev")
+    assert proxy.get(f"{ACME_QUOTE}/@v/v1.3.0.info").status == 200
 
 
 def test_a_new_tag_is_found_at_once(quote: Origin) -> None:
