@@ -15560,7 +15560,7 @@ class Registry:
         lines = [] if is_away else end_to_end(head.lines, "date")
         if not _value(lines, "content-type"):
             lines.append(("Content-Type", "application/octet-stream"))
-        length = content_length(head.fields)
+        length = content_length(head.fields) or None  # some say 0 to every HEAD
         is_told = length is not None or _value(lines, "docker-content-digest") == call.digest
         permit = Permit(lines, length, is_away or not is_told)
         if self._store and self._store.permit:
@@ -16515,8 +16515,10 @@ def serve_registry(app: App, request: Request) -> Reply:
     return Reply(found.status, found.body, "", tuple(found.lines), found.verdict, is_passed=True)
 
 
-def refuse_registry(error: ProxyError) -> Reply:
+def refuse_registry(app: App, request: Request, error: ProxyError) -> Reply:
     """An error as a registry tells it (OCI Distribution Specification, "Error Codes")."""
+    if error.status >= 500:
+        app.log.error(f"{request.target[1:]}: {error}", status=error.status)
     row = {"code": "UNAVAILABLE" if error.status >= 500 else "UNSUPPORTED", "message": str(error)}
     body = json.dumps({"errors": [row]}) + "\n"
     version = ("Docker-Distribution-Api-Version", "registry/2.0")
@@ -17186,7 +17188,7 @@ def _respond(app: App, request: Request) -> Reply:
     except MustWait:
         raise
     except ProxyError as error:
-        return refuse_registry(error) if request.is_passed else refuse(error)
+        return refuse_registry(app, request, error) if request.is_passed else refuse(error)
     except MemoryError:
         app.log.error(f"{request.target}: out of memory", status=503)
         return refuse(Overloaded("out of memory"))
@@ -18407,7 +18409,7 @@ class AccessLog:
         trace = {"trace_id": visit.span.trace_id} if visit.span else {}
         self._log.line(
             "request",
-            "error" if visit.status >= 500 else "info",
+            "error" if visit.status >= 500 and visit.method != "-" else "info",
             client=visit.client,
             method=visit.method,
             path=visit.path,

@@ -16190,6 +16190,26 @@ def test_a_registry_that_is_away_is_told_as_registries_tell_it(run: Run, refused
     (error,) = json.loads(answer.body)["errors"]
     assert error["code"] == "UNAVAILABLE"
     assert "Connection refused" in error["message"]
+    assert error["message"] in proxy.logged(" v2/: ")
+
+
+def test_a_registry_that_tells_no_length_by_head_is_asked_for_a_layer_once(
+    run: Run, s3_place: str
+) -> None:
+    play, lengthless = (
+        Play(PLAYED),
+        {"Content-Length": "0", "Docker-Content-Digest": digest_of(PLAYED)},
+    )
+
+    def answer(heard: Heard) -> Said:
+        return Said(200, lengthless) if heard.method == "HEAD" else play.answer(heard)
+
+    with scripted(answer) as registry:
+        proxy = run(upstream="off", registry=registry.base, registry_blobs=s3_place)
+        for _ in range(2):
+            assert proxy.get(play.path).body == PLAYED
+            await_figure(proxy, "goproxy_registry_fills_total", 1)
+        assert [heard.method for heard in registry.seen] == ["HEAD", "GET", "HEAD"]
 
 
 def test_a_registry_asks_for_a_login_through_a_proxy_that_does_not_say_it_is_one(run: Run) -> None:
@@ -16849,6 +16869,12 @@ def test_no_control_character_reaches_the_log(run: Run, upstream: Upstream, targ
 def test_the_log_tells_who_sent_what_is_no_request(proxy: Proxy) -> None:
     talk(proxy.port, b"GET\r\n\r\n")
     assert proxy.stop().lines[:2] == ["[127.0.0.1] malformed request line", "[ERROR 400] -"]
+
+
+def test_what_is_no_request_is_no_error_of_ours(run: Run) -> None:
+    proxy = run(upstream="off", ready="GOPROXY=", log_format="json")
+    assert b" 505 " in talk(proxy.port, b"GET / HTTP/9.9\r\nHost: x\r\n\r\n")
+    assert json.loads(proxy.logged('"status": 505'))["level"] == "info"
 
 
 def test_quiet_leaves_out_the_requests(run: Run, upstream: Upstream) -> None:
