@@ -6672,6 +6672,11 @@ class _NoPassword(ProxyError):
         return [("Proxy-Authenticate", 'Basic realm="goproxy"')]
 
 
+# Why the way to a host:port was refused, of which git tells the status alone.
+REFUSED: TtlCache[str] = TtlCache(1000)
+_REFUSED_SECONDS = 60.0
+
+
 class ConnectFilter:
     """An HTTP proxy on loopback, so that -proxy and -dns hold for git as well.
 
@@ -6688,12 +6693,15 @@ class ConnectFilter:
         self._closed = threading.Event()
         self._mutex = threading.Lock()
         self._open: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=self._CONNECTIONS)
+        try:
+            self._listener = socket.create_server(("127.0.0.1", 0), backlog=self._CONNECTIONS)
+        except OSError:  # a machine of IPv6 alone
+            self._listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
         self.url = self._url("git")
         self._acceptor = in_thread(self._accept)
 
     def _url(self, user: str) -> str:
-        place = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        place = _authority(*self._listener.getsockname()[:2])
         return f"http://{urllib.parse.quote(user, safe='')}:{self._secret}@{place}"
 
     def url_to(self, host: str, port: int) -> str:
@@ -6739,13 +6747,20 @@ class ConnectFilter:
         exact = _Exact(client, until)
         try:
             host, port = self._request(exact.head())
-            server = self._dialer.connect(host, port, until)
+            server = self._reach(host, port, until)
         except ProxyError as error:
             exact.send(_refusal(error))
             return
         with self._tracked(server):
             exact.send(b"HTTP/1.1 200 Connected\r\n\r\n")
             _pump(client, server)
+
+    def _reach(self, host: str, port: int, until: float) -> socket.socket:
+        try:
+            return self._dialer.connect(host, port, until)
+        except ProxyError as error:
+            REFUSED.put(f"{host}:{port}", str(error), _REFUSED_SECONDS)
+            raise
 
     def _request(self, head: bytes) -> tuple[str, int]:
         """The target of a request. Raises ProxyError."""
@@ -10220,7 +10235,11 @@ def _meaning(said: str, url: str) -> ProxyError:
     told = [line for line in lines if re.match("(fatal|error|remote|ERROR):.*[a-z]", line)] or lines
     if told and told[0].startswith("fatal: Could not read from remote"):
         told = lines[max(0, lines.index(told[0]) - 1) :]  # ssh has said why, just before
-    words = printable(mask(told[0])[:300]) if told else "git failed"
+    words = told[0] if told else "git failed"
+    if "CONNECT" in words:
+        place = urllib.parse.urlsplit(url)
+        words = REFUSED.get(f"{place.hostname}:{place.port or 443}") or words
+    words = printable(mask(words)[:300])
     kinds = (kind for pattern, kind in _COMPLAINTS if re.search(pattern, said, re.IGNORECASE))
     return next(kinds, Unreachable)(f"{mask(url)}: {words}")
 
@@ -19986,7 +20005,10 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
 def run_health(settings: Settings, environ: Mapping[str, str]) -> int:
     """Asks the server that these settings start for its /health; 1 if it does not answer so."""
     status = "no answer"
-    with contextlib.suppress(OSError), _connected(settings.host, settings.port) as sock:
+    with (
+        contextlib.suppress(BadUpstream, OSError),
+        _connected(settings.host, settings.port) as sock,
+    ):
         link = _own_tls().wrap_socket(sock) if settings.tls_cert else sock
         with link:
             link.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
@@ -20000,9 +20022,10 @@ _HEALTH_SECONDS = 4.0
 
 def _connected(host: str, port: int) -> socket.socket:
     """A connection to who listens for -host and -port, whichever address a name is. Raises
-    OSError."""
+    OSError, BadUpstream."""
     if not host.startswith("unix:"):
-        return socket.create_connection((_from_here(host), port), _HEALTH_SECONDS)
+        until = time.monotonic() + _HEALTH_SECONDS
+        return connect_first(SystemResolver().lookup(_from_here(host), until), port, until)
     with contextlib.ExitStack() as failing:
         sock = failing.enter_context(socket.socket(socket.AF_UNIX))
         sock.settimeout(_HEALTH_SECONDS)

@@ -6896,6 +6896,23 @@ def test_filter_tells_why_it_fails(closed: int, git_filter: goproxy.ConnectFilte
     assert answer.startswith(b"HTTP/1.1 502 ") and answer.endswith(b"Connection refused")
 
 
+IPV6_ALONE = 'ip link set lo up && ip addr del 127.0.0.1/8 dev lo && exec "$@"'
+FILTERING = """import goproxy
+route = goproxy.ProxyRoute()
+filter = goproxy.ConnectFilter(goproxy.Dialer(goproxy.SystemResolver(), route))
+print(filter.url)
+filter.close()"""
+
+
+def test_filter_listens_where_there_is_ipv6_alone() -> None:
+    space = ["unshare", "-rn", "sh", "-c", IPV6_ALONE, "-"]
+    if subprocess.run([*space, "true"], capture_output=True, check=False).returncode:
+        missing("unshare and ip")
+    words = [*space, sys.executable, "-c", FILTERING]
+    told = subprocess.run(words, capture_output=True, cwd=HERE, check=False)
+    assert re.fullmatch(r"http://git:\S+@\[::1\]:\d+\n", told.stdout.decode()), told.stderr
+
+
 @pytest.mark.parametrize("kind", [goproxy.ConnectFilter, NarrowFilter])
 def test_filter_closes_open_connections(kind: type[goproxy.ConnectFilter]) -> None:
     with Peer(mute) as quiet:
@@ -17938,7 +17955,9 @@ def test_nothing_that_goes_out_goes_around_a_dead_proxy(journey: Journey, closed
         dead = f"socks5h://127.0.0.1:{closed}"
         proxy = journey.start(proxy=dead, **going_out(server.base))
         paths = [INFO, "sumdb/sum.test/latest", f"{TOOL}/list", "go.test/x/@v/list", "v2/"]
-        assert {proxy.get(path).status for path in paths} <= {502, 503}
+        answers = [proxy.get(path) for path in paths]
+        assert {answer.status for answer in answers} <= {502, 503}
+        assert f"proxy {dead}: Connection refused" in answers[2].text  # which is git's
         proxy.logged("traces are lost")
         ports = journey.ports(proxy)  # among them our own, to which git connects
         assert closed in ports and server.port not in ports
