@@ -322,6 +322,7 @@ class Overloaded(ProxyError):
     """Not now: too busy, draining, or told so by an upstream."""
 
     status = 503
+    hasty = False  # whether it was given up at once, because it can be done without
 
     def __init__(self, text: str, retry_after: int = 1) -> None:
         super().__init__(text)
@@ -5634,6 +5635,14 @@ def hastily() -> Iterator[list[str]]:
         _IN_HASTE.reset(token)
 
 
+def passes_over(whom: str) -> bool:
+    """Whether this is done hastily; then somebody has been passed over."""
+    passed_over = _IN_HASTE.get()
+    if passed_over is not None:
+        passed_over.append(whom)
+    return passed_over is not None
+
+
 @dataclasses.dataclass
 class _Outage:
     """What is known of a host that has failed to answer. Times are monotonic."""
@@ -5690,8 +5699,7 @@ class Circuits:
         with self._changed:
             while (outage := self._open(place)) and now < outage.probed + self._REST:
                 if outage.failed > came or now >= until or outage.waiting >= self._WAITERS:
-                    if passed_over is not None:
-                        passed_over.append(place)
+                    passes_over(place)
                     raise outage.refusal(place)
                 outage.waiting += 1
                 self._changed.wait(min(until, outage.probed + self._REST) - now)
@@ -9487,15 +9495,23 @@ def bytes_of(source: Source, artifact: Artifact) -> bytes:
 
 
 LATEST = "latest"
+_FEW_SECONDS = 5
 _MAX_LIST = 1 << 20  # a hundred thousand versions, which take a second to sort
 
 
 def _again(work: Callable[[], T]) -> T:
     """Calls work up to three times while upstream is unreachable, with a random pause of at most
-    a second between. The last error is raised."""
+    a second between, or one of the seconds that it asks for, if they are few. The last error is
+    raised."""
     for attempt in range(1, LongBody.TRIES):
         try:
             return work()
+        except Overloaded as error:
+            seconds = error.retry_after or 0
+            error.hasty = seconds <= _FEW_SECONDS and passes_over(str(error))
+            if error.hasty or seconds > _FEW_SECONDS:
+                raise
+            time.sleep(seconds + random.uniform(0, 0.5))
         except Unreachable as error:
             if error.lasts or isinstance(error, UpstreamTimeout):
                 raise  # it has been waited for long enough
@@ -9516,9 +9532,9 @@ def _refuse(response: Response, wanted: Sequence[int] = (200,)) -> None:
         raise (Gone if response.status == 410 else NotFound)(words or "not found upstream")
     if response.status in (401, 403):
         raise Forbidden(said)
-    retry_after = response.fields.get("retry-after", "")
-    if response.status == 429 or (response.status == 503 and retry_after):
-        seconds = int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 10
+    if response.status in (429, 503):
+        retry_after = response.fields.get("retry-after", "")
+        seconds = int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 1
         raise Overloaded(said, min(60, seconds))
     raise (Unreachable if response.status >= 500 else BadUpstream)(said)
 
@@ -9628,7 +9644,7 @@ class _Download(LongBody):
 
     def _ask_rest(self, begins: tuple[str, str]) -> Response:
         same = [("If-Range", self._etag)] if self._etag.startswith('"') else []
-        return self._ask([begins, *same], (200, 206))
+        return _again(lambda: self._ask([begins, *same], (200, 206)))
 
     def _look_ahead(self) -> None:
         data = b"-"
@@ -11730,11 +11746,11 @@ class Cache:
         if kept:
             return Answer(kept.data, Verdict.HIT, 0, _stamped(name, kept.stamp))
         self._refuse_absent(name, reach)
-        flight, first = self._fetches.join(name, Future)
-        if first:
+
+        def begin(flight: Future[bytes]) -> None:
             self._fetch(name, flight, fetch, lambda: self._read(name), replace=False)
-        with self._fetches.waiting(name, first):
-            return Answer(flight.result(), Verdict.MISS)
+
+        return self._share(name, begin)
 
     def large(self, name: str, reach: Reach, fetch: Callable[[], Blob], check: Check) -> Answer:
         """A body that never changes. It is given out while it arrives; `check` sees it whole
@@ -11762,19 +11778,33 @@ class Cache:
         if stored and self._failed.get(name):
             return _answer(stored, Verdict.STALE)
         self._refuse_absent(name, reach)
-        flight, first = self._fetches.join(name, Future)
-        if first:
+
+        def begin(flight: Future[bytes]) -> None:
             work = functools.partial(self._fetch, name, flight, fetch, lambda: None, replace=True)
             self._renewal_lane.do(work) if stored else work()
+
         try:
-            # Whoever starts the renewal gives a quick upstream time to answer; nobody else waits.
-            patience = None if not stored else _REFRESH_WAIT if first else 0
-            with self._fetches.waiting(name, first):
-                return Answer(flight.result(patience), Verdict.MISS)
+            return self._share(name, begin, stored is not None)
         except (FutureTimeout, ProxyError) as error:
             if stored and not isinstance(error, NotFound):
                 return _answer(stored, Verdict.STALE)
             raise
+
+    def _share(self, name: str, begin: Callable[..., None], stored: bool = False) -> Answer:
+        """What a flight brings. One that was begun as a guess was given up at once, so who has
+        joined that begins anew."""
+        while True:
+            flight, first = self._fetches.join(name, Future)
+            if first:
+                begin(flight)
+            # Whoever starts a renewal gives a quick upstream time to answer; nobody else waits.
+            patience = None if not stored else _REFRESH_WAIT if first else 0
+            try:
+                with self._fetches.waiting(name, first):
+                    return Answer(flight.result(patience), Verdict.MISS)
+            except Overloaded as error:
+                if first or not error.hasty:
+                    raise
 
     def _refuse_absent(self, name: str, reach: Reach) -> None:
         if reach is Reach.STORED:
@@ -12476,6 +12506,19 @@ class _Session:
         more = (self.named, self.unread)
         return sum(map(len, (*kept, *more, *self.imported.values())))
 
+    def note_use(self, sight: Sight) -> None:
+        self.unused[sight.kind].remove(sight.name)
+        self.used[sight.kind] += 1
+        named = (sight.path, sight.version) == self.info
+        self.downloads |= sight.kind == "zip" and sight.path in self.asked and not named
+
+    def note_here(self, sight: Sight) -> None:
+        """What was here before anybody guessed it: so is the rest, as a rule."""
+        if sight.kind == "mod":
+            _note_higher(self.asked, sight.path, sight.version)
+        elif sight.kind == "zip":
+            self.zips.add((sight.path, sight.version))
+
     def note_names(self, content: GoMod) -> None:
         """Of a .mod that the client asked."""
         for path, version, _ in content.requirements:
@@ -12546,8 +12589,9 @@ class ReadAhead:
       whose .zip it has, and .info and .mod of the newest version (modload.CheckDeprecations).
       Tools that look for news ask lists and .info alone, so these never lead to a .zip.
 
-    A guess is never in the way: few run at once, each kind stops when guesses go unused, and one
-    that a client asks for meanwhile is the same flight."""
+    A guess is never in the way: few run at once, each kind stops when guesses go unused, one that
+    a client asks for meanwhile is the same flight, and none is made for a minute after an upstream
+    has said that it is too much."""
 
     _THREADS, _CLIENTS, _MEMORY = 12, 64, 20_000  # the last of each client; less if many
     _LONGEST_PATH = 500
@@ -12560,6 +12604,7 @@ class ReadAhead:
         self._policy = policy
         self._storage = storage
         self._sessions: collections.OrderedDict[str, _Session] = collections.OrderedDict()
+        self._resting = 0.0  # until this monotonic time
         self._mind = Lane("mind", 1)  # sessions belong to this one thread
         self._lane = Lane("ahead", self._THREADS, room=Lane.TOGETHER // 2)
 
@@ -12572,9 +12617,9 @@ class ReadAhead:
         session = self._session(sight.client)
         guessed = sight.name in session.unused[sight.kind]
         if guessed:
-            self._note_use(session, sight)
+            session.note_use(sight)
         if sight.here and not guessed:
-            self._note_here(session, sight)
+            session.note_here(sight)
             return
         with contextlib.suppress(ProxyError):
             _THOUGHTS[sight.kind](self, session, sight._replace(here=""))
@@ -12591,19 +12636,6 @@ class ReadAhead:
         if len(self._sessions) > self._CLIENTS or now - oldest.seen > self._FORGET:
             self._sessions.popitem(last=False)
         return session
-
-    def _note_use(self, session: _Session, sight: Sight) -> None:
-        session.unused[sight.kind].remove(sight.name)
-        session.used[sight.kind] += 1
-        named = (sight.path, sight.version) == session.info
-        session.downloads |= sight.kind == "zip" and sight.path in session.asked and not named
-
-    def _note_here(self, session: _Session, sight: Sight) -> None:
-        """What was here before anybody guessed it: so is the rest, as a rule."""
-        if sight.kind == "mod":
-            _note_higher(session.asked, sight.path, sight.version)
-        elif sight.kind == "zip":
-            session.zips.add((sight.path, sight.version))
 
     def after_list(self, session: _Session, sight: Sight) -> None:
         """go get, or a look for upgrades."""
@@ -12677,10 +12709,23 @@ class ReadAhead:
         """Finds out what a .zip imports that is here or about to come."""
         packages = [*session.imported.get(sight.path, ())]
         if session.reading < self._READING and not session.needs:
-            self._lane.do(lambda: self._look(session, sight, packages))
+            self._soon(lambda: self._look(session, sight, packages))
+
+    def _soon(self, work: Callable[[], object]) -> None:
+        self._lane.do(lambda: time.monotonic() < self._resting or work())
+
+    @contextlib.contextmanager
+    def _politely(self) -> Iterator[None]:
+        try:
+            with hastily():
+                yield
+        except Overloaded:
+            self._resting = time.monotonic() + self._FORGET
+        except ProxyError:
+            pass  # it will go wrong for a client, and be told
 
     def _look(self, session: _Session, sight: Sight, packages: Sequence[str]) -> None:
-        with contextlib.suppress(ProxyError), hastily():
+        with self._politely():
             mirror = self._policy.public(sight.path)
             answer = mirror.large(Artifact(sight.path, sight.version, "zip"), Reach.FETCH)
             assert isinstance(answer.body, FileBlob)
@@ -12743,16 +12788,15 @@ class ReadAhead:
             return False
         if self._storage.stamp(name) is None:
             unused.add(name)
-            self._lane.do(lambda: self._fetch(session, sight))
+            self._soon(lambda: self._fetch(session, sight))
         elif sight.kind == "mod":
             self._go_on(session, sight)
         return True
 
     def _fetch(self, session: _Session, sight: Sight) -> None:
-        """What a client would do. What goes wrong here will go wrong for a client, and be told."""
         told = {"goproxy.module": sight.path, "goproxy.version": sight.version}
         apart = TRACER.apart(f"read ahead {sight.kind}", told)
-        with contextlib.suppress(ProxyError), apart, hastily():
+        with self._politely(), apart:
             _FETCHES[sight.kind](self._policy.public(sight.path), sight)
             if sight.kind in ("list", "mod"):
                 self._mind.do(lambda: self._go_on(session, sight))

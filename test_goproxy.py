@@ -419,6 +419,13 @@ def _cut_once(exchange: Exchange, body: bytes) -> None:
     (_truncate if exchange.first() else _ranged)(exchange, body)
 
 
+def _busy_once(exchange: Exchange, body: bytes) -> None:
+    if exchange.first():
+        exchange.reply(429, b"later", Retry_After="0")
+    else:
+        exchange.reply(200, body)
+
+
 def _drop_once(exchange: Exchange, body: bytes) -> None:
     exchange.reset() if exchange.first() else exchange.reply(200, body)
 
@@ -581,6 +588,7 @@ def _wrong_info(exchange: Exchange, body: bytes) -> None:
 
 FAULTS: dict[str, Fault] = {
     "auth": _auth,
+    "busy-once": _busy_once,
     "chunked": _chunked,
     "cut-drop": _cut_drop,
     "cut-once": _cut_once,
@@ -3792,6 +3800,14 @@ def test_a_busy_upstream_is_503_with_its_retry_after(
 ) -> None:
     answer = run(upstream=upstream.url(fault)).get(INFO)
     assert (answer.status, answer.headers["retry-after"]) == (503, "7")
+
+
+@pytest.mark.parametrize("path", [BIG, INFO, LIST])
+def test_an_upstream_that_is_busy_for_a_moment_is_asked_again(
+    run: Run, upstream: Upstream, path: str
+) -> None:
+    assert run(upstream=upstream.url("busy-once")).get(path).body == SITE[path]
+    assert upstream.asked == [path] * 2
 
 
 @pytest.mark.parametrize("fault", ["401", "403"])
@@ -13184,6 +13200,55 @@ def test_a_guess_waits_for_no_host_that_fails() -> None:
             pool.submit(ahead._fetch, nobody, sight).result(PATIENCE / 2)
         ahead.close()
         assert peer.connections == 5
+
+
+def test_no_guess_is_made_for_a_minute_after_it_was_too_much() -> None:
+    def refuse(*_: object) -> None:
+        raise goproxy.Overloaded("too much")
+
+    mirror = types.SimpleNamespace(small=refuse)
+    policy: Any = types.SimpleNamespace(public=lambda path: mirror)
+    nobody: Any = None
+    before, after = threading.Event(), threading.Event()
+    with contextlib.closing(goproxy.ReadAhead(policy, nobody)) as ahead:
+        ahead._soon(before.set)
+        assert before.wait(PATIENCE)
+        ahead._fetch(nobody, goproxy.Sight("::1", "example.com/quote", "v1.0.0", "info"))
+        ahead._soon(after.set)
+        ahead._lane.submit(before.clear).result(PATIENCE)
+    assert not after.is_set()
+
+
+class WatchedFlights(goproxy.Flights[Future[bytes]]):
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined = threading.Event()
+
+    def waiting(self, key: str, first: bool) -> goproxy.NoSpan:
+        if not first:
+            self.joined.set()
+        return super().waiting(key, first)
+
+
+def test_who_has_joined_a_guess_is_not_given_up_with_it() -> None:
+    cache = goproxy.Cache(goproxy.MemoryStorage(None), 60, QUIET_LOG)
+    begun = threading.Event()
+    cache._fetches = flights = WatchedFlights()
+
+    def fail() -> bytes:
+        begun.set()
+        assert flights.joined.wait(PATIENCE)
+        raise goproxy.Overloaded("too much")
+
+    def guess() -> goproxy.Answer:
+        with goproxy.hastily():
+            return cache.small("a", goproxy.Reach.FETCH, lambda: goproxy._again(fail))
+
+    with ThreadPoolExecutor(1) as pool, contextlib.closing(cache):
+        guessed = pool.submit(guess)
+        assert begun.wait(PATIENCE)
+        assert cache.small("a", goproxy.Reach.FETCH, lambda: b"it").data == b"it"
+        assert isinstance(guessed.exception(), goproxy.Overloaded)
 
 
 def asked_by_then(proxy: Proxy, upstream: Upstream) -> list[str]:
