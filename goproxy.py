@@ -3053,14 +3053,20 @@ KINDS = {
 }
 
 
-def glance(name: str, file: BinaryIO) -> None:
-    """Raises BadUpstream if a stored file is plainly no artifact of its name, which takes no time:
-    of a zip, only its end is looked at."""
+def is_piece(name: str, file: BinaryIO) -> bool:
+    """Whether a stored file is plainly not all of an artifact, which takes no time to see: it is
+    empty, or begins as one and does not end so."""
     artifact = stored_artifact(name)
-    if artifact and artifact.kind == "zip":
-        _find_directory(_Archive(file))
-    elif artifact and artifact.kind in KINDS:
-        KINDS[artifact.kind].check(artifact, file.read(KINDS[artifact.kind].limit))
+    kind = artifact.kind if artifact else ""
+    head = file.read(2)
+    if kind == "zip" and head == b"PK":
+        try:
+            _find_directory(_Archive(file))
+        except BadUpstream:
+            return True
+    if kind == "info" and head.startswith(b"{"):
+        return not file.read(MAX_INFO).rstrip().endswith(b"}")
+    return kind in KINDS and not head
 
 
 # =============================================================================
@@ -8232,18 +8238,14 @@ class DiskStorage(Folder, Storage):
         UNREADABLE.discard(blob.stamp)
 
     def _trouble(self, name: str, blob: FileBlob) -> str:
-        """Without a seal, what a glance tells: a copied file may be a piece of one, and those of
-        go, which does not sync them, are empty after a power cut."""
+        """Without a seal, what a glance tells: what was copied may be a piece, and files of go,
+        which does not sync them, are empty after a power cut."""
         seal = _attribute(blob.descriptor, self._SEAL)
         if seal:
             is_same = seal.hex() == digest_of(blob.again())
             return "" if is_same else "its bytes have changed on the disk"
-        try:
-            with blob.reading() as file:
-                glance(name, file)
-        except BadUpstream as error:
-            return str(error)
-        return ""
+        with blob.reading() as file:
+            return "it is not whole" if is_piece(name, file) else ""
 
     def draft(self) -> Draft:
         """On a disk that takes no file, one that cannot be stored, but given out."""
