@@ -15989,6 +15989,8 @@ def split_head(received: bytes) -> tuple[bytes | None, bytes]:
     head, end, rest = told.partition(b"\r\n\r\n")
     if end and len(head) <= _HEAD_LIMIT:
         return head, rest
+    if received.startswith(b"\x16\x03"):
+        raise BadRequest("this port speaks no TLS: ask http:// for it")
     if len(received) > _LINE_LIMIT and b"\r\n" not in received[: _LINE_LIMIT + 2]:
         raise TargetTooLong("request line too long")
     if len(received) > _HEAD_LIMIT:

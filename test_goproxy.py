@@ -16949,9 +16949,14 @@ def test_no_control_character_reaches_the_log(run: Run, upstream: Upstream, targ
     assert [line for line in proxy.log.splitlines() if not re.match(STAMP, line)] == []
 
 
-def test_the_log_tells_who_sent_what_is_no_request(proxy: Proxy) -> None:
-    talk(proxy.port, b"GET\r\n\r\n")
-    assert proxy.stop().lines[:2] == ["[127.0.0.1] malformed request line", "[ERROR 400] -"]
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [(b"GET\r\n\r\n", "malformed request line"), (b"\x16\x03\1\n", "this port speaks no TLS")],
+)
+def test_the_log_tells_who_sent_what_is_no_request(proxy: Proxy, sent: bytes, words: str) -> None:
+    assert words.encode() in talk(proxy.port, sent)
+    first, second, *_ = proxy.stop().lines
+    assert (first[: len(words) + 12], second) == (f"[127.0.0.1] {words}", "[ERROR 400] -")
 
 
 def test_what_is_no_request_is_no_error_of_ours(run: Run) -> None:
