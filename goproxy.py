@@ -12250,7 +12250,8 @@ class Aged(Modules):
             return True
         data = self._modules.small(Artifact(path, version, "info"), reach).data
         moment = seconds_of(read_info(data).time)
-        is_old = moment is not None and time.time() - moment >= self._seconds
+        # Whoever knows no time may tell Go's zero one, of the year 1.
+        is_old = moment is not None and 0 <= moment <= time.time() - self._seconds
         if is_old:
             self._old.put(key, True, self._REMEMBERED_SECONDS)
         return is_old

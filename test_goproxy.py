@@ -14922,6 +14922,11 @@ def test_a_branch_that_is_too_young_is_refused(run: Run, upstream: Upstream) -> 
     assert proxy.get("example.com/quote/@v/main.info").status == 403
 
 
+def test_the_time_of_who_knows_none_is_no_age(run: Run, upstream: Upstream) -> None:
+    upstream.files[INFO] = b'{"Version":"v1.0.0","Time":"0001-01-01T00:00:00Z"}'
+    assert run(upstream=upstream.url(), min_age="7d").get(INFO).status == 403
+
+
 def test_where_all_is_too_young_there_is_no_latest(run: Run, upstream: Upstream) -> None:
     upstream.files[LIST] = b""
     fresh(upstream, "v1.2.0")
