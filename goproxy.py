@@ -10514,7 +10514,7 @@ class Repository:
         order = _Order(words, variables, METADATA.total, aloud=True)
         with self._explained():
             said = self._git.run(order)
-            if not said and self.url.startswith("http"):
+            if self.url.startswith("http") and not _REF_LINE.search(said):
                 traced = order._replace(variables={**variables, "GIT_TRACE_PACKET": "1"})
                 if b" packet: " not in self._git.run(traced):
                     raise Unreachable(f"{mask(self.url)}: a page, and no repository")
