@@ -20022,8 +20022,8 @@ def run_serve(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Prints a line for each server that the settings name, and one for the store; 1 if that or
-    the first upstream fails. Raises UsageError."""
+    """Prints a line for each server that the settings name, and one for the store; 1 if that,
+    the first upstream, the registry or its bucket fails. Raises UsageError."""
     outside = open_outside(settings, environ)
     dialer, client = outside.dialer, Client(outside.dialer, outside.netrc_file)
     with contextlib.closing(dialer.resolver), contextlib.closing(client):
@@ -20046,6 +20046,7 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
             print(TraceLine(client, traces).check(), flush=True)
         for finding in _registry_findings(settings, dialer, environ):
             print(finding, flush=True)
+            status = status or int(not finding.good)
         store = _store_finding(settings, Means(settings.max_size, dialer, environ, QuietLog().line))
         print(store, flush=True)
     return status or int(not store.good)

@@ -16267,7 +16267,8 @@ def test_check_asks_the_registry_and_its_bucket(run: Run, s3_place: str, refused
         assert (ended.status, registry.seen[0].path) == (0, "/v2/")
         assert re.search("ok +registry .*401 Unauthorized", ended.out)
         assert re.search("ok +layers .*put, read and remove", ended.out)
-    assert "refused" in finish(run.folder, *words, f"-registry={refused}", environ=AWS).out
+    ended = finish(run.folder, *words, f"-registry={refused}", environ=AWS)
+    assert (ended.status, "refused" in ended.out) == (1, True)
     assert in_bucket(run) == []
 
 
