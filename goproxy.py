@@ -1786,7 +1786,8 @@ def _told(
     variable = next((name for name in names if _variable(name, environ)), "")
     if flag is not None and (row.name in _FLAG_WINS or not variable):
         return _flag(row.name), flag
-    return variable, _variable(variable, environ)
+    text = _variable(variable, environ)
+    return (variable if environ.get(variable) else variable.lower()), text
 
 
 def _variable(name: str, environ: Mapping[str, str]) -> str:
@@ -7701,11 +7702,12 @@ def settled_place(place: BucketPlace, environ: Mapping[str, str]) -> BucketPlace
     then. Raises UsageError."""
     profile = AwsProfile(environ).read()
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    text = next(filter(None, map(environ.get, names)), profile.get("endpoint_url", ""))
+    origin = next(filter(environ.get, names), "endpoint_url")
+    text = environ.get(origin) or profile.get(origin, "")
     try:
         endpoint = place.endpoint or (parse_url(text) if text else None)
     except ValueError as error:
-        raise UsageError(f"AWS_ENDPOINT_URL={mask(text)}: {error}") from None
+        raise UsageError(f"{origin}={mask(text)}: {error}") from None
     regions = (place.region, environ.get("AWS_REGION"), environ.get("AWS_DEFAULT_REGION"))
     region = next(filter(None, regions), profile.get("region", "us-east-1"))
     # A certificate for *.s3.amazonaws.com does not cover a bucket with a dot in it.
@@ -20286,7 +20288,8 @@ def _wish(word: str, platforms: Sequence[str]) -> Callable[[Gatherer], None]:
             return lambda gatherer: _want_all(gatherer, modules)
         sums = read_sums(raw)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"fetch: {word}: neither MODULE@VERSION nor a file: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"fetch: {word}: neither MODULE@VERSION nor a file: {why}") from None
     except BadUpstream as error:
         raise UsageError(f"fetch: {word}: neither a go.mod nor a go.sum: {error}") from None
     return lambda gatherer: gatherer.want_sums(sums)
@@ -20387,7 +20390,7 @@ def run_passwd(settings: Settings, environ: Mapping[str, str]) -> int:
     try:
         _replace_line(file, given["USER"], line)
     except (OSError, ValueError) as error:
-        raise StartError(f"{file}: {error}") from None
+        raise StartError(f"{file}: {getattr(error, 'strerror', None) or error}") from None
     if given["-token"]:
         print(token)
     return 0

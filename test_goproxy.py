@@ -5092,6 +5092,13 @@ def test_the_first_proxy_variable_wins(environ: dict[str, str], proxy: str | Non
     assert (str(found) if found else None) == proxy
 
 
+def test_a_bad_variable_is_named_as_it_was_set(tmp_path: Path) -> None:
+    rows = {"http_proxy": "ftp://gw", "AWS_ENDPOINT_URL_S3": "nope", "AWS_ENDPOINT_URL": "nope"}
+    for name, value in rows.items():
+        ended = finish(tmp_path, "check", "-cache=s3://bucket", environ={name: value})
+        assert (ended.status, ended.err.startswith(f"goproxy.py: {name}=")) == (2, True)
+
+
 def test_the_flags_for_the_way_out_win_over_their_variables() -> None:
     environ = {"DNS_SERVER": "9.9.9.9", "HTTP_PROXY": "http://other:1"}
     settings = goproxy.Settings.load(["-dns=8.8.8.8", "-proxy=socks5://gw"], environ)
