@@ -17237,8 +17237,10 @@ def _explained(work: Callable[[], Reply], path: str) -> Reply:
         version = (
             re.sub(r"^v/|\.(info|mod|zip)$", "", rest) if rest not in ("v/list", "latest") else ""
         )
-        name = f"{module}@{version}" if version else module
-        raise type(error)(f"{name}: {error}") from None
+        named = f"{module}@{version}: " if version else f"{module}: "
+        named = re.sub("!([a-z])", lambda lower: lower[1].upper(), named)
+        words = str(error)  # another proxy names it, too
+        raise type(error)(words if words.startswith(named) else named + words) from None
 
 
 def respond(app: App, request: Request) -> Reply:

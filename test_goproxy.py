@@ -389,6 +389,10 @@ class Exchange(BaseHTTPRequestHandler):
 Fault = Callable[[Exchange, bytes], None]
 
 
+def _absent(exchange: Exchange, body: bytes) -> None:
+    exchange.reply(404, body, Content_Type="text/plain")
+
+
 def _auth(exchange: Exchange, body: bytes) -> None:
     want = "Basic " + base64.b64encode(b"user:p@ss:word").decode()
     granted = exchange.headers["Authorization"] == want
@@ -587,6 +591,7 @@ def _wrong_info(exchange: Exchange, body: bytes) -> None:
 
 
 FAULTS: dict[str, Fault] = {
+    "absent": _absent,
     "auth": _auth,
     "busy-once": _busy_once,
     "chunked": _chunked,
@@ -17318,6 +17323,13 @@ def fetch_from(port: int) -> bytes:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         parts = list(iter(lambda: read_burst(client), b""))
     return b"".join(parts).partition(b"\r\n\r\n")[2]
+
+
+def test_what_is_absent_is_named_once_and_as_people_write_it(run: Run, upstream: Upstream) -> None:
+    text = "not found: example.com/Up@v1.0.0-RC.1: unknown revision\n"
+    upstream.files["example.com/!up/@v/v1.0.0-!r!c.1.info"] = text.encode()
+    near = run(upstream=run(upstream=upstream.url("absent")).url)
+    assert near.get("example.com/!up/@v/v1.0.0-!r!c.1.info").text == text
 
 
 @pytest.mark.parametrize("rest", ["@latest", "@v/list", "@v/main.info", "@v/v1.0.0.info"])
