@@ -16498,19 +16498,26 @@ def _zip_head(mirror: Modules, artifact: Artifact, request: Request) -> Reply:
         return known._replace(body=None)
 
 
+def _scheme(app: App, request: Request) -> str:
+    """What the client speaks, to us or to what ends TLS before us, if that tells."""
+    told = request.fields.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
+    return "https" if app.tls or told == "https" else "http"
+
+
 def serve_go_get(app: App, request: Request, package: str) -> Reply:
     """GET /<package>?go-get=1: where the repository of an import path on this host is (cmd/go:
     vcs/discovery.go). The tag counts whatever the status, so an unknown path gets none."""
     host = request.fields.get("host", "")
     name = f"{host.partition(':')[0].lower()}/{package}".rstrip("/")
     found = _vanity(app, name, _sees(app, request))
-    where = found.url or app.settings.public_url or f"http{'s' if app.tls else ''}://{host}"
+    where = found.url or app.settings.public_url or f"{_scheme(app, request)}://{host}"
     is_page = found.vcs != "mod" and found.url.startswith("http")
     docs = found.url if is_page else f"https://pkg.go.dev/{urllib.parse.quote(name)}"
     content = f"{found.prefix} {found.vcs} {where}"
     page = _GO_IMPORT.format(*map(html.escape, (content, docs, name)))
     control = ("Cache-Control", f"public, max-age={int(app.settings.ttl)}")
-    return Reply(200, page.encode(), "text/html; charset=utf-8", (control,))
+    headers = (control, ("Vary", "X-Forwarded-Proto"))
+    return Reply(200, page.encode(), "text/html; charset=utf-8", headers)
 
 
 _GO_IMPORT = """<!DOCTYPE html>
@@ -16786,8 +16793,7 @@ def _own_url(app: App, request: Request) -> str:
     told again: people copy this."""
     host = request.fields.get("host", "")
     safe = re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?", host)
-    scheme = "https" if app.tls else "http"
-    where = f"{scheme}://{host if safe else 'localhost'}"
+    where = f"{_scheme(app, request)}://{host if safe else 'localhost'}"
     return str(app.settings.public_url or where)
 
 

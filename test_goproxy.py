@@ -18612,6 +18612,11 @@ def test_an_import_path_leads_a_user_to_their_own_modules_alone(
     assert statuses == [200, 200, 401, 200, 404, 401]
 
 
+def test_an_import_path_leads_to_what_ends_tls_before_us(vanity: Proxy) -> None:
+    secured = "go.test\r\nX-Forwarded-Proto: https"
+    assert go_import(vanity, "ours", secured) == "go.test/ours mod https://go.test"
+
+
 def test_what_a_page_repeats_is_escaped(vanity: Proxy) -> None:
     answer = page(vanity, "ours/%22%3E%3Cscript%3E")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -19794,6 +19799,7 @@ def test_the_page_tells_how_to_use_this_very_host(shared: Shared) -> None:
 
     for host in ("go.corp.example", "10.0.0.1:8080", "[::1]:12345"):
         assert f"go env -w GOPROXY=http://{host},direct" in text(host)
+    assert "GOPROXY=https://a.test,direct" in text("a.test\r\nX-Forwarded-Proto: HTTPS, http")
     for host in ("x$(id)", "x;id", "x'y", "a&b=c", "x%3Cb%3E"):
         told = text(host)
         assert ("GOPROXY=http://localhost,direct" in told, host in told) == (True, False)
