@@ -16236,18 +16236,29 @@ class Gate:
             return known
         if not shown:
             raise Unauthorized("who is it? Put the user and password of this proxy into netrc")
-        address = _subnet(request.client)
-        failures = self._failures.get(address) or 0
-        if failures >= self._FAILURES:
+        tallies = self._tallies(request, shown)
+        if any(self._failed(tally) >= self._FAILURES for tally in tallies):
             raise TooManyRequests("too many wrong passwords from this address: wait a minute")
         user = self._identify(ring.users, shown)
         if not user:
             with self._counting:  # others may have failed meanwhile
-                failures = self._failures.get(address) or 0
-                self._failures.put(address, failures + 1, self._FAILURE_SECONDS)
+                for tally in tallies:
+                    self._failures.put(tally, self._failed(tally) + 1, self._FAILURE_SECONDS)
             raise Unauthorized("unknown user or wrong password")
         ring.known.put(self._mark(shown), user, self._KNOWN_SECONDS)
         return user
+
+    def _failed(self, tally: str) -> int:
+        return self._failures.get(tally) or 0
+
+    def _tallies(self, request: Request, shown: str) -> list[str]:
+        """Where its failures count: for its address. All who come through a front have that one's,
+        so there it is the address that this tells, and, for anybody may tell any, the name."""
+        address = _subnet(request.client)
+        told = request.fields.get("x-forwarded-for", "").rpartition(",")[2].strip()[:45]
+        if not told or not _is_near(request.client):
+            return [address]
+        return [f"{address} {_subnet(told)}", f"{address} {self._mark(_basic_name(shown))}"]
 
     def _identify(self, users: Mapping[str, User], shown: str) -> User | None:
         """RFC 7617 and RFC 6750; an unknown name takes as long as a wrong password."""
@@ -16263,6 +16274,19 @@ class Gate:
         user = users.get(name)
         good = _is_secret(user.secret if user else self._nobody, password)
         return user if scheme.lower() == "basic" and good else None
+
+
+def _basic_name(shown: str) -> str:
+    """The user's name in Basic credentials, other ones as they are."""
+    try:
+        return base64.b64decode(shown.partition(" ")[2].strip()).decode().partition(":")[0]
+    except ValueError:
+        return shown
+
+
+def _is_near(client: str) -> bool:
+    """Whether it may be a front of ours: on this machine or in the same network."""
+    return not is_ip(client) or ipaddress.ip_address(client).is_private
 
 
 def _subnet(client: str) -> str:

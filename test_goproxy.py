@@ -17459,6 +17459,17 @@ def test_an_address_that_fails_often_waits_but_not_who_is_known(guarded: Proxy) 
     assert guarded.get(MOD, Authorization=ALICE).status == 200
 
 
+def test_who_fails_often_behind_a_front_keeps_no_other_client_of_it_waiting(guarded: Proxy) -> None:
+    def status(shown: str, client: str) -> int:
+        return guarded.get(MOD, Authorization=shown, X_Forwarded_For=client).status
+
+    wrong = [status(basic("bob", str(n)), "192.0.2.7") for n in range(11)]
+    assert wrong == [401] * 10 + [429]
+    assert status(ALICE, "192.0.2.7, 192.0.2.8") == 200
+    assert status(basic("carol", "x"), "192.0.2.8, 192.0.2.7") == 429
+    assert status(basic("bob", "x"), "192.0.2.9") == 429  # whatever address somebody makes up
+
+
 def test_many_strangers_keep_nobody_waiting_who_is_known(
     run: Run, upstream: Upstream, tmp_path: Path
 ) -> None:
