@@ -899,6 +899,7 @@ class Url:
 
 
 _PORTS = {"http": 80, "https": 443}
+_NO_HOST = "the host is missing, malformed or not in ASCII (xn--...)"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?|\[[0-9A-Fa-f:.]+\]")
 _URL = re.compile(
     r"((?i:https?))://(?:([^/@\s]*)@)?([^/@\s?#]*?)(?::([0-9]*))?(/[\x21\x24-\x3e\x40-\x7e]*)?"
@@ -913,7 +914,7 @@ def parse_url(text: str) -> Url:
     scheme, userinfo, host, port, path = match.groups(default="")
     scheme = scheme.lower()
     if not _HOST.fullmatch(host):
-        raise ValueError("the host is missing or malformed")
+        raise ValueError(_NO_HOST)
     number = int(port.lstrip("0")[:6] or 0) if port else _PORTS[scheme]
     if not 0 < number < 65536:
         raise ValueError("the port must be from 1 to 65535")
@@ -957,7 +958,7 @@ def plain_host(host: str) -> str:
         return name
     name = name[:-1] if name.endswith(".") else name
     if len(name) > 253 or not _HOST_NAME.fullmatch(name) or _NUMERIC_END.fullmatch(name):
-        raise ValueError("the host is missing or malformed")
+        raise ValueError(_NO_HOST)
     return name
 
 

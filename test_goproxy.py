@@ -5009,6 +5009,7 @@ BAD_DNS = [
     (" ", "the host is missing"),
     ("1.1.1.1,", "the host is missing"),
     ("tls://", "the host is missing"),
+    ("tls://b\u00fccher.example", "not in ASCII"),
     ("ftp://1.1.1.1", "unknown scheme, want one of https, quic, tcp, tls, udp"),
     ("1.1.1.1:0", "the port must be"),
     ("1.1.1.1:", "the port must be"),
