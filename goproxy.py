@@ -10384,10 +10384,12 @@ class BareRepository:
             time.sleep(0.05)
 
     def _make(self, hash_length: int) -> None:
-        if os.path.isdir(self._folder):
-            return
-        new = self._aside()
         kind = "sha256" if hash_length == 64 else "sha1"
+        if os.path.isdir(self._folder):
+            if not hash_length or self._kind() == kind:
+                return
+            os.rename(self._folder, self._aside())  # somebody has begun anew there
+        new = self._aside()
         making = ("init", "-q", "--bare", "--template=", f"--object-format={kind}", new)
         self._git.run(_Order(making, {}, _LOCAL_SECONDS))
         os.makedirs(os.path.join(new, "info"), exist_ok=True)
@@ -10396,6 +10398,10 @@ class BareRepository:
             file.flush()
             os.fsync(file.fileno())  # a power cut may damage what is noticed, but not this
         os.rename(new, self._folder)
+
+    def _kind(self) -> str:
+        with open(os.path.join(self._folder, "config"), encoding="utf-8") as file:
+            return "sha256" if "sha256" in file.read() else "sha1"
 
     def _aside(self) -> str:
         """The name of a folder that is not there, any more at least."""

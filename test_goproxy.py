@@ -9927,6 +9927,18 @@ def test_without_a_ttl_the_repository_is_asked_each_time(run: Run, quote: Origin
     assert proxy.get(f"{ACME_QUOTE}/@v/v1.3.0.info").status == 200
 
 
+def test_a_repository_may_be_made_anew_with_other_hashes(tmp_path: Path) -> None:
+    steps = [Step({"go.mod": GIT_MOD}, "v1.0.0"), Step({"a.go": BARE})]
+    origin = Origin(tmp_path / "quote", steps)
+    source = git_source(origin)
+    assert source.resolve(ACME_QUOTE, "main").version.startswith("v1.0.1-0.")
+    for kind, tag in (("sha256", "v1.1.0"), ("sha1", "v1.2.0")):
+        shutil.rmtree(origin.folder)
+        Origin(origin.folder, [Step({"go.mod": GIT_MOD}, tag), *steps[1:]], kind)
+        assert read_from(source, tag, "zip")
+        assert source.resolve(ACME_QUOTE, "main").version.startswith(f"{tag[:-1]}1-0.")
+
+
 def test_a_new_tag_is_found_at_once(quote: Origin) -> None:
     source = git_source(quote)
     assert source.versions(ACME_QUOTE) == ["v1.0.0"]
