@@ -10243,7 +10243,8 @@ _COMPLAINTS: list[tuple[str, type[ProxyError]]] = [
     ),
     (
         r"could not read (username|password)|authentication failed|permission denied"
-        r"|access denied|returned error: 40[13]|transport '.*' not allowed",
+        r"|access denied|returned error: 40[13]|transport '.*' not allowed"
+        r"|not allowed to|not authorized to|denied by",
         Forbidden,
     ),
     (r"returned error: (429|503)|cannot fork|unable to create thread", Overloaded),

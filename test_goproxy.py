@@ -10104,6 +10104,9 @@ SAYINGS = [
     ),
     ("fatal: could not read Username for 'https://x.test': No such device", goproxy.Forbidden),
     ("git@x.test: Permission denied (publickey).", goproxy.Forbidden),
+    ("ERROR: You are not allowed to download code from this project.", goproxy.Forbidden),
+    ("User: 1:x with Key: 1:y is not authorized to read x/y.", goproxy.Forbidden),
+    ("FATAL: R any x/y z DENIED by fallthru", goproxy.Forbidden),
     (
         "fatal: unable to access 'https://x/': The requested URL returned error: 403",
         goproxy.Forbidden,
