@@ -3335,12 +3335,16 @@ class Draft:
     check at the end always gets a short body, which the go command can recover from, and never a
     complete but bad one, which it cannot."""
 
-    def __init__(self, folder: str, named: bool = True) -> None:
-        """A file in a folder; without a name (`path` is empty) nothing can be left of it."""
+    _IN_MEMORY = 32 << 20  # bytes
+
+    def __init__(self, folder: str = "") -> None:
+        """A file in a folder; without one it has no name (`path` is empty), and nothing can be left
+        of it. Raises OSError."""
+        self._ways = [_in_memory, _temporary]  # the last one first
         while True:
-            descriptor, self.path = _new_draft(folder) if named else (_nameless(folder), "")
+            descriptor, self.path = _new_draft(folder) if folder else (self._nameless(), "")
             self.file = OpenFile(descriptor)
-            if not named or (lock_draft(descriptor) and not _is_gone(self.path)):
+            if not folder or (lock_draft(descriptor) and not _is_gone(self.path)):
                 break  # else a sweep of another process has taken it for a dead one's
         self.size: int | None = None
         self.modified = time.time()
@@ -3353,21 +3357,40 @@ class Draft:
         self._wakes: list[Callable[[], None]] = []
 
     def write(self, data: bytes) -> None:
-        try:
-            self.file.append(data)
-        except OSError:
-            self._move()
-            self.file.append(data)
+        while not self._appended(data):
+            with contextlib.suppress(OSError):
+                self._move()
         self.digest.update(data)
         self.written += len(data)
         if self.written - WITHHELD > self._visible:
             self._visible = self.written - WITHHELD
             self._wake()
 
+    def _appended(self, data: bytes) -> bool:
+        """Raises OSError if there is no other place to try."""
+        try:
+            if not self._ways and self.written + len(data) > self._IN_MEMORY:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.file.append(data)
+        except OSError:
+            if not self._ways:
+                raise
+            return False
+        return True
+
+    def _nameless(self) -> int:
+        while True:
+            try:
+                return self._ways.pop()()
+            except OSError:
+                if not self._ways:
+                    raise
+
     def _move(self) -> None:
-        """Goes on in the folder for temporary files, where the disk may not be full; readers do
-        not notice. Without a name, the draft will not become an artifact of a folder."""
-        other = OpenFile(_nameless(tempfile.gettempdir()))
+        """Goes on in the folder for temporary files, where the disk may not be full, at last in
+        memory; readers do not notice. Without a name, the draft will not become an artifact of a
+        folder."""
+        other = OpenFile(self._nameless())
         with self.file.reading() as file:
             for start in range(0, self.written, CHUNK):
                 other.append(file.read(min(CHUNK, self.written - start)))
@@ -3428,10 +3451,16 @@ def _new_draft(folder: str) -> tuple[int, str]:
         return tempfile.mkstemp(prefix="draft-", dir=folder)
 
 
-def _nameless(folder: str) -> int:
+def _temporary() -> int:
     """A file of which nothing is left, however this process ends: on Linux it never has a name."""
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+    with tempfile.TemporaryFile(buffering=0) as file:
         return os.dup(file.fileno())
+
+
+def _in_memory() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("draft")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _is_gone(path: str) -> bool:
@@ -7272,6 +7301,7 @@ _MAY_PASS = _DAMAGED | frozenset(
 )
 _EXPIRED = frozenset(["ExpiredToken", "InvalidToken", "TokenRefreshRequired"])
 _REPLACED = frozenset(["InvalidAccessKeyId", "SignatureDoesNotMatch"])
+_OLD_NOTE = "x-amz-meta-old"  # of what is older than anything, although it was put just now
 _SHA256_NOTE = (
     "x-amz-meta-sha256"  # our own note: no service computes it for an object made of parts
 )
@@ -7359,7 +7389,7 @@ class BucketLine:
                 raise ValueError("an object without a length")
             if "last-modified" not in fields:
                 raise ValueError("it does not speak S3: an object without a date")
-            modified = http_seconds(fields["last-modified"])
+            modified = 0.0 if _OLD_NOTE in fields else http_seconds(fields["last-modified"])
         return ObjectHead(size, modified, fields.get("etag", ""), fields.get(_SHA256_NOTE, ""))
 
     def ask(self, ask: _Ask) -> Response:
@@ -7532,14 +7562,14 @@ class Bucket(BucketLine):
         url = self._url(self._place.public or self._endpoint, key)
         return self._signer().link(method, url, seconds)
 
-    def put(self, key: str, body: Body, once: bool) -> bool:
+    def put(self, key: str, body: Body, once: bool, is_old: bool = False) -> bool:
         """Stores an object. With `once`, False and nothing stored if there is one already."""
         payload = body_sha256(body)
         if body.size > self._SPLIT:
             size = self._part_size(body.size)
             parts = (_part(body, start, size) for start in range(0, body.size, size))
             return self.begin(key, payload).take(parts, once)
-        note = ((_SHA256_NOTE, payload),)
+        note = ((_SHA256_NOTE, payload), *([(_OLD_NOTE, "true")] if is_old else []))
         ask = _Ask("PUT", key, {}, note, body, payload, patience=_WRITE)
         return self.once(ask) if once else self.done(ask)
 
@@ -8136,11 +8166,10 @@ BAD_PLACE = OWN_MARK + "bad"  # where goes what is not what it should be
 
 def nameless_draft() -> Draft:
     """One that will be copied, or given out alone. Raises StoreDown."""
-    folder = tempfile.gettempdir()
     try:
-        return Draft(folder, named=False)
+        return Draft()
     except OSError as error:
-        raise StoreDown(f"no file can be made in {folder}: {error.strerror}") from None
+        raise StoreDown(f"no temporary file can be made: {error.strerror}") from None
 
 
 def _user() -> str:
@@ -8625,47 +8654,16 @@ class SqlDialect(Protocol):
         """Raises StartError for an error at the start that will not go away by itself."""
 
 
-class _Chunks(Blob):
-    """A long body, piece by piece; piece is called with 0, 1, ... for them."""
+class SqlLines:
+    """Connections to a database, each lent to one at a time."""
 
-    def __init__(self, size: int, modified: float, piece: Callable[[int], bytes]) -> None:
-        self.size = size
-        self.modified = modified
-        self._pieces = map(piece, itertools.count())
-        self._rest = b""
-        self._left = size
-
-    def read(self, count: int) -> bytes:
-        if not self._rest and self._left:
-            self._rest = next(self._pieces)
-        data, self._rest = self._rest[:count], self._rest[count:]
-        self._left -= len(data)
-        return data
-
-
-class SqlStorage(RemoteStorage):
-    """Three tables in a database: names with small bodies, chunks of big ones, and waste: bodies
-    without a name, because they are not complete yet or because it was taken away. These stay for
-    a while, so that who reads one can finish. A name appears in one transaction."""
-
-    _WASTE_SECONDS, _TIDY_SECONDS, _TIDY_BODIES = 900.0, 60.0, 100
     _LINES, _IDLE_LINES, _LINE_SECONDS = 8, 4, 10.0
-    _PAGE = 1000
 
     def __init__(self, dialect: SqlDialect) -> None:
-        """Asks the database, but keeps no connection. Raises StartError."""
-        super().__init__()
         self._dialect = dialect
         self._idle: collections.deque[SqlLine] = collections.deque()
         self._closed = False
         self._permits = threading.BoundedSemaphore(self._LINES)
-        self._tidy_at = 0.0
-        try:
-            with contextlib.closing(self._connect()) as line:
-                self._tidy(line)
-        except StoreDown as error:
-            dialect.refuse(error)
-            self.remark = f"The store cannot be used yet: {error}"
 
     def _tables(self) -> tuple[str, ...]:
         blob, text = self._dialect.blob, self._dialect.text
@@ -8745,22 +8743,95 @@ class SqlStorage(RemoteStorage):
         if self._closed:  # by somebody else, while this was in use
             self._close_idle()
 
+    def _close_idle(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+
+class _Chunks(Blob):
+    """A long body, piece by piece."""
+
+    def __init__(self, size: int, modified: float, pieces: Iterator[bytes]) -> None:
+        self.size = size
+        self.modified = modified
+        self._pieces = pieces
+        self._rest = b""
+        self._left = size
+
+    def read(self, count: int) -> bytes:
+        if not self._rest and self._left:
+            self._rest = next(self._pieces)
+        data, self._rest = self._rest[:count], self._rest[count:]
+        self._left -= len(data)
+        return data
+
+
+class SqlStorage(SqlLines, RemoteStorage):
+    """Three tables in a database: names with small bodies, chunks of big ones, and waste: bodies
+    without a name, because they are not complete yet or because it was taken away. These stay for
+    a while, so that who reads one can finish. A name appears in one transaction."""
+
+    _WASTE_SECONDS, _TIDY_SECONDS, _TIDY_BODIES = 900.0, 60.0, 100
+    _PAGE = 1000
+    _SEAL = -1  # the number of the chunk that is the SHA-256 of the others
+
+    def __init__(self, dialect: SqlDialect) -> None:
+        """Asks the database, but keeps no connection. Raises StartError."""
+        SqlLines.__init__(self, dialect)
+        RemoteStorage.__init__(self)
+        self._tidy_at = 0.0
+        try:
+            with contextlib.closing(self._connect()) as line:
+                self._tidy(line)
+        except StoreDown as error:
+            dialect.refuse(error)
+            self.remark = f"The store cannot be used yet: {error}"
+
     def _fetch(self, name: str) -> Blob:
         select = "SELECT size, modified, body, data FROM goproxy_names WHERE name = ?"
         rows = self._rows(select, name)
         if not rows:
             raise NotFound("not in the store")
         size, modified, body, data = rows[0]
-        if data is not None:
-            return BytesBlob(data, modified)
-        return _Chunks(size, modified, functools.partial(self._chunk, body))
+        if data is None:
+            return _Chunks(size, modified, self._pieces(name, body, size))
+        if body not in (None, self._mark(data)):
+            raise self._spoiled(name, body, "its bytes have changed in the store")
+        return BytesBlob(data, modified)
 
-    def _chunk(self, body: int, number: int) -> bytes:
+    @staticmethod
+    def _mark(data: bytes) -> int:
+        """What stands in the place of a body's number where there is none: 62 bits of a digest."""
+        return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 2
+
+    def _pieces(self, name: str, body: int, size: int) -> Iterator[bytes]:
+        """The last one only if all is as it was stored."""
+        digest = hashlib.sha256()
+        for number in itertools.count():
+            data = self._chunk(body, number)
+            digest.update(data or b"")
+            size -= len(data or b"")
+            if data is None or size < 0:
+                raise self._spoiled(name, body, "the store has lost a part of it")
+            if not size and self._chunk(body, self._SEAL) not in (None, digest.digest()):
+                raise self._spoiled(name, body, "its bytes have changed in the store")
+            yield data
+
+    def _chunk(self, body: int, number: int) -> bytes | None:
         select = "SELECT data FROM goproxy_chunks WHERE body = ? AND number = ?"
         rows = self._rows(select, body, number)
-        if not rows:
-            raise StoreDown("the store has lost a part of what it has")
-        return bytes(rows[0][0])
+        return bytes(rows[0][0]) if rows else None
+
+    def _spoiled(self, name: str, body: int, why: str) -> Spoiled:
+        """Moves aside what is not what was stored."""
+        aside = f"{BAD_PLACE}/{name}"
+        with contextlib.suppress(NotFound):
+            self.remove(aside)
+        move = "UPDATE goproxy_names SET name = ?, folder = ? WHERE name = ? AND body = ?"
+        self._change(move, aside, aside.rpartition("/")[0], name, body)
+        self._forget(name)
+        return Spoiled(f"{why}: moved aside to {aside}")
 
     def put(self, name: str, data: bytes, replace: bool = True) -> bool:
         return self._store(name, len(data), time.time(), io.BytesIO(data), replace)
@@ -8771,7 +8842,8 @@ class SqlStorage(RemoteStorage):
 
     def _store(self, name: str, size: int, modified: float, file: BinaryIO, replace: bool) -> bool:
         if size <= self._SMALL:
-            body, data = None, file.read()
+            data = file.read()
+            body = self._mark(data)
         else:
             self._with(lambda line: self._dialect.check_room(line, size))
             body, data = self._upload(file), None
@@ -8788,9 +8860,12 @@ class SqlStorage(RemoteStorage):
         self._change(waste, body, time.time())
         insert = "INSERT INTO goproxy_chunks (body, number, data) VALUES (?, ?, ?)"
         chunks = iter(functools.partial(file.read, self._SMALL), b"")
+        digest = hashlib.sha256()
         try:
             for number, data in enumerate(chunks):
+                digest.update(data)
                 self._change(insert, body, number, data)
+            self._change(insert, body, self._SEAL, digest.digest())
         except StoreDown:
             with contextlib.suppress(StoreDown):
                 self._with(lambda line: self._discard(line, body))
@@ -8798,7 +8873,7 @@ class SqlStorage(RemoteStorage):
         return body
 
     def _publish(self, line: SqlLine, row: Sequence[Any], replace: bool) -> bool:
-        name, body = row[0], row[4]
+        name, body, data = row[0], *row[4:]
         action = "NOTHING"
         if replace:
             columns = ("size", "modified", "body", "data")
@@ -8812,7 +8887,7 @@ class SqlStorage(RemoteStorage):
                 *row,
             )
             kept = "DELETE FROM goproxy_waste WHERE body = ?"
-            if stored and body is not None and not line.change(kept, body):
+            if stored and data is None and not line.change(kept, body):
                 raise StoreDown("storing took so long that the parts were swept away")
         self._tidy(line)
         return bool(stored)
@@ -8821,7 +8896,7 @@ class SqlStorage(RemoteStorage):
     def _waste(line: SqlLine, name: str) -> None:
         line.change(
             "INSERT INTO goproxy_waste (body, since) SELECT body, ? FROM goproxy_names "
-            "WHERE name = ? AND body IS NOT NULL ON CONFLICT (body) DO NOTHING",
+            "WHERE name = ? AND data IS NULL ON CONFLICT (body) DO NOTHING",
             time.time(),
             name,
         )
@@ -8873,11 +8948,6 @@ class SqlStorage(RemoteStorage):
             if not rows:
                 return
             last = rows[-1][0]
-
-    def _close_idle(self) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop().close()
 
     def close(self) -> None:
         super().close()
@@ -9314,8 +9384,8 @@ class S3Storage(RemoteStorage):
         return self._store(name, put, replace)
 
     def adopt(self, name: str, draft: Draft) -> bool:
-        body = Body(draft.written, draft.file.read_at)
-        return self._store(name, functools.partial(self._bucket.put, name, body))
+        body, is_old = Body(draft.written, draft.file.read_at), not draft.modified
+        return self._store(name, functools.partial(self._bucket.put, name, body, is_old=is_old))
 
     def follow(self, name: str, draft: Draft, sha256: str) -> bool:
         """As `adopt`, for a draft that still grows (Bucket.follow)."""
@@ -13331,7 +13401,7 @@ def _shorten_list(storage: Storage, name: str, version: str) -> None:
     if kept == listed:
         return
     storage.remove(name)
-    if kept and isinstance(storage.truth, Folder):  # for those who read that itself
+    if kept:  # for those who read the folder itself
         with drafting(storage) as draft:
             draft.modified = 0.0  # so old that we ask upstream before we give it out
             draft.write(_lines(kept))

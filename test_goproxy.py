@@ -8429,6 +8429,39 @@ def test_a_replaced_body_is_readable_to_its_end(place: str) -> None:
             )
 
 
+@pytest.mark.parametrize("number", [0, 2])
+def test_what_a_database_has_lost_a_part_of_is_stored_again(place: str, number: int) -> None:
+    data = random.Random(4).randbytes(3_000_000)
+    with opened(place) as storage:
+        assert isinstance(storage, goproxy.SqlStorage)
+        for _ in range(2):
+            assert storage.adopt(ZIP, grown(storage.draft(), data))
+            assert read(storage, ZIP) == data
+            storage._change("DELETE FROM goproxy_chunks WHERE number = ?", number)
+            with pytest.raises(goproxy.Spoiled, match="lost a part"):
+                read(storage, ZIP)
+
+
+WRONG = {
+    100: "names SET data = ? WHERE size = 100",
+    3_000_000: "chunks SET data = ? WHERE number = 1",
+}
+
+
+@pytest.mark.parametrize("size", sorted(WRONG))
+def test_what_has_changed_in_a_database_is_moved_aside(place: str, size: int) -> None:
+    with opened(place) as storage:
+        assert isinstance(storage, goproxy.SqlStorage)
+        for _ in range(2):
+            assert storage.adopt(ZIP, grown(storage.draft(), bytes(size)))
+            assert read(storage, ZIP) == bytes(size)
+            storage._change(f"UPDATE goproxy_{WRONG[size]}", b"1" * min(size, 1 << 20))
+            with pytest.raises(goproxy.Spoiled, match="have changed"):
+                read(storage, ZIP)
+            (aside,) = storage.walk(f"{goproxy.BAD_PLACE}/")
+            assert (aside.name, list(storage.walk())) == (f"{goproxy.BAD_PLACE}/{ZIP}", [])
+
+
 def test_a_database_walks_page_by_page(place: str) -> None:
     names = sorted(f"example.com/many/@v/v1.{number}.0.info" for number in range(25))
     with opened(place) as storage:
@@ -8446,7 +8479,7 @@ def test_what_was_never_finished_is_swept_away(place: str) -> None:
         assert isinstance(storage, goproxy.SqlStorage)
         storage._upload(io.BytesIO(bytes(2_000_000)))  # and then the process dies
         count = "SELECT count(*) FROM goproxy_chunks"
-        assert storage._rows(count)[0][0] == 2
+        assert storage._rows(count)[0][0] == 3  # and one for their digest
         storage._WASTE_SECONDS, storage._tidy_at = -1.0, 0.0
         storage.put(INFO, b"")
         assert storage._rows(count)[0][0] == 0
@@ -8712,16 +8745,18 @@ def small_disk(run: Run) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.parametrize("temporary", ["/tmp", "{}"])
 @pytest.mark.parametrize("place", ["{}/cache", "sqlite:{}/store.db"])
 def test_what_the_disk_has_no_room_for_is_given_out_all_the_same(
-    run: Run, upstream: Upstream, small_disk: Path, place: str
+    run: Run, upstream: Upstream, small_disk: Path, place: str, temporary: str
 ) -> None:
     large, held = "example.com/large/@v/v1.0.0.zip", io.BytesIO()
     with zipfile.ZipFile(held, "w") as archive:
         archive.writestr("example.com/large@v1.0.0/go.mod", "module example.com/large\n")
         archive.writestr("example.com/large@v1.0.0/noise", NOISE * 50)
     upstream.files[large] = held.getvalue()
-    proxy = run(cache=place.format(small_disk), upstream=upstream.url())
+    environ = {"TMPDIR": temporary.format(small_disk)}
+    proxy = run(environ, cache=place.format(small_disk), upstream=upstream.url())
     for _ in range(2):
         assert proxy.get(large).body == held.getvalue()
         proxy.logged("degraded: ")
