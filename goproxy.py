@@ -12978,6 +12978,30 @@ class Ledger:
         if self._verifier and hash_at(tiles, 0, record.number) != record_hash(record.text):
             raise Untrusted(f"{self._name}: record {record.number} is not in the tree")
 
+    def judge(self, tile: Tile, data: bytes) -> None:
+        """Holds what a client was given for a tile against the tree, the newest if it takes that.
+        Raises Untrusted for what is no part of it, which then is stored no more."""
+        if not self._verifier:
+            return
+        first = tile.number * TILE_WIDTH
+        head = self._largest or self._load()
+        if head.size >> 8 * tile.level < first + tile.width:
+            try:
+                note = self._sumdb.latest(self._name, Reach.FETCH).data
+                self._grow(self._open(note), note)
+            except Untrusted:
+                raise
+            except ProxyError:
+                pass  # what is known has to do
+            head = self._largest or head
+        if head.size >> 8 * tile.level <= first:
+            return  # nobody knows
+        place = (tile.level, tile.number)
+        told = self._prove(head, [place])[place]
+        if told[: len(data)] != data[: len(told)]:
+            self._sumdb.drop_tiles(self._name, [tile])
+            raise Untrusted(f"{self._name}: {tile.name} is not part of the tree")
+
     def _open(self, note: bytes) -> TreeHead:
         if not self._verifier:
             return read_tree(note)
@@ -13090,6 +13114,13 @@ _TILE = re.compile(
 )
 
 
+def read_tile(name: str) -> Tile:
+    """The tile of hashes that has this name below its database."""
+    _, _, level, place = name.split("/", 3)
+    number, _, width = place.partition(".p/")
+    return Tile(int(level), int(re.sub("[x/]", "", number)), int(width or TILE_WIDTH))
+
+
 def stored_tile(storage: Storage, name: str) -> str:
     """A tile, or where that is not stored, one that begins with it."""
     full, _, width = name.partition(".p/")
@@ -13141,7 +13172,7 @@ class SumDb:
         fetched, too, but not waited for."""
         answer = self._lookup(database, module, version, reach)
         if answer.verdict is Verdict.MISS:
-            self._lane.do(lambda: self._prove_later(database, module, version))
+            self._later(f"{module}@{version}", lambda: self._prove(database, module, version))
         return answer
 
     def _lookup(self, database: str, module: str, version: str, reach: Reach) -> Answer:
@@ -13249,14 +13280,23 @@ class SumDb:
             raise
         return record
 
-    def _prove_later(self, database: str, path: str, version: str) -> None:
+    def _later(self, subject: str, prove: Callable[[], object]) -> None:
         """For a client, who has its answer meanwhile and will find the tiles."""
-        try:
-            self._prove(database, path, version)
-        except Untrusted as error:
-            self._log.security(f"{path}@{version}: {error}")
-        except ProxyError:
-            pass  # whoever needs the tiles will be told
+
+        def work() -> None:
+            try:
+                prove()
+            except Untrusted as error:
+                self._log.security(f"{subject}: {error}")
+            except ProxyError:
+                pass  # whoever needs the tiles will be told
+
+        self._lane.do(work)
+
+    def prove_tile(self, database: str, what: str, data: bytes) -> None:
+        """For a client that was given a tile as it came; one that does not fit is not kept."""
+        ledger = self._ledgers[database]
+        self._later(f"{database}/{what}", lambda: ledger.judge(read_tile(what), data))
 
     @staticmethod
     def _lookup_name(database: str, path: str, version: str) -> str:
@@ -16675,6 +16715,8 @@ def serve_sum_lookup(app: App, request: Request, database: str, module: str, ver
 def serve_sum_tile(app: App, request: Request, database: str, what: str) -> Reply:
     """GET /sumdb/<name>/tile/8/<level>/<number>[.p/<width>]"""
     answer = app.sumdb.tile(database, what, request.reach)
+    if answer.verdict is Verdict.MISS and "/data/" not in what:
+        app.sumdb.prove_tile(database, what, answer.data)
     return _replied(answer, "application/octet-stream", None)
 
 

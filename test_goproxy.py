@@ -13067,6 +13067,18 @@ def test_a_spoilt_tile_is_fetched_again(
     assert tile.read_bytes() == SUMS["tile/8/0/000"]
 
 
+@pytest.mark.parametrize("name", ["tile/8/0/000", "tile/8/0/001.p/4", "tile/8/1/000.p/1"])
+def test_a_spoilt_tile_that_only_a_client_wanted_is_not_kept(
+    strict: Callable[..., Proxy], upstream: Upstream, name: str
+) -> None:
+    proxy = strict()
+    attested(upstream, {name: flipped(SUMS[name], 9)})
+    proxy.get(f"sumdb/sum.test/{name}")
+    proxy.logged(f"SECURITY: sum.test/{name}: ")
+    attested(upstream, SUMS)
+    assert proxy.get(f"sumdb/sum.test/{name}").body == SUMS[name]
+
+
 # RFC 8032, section 7.1: key, message, signature.
 VECTORS = """
 d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a
