@@ -9706,7 +9706,8 @@ class _Download(LongBody):
         self._ahead = b""
         try:
             self._look_ahead()
-            if not self._ahead.startswith(b"PK"):  # a page of somebody in between
+            # A page of somebody in between. What is longer may begin with something else.
+            if len(self._ahead) < WITHHELD and b"PK\5\6" not in self._ahead:
                 raise BadUpstream(f"{self._response.peer}: not a zip file")
         except BaseException:
             self.close()

@@ -9800,6 +9800,11 @@ def test_what_is_cut_or_no_zip_moves_on_after_a_bar(
     assert proxy.get(ZIP).body == SITE[ZIP]
 
 
+def test_a_zip_may_have_something_before_it(run: Run, upstream: Upstream) -> None:
+    upstream.files[ZIP] = b"#!/bin/sh\n" + SITE[ZIP]  # as for Go
+    assert run(upstream=upstream.url()).get(ZIP).body == upstream.files[ZIP]
+
+
 @pytest.mark.parametrize("fault", ["404", "410"])
 def test_absence_everywhere_is_absence(run: Run, upstream: Upstream, fault: str) -> None:
     answer = run(upstream=f"{upstream.url('404')},{upstream.url(fault)}").get(INFO)
