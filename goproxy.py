@@ -869,7 +869,13 @@ def _never(_item: str) -> bool:
 def mask(text: str) -> str:
     """Hides the password of every URL in text, also one that is not escaped as it should be."""
     text = re.sub(r"([?&](?:ssl)?password=)[^&\s]*", r"\1***", text)
-    return re.sub(r"((?:^|://)[^/@\s:]*):(?!//)(?:(?!://).)*@", r"\1:***@", text, flags=re.DOTALL)
+    return _PASSWORD.sub(r"\1:***@", text)
+
+
+# From a colon up to the last @ before another URL begins.
+_PASSWORD = re.compile(
+    r"((?:^|//)[^/@\s:]*?)(?::(?!//)|%3A)(?:(?![\s,|=][a-z0-9+]+://).)*@", re.DOTALL | re.IGNORECASE
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2399,6 +2399,9 @@ def test_the_running_program_obeys_the_environment(run: Run, upstream: Upstream)
         ("https://a:b@c,https://d:e@f|off", "https://a:***@c,https://d:***@f|off"),
         ("https://host/a@b", "https://host/a@b"),
         ("postgres:///d?password=p&host=h", "postgres:///d?password=***&host=h"),
+        ("http://user:pa://ss@host", "http://user:***@host"),
+        ("http://user%3Apass@host", "http://user:***@host"),
+        ("http//user:pass@host", "http//user:***@host"),
     ],
 )
 def test_a_password_in_a_url_is_masked(text: str, masked: str) -> None:
