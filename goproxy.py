@@ -3381,6 +3381,7 @@ class Draft:
         except OSError:
             if not self._ways:
                 raise
+            os.ftruncate(self.file.descriptor, self.written)  # a part may have had room
             return False
         return True
 

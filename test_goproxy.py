@@ -8748,6 +8748,24 @@ def small_disk(run: Run) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+def test_of_what_had_no_room_no_part_stays(small_disk: Path) -> None:
+    class Patient(goproxy.Draft):
+        def _move(self) -> None:
+            self._ways.pop()
+            (small_disk / "full").unlink()
+            raise OSError
+
+    with contextlib.suppress(OSError), (small_disk / "full").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    os.truncate(small_disk / "full", (small_disk / "full").stat().st_size - (64 << 10))
+    draft = Patient(str(small_disk))
+    draft.write(NOISE * 4)
+    draft.finish()
+    with contextlib.closing(draft.reader()) as blob:
+        assert blob.read_all(1 << 30) == NOISE * 4
+
+
 @pytest.mark.parametrize("temporary", ["/tmp", "{}"])
 @pytest.mark.parametrize("place", ["{}/cache", "sqlite:{}/store.db"])
 def test_what_the_disk_has_no_room_for_is_given_out_all_the_same(
