@@ -3074,7 +3074,7 @@ def is_piece(name: str, file: BinaryIO) -> bool:
             return True
     if kind == "info" and head.startswith(b"{"):
         return not file.read(MAX_INFO).rstrip().endswith(b"}")
-    return kind in KINDS and not head
+    return kind != "" and not head
 
 
 # =============================================================================

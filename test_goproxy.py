@@ -20992,6 +20992,11 @@ def test_verify_moves_aside_what_is_bad(inspect: Inspect, run: Run, what: str) -
     assert (run.cache / ".goproxy-bad" / name).read_bytes() == data
 
 
+def test_verify_takes_an_empty_hash_for_none(inspect: Inspect) -> None:
+    ended, left = inspect({f"{ZIP}hash": b""})
+    assert ended.status == 0 and ZIP in left
+
+
 def test_verify_tells_once_where_what_changed_has_gone(inspect: Inspect, run: Run) -> None:
     keeps_attributes(run.cache)
     spoil_byte(run.cache / ZIP)
