@@ -19827,15 +19827,22 @@ def open_private(whose: str, direct: Direct, cache: Cache) -> Callable[[str, Ask
     return Permits(direct, cache).mirror if whose == "client" else lambda path, asker: mirror
 
 
-def prepare_git(settings: Settings, search_path: str) -> str:
-    """Where bare repositories are kept, if any are wanted: in a folder cache, or else among the
-    machine's temporary files; nobody else can read them. Raises StartError."""
+def check_git(settings: Settings, search_path: str) -> bool:
+    """Whether repositories are wanted. Raises StartError if there is no git for them."""
     if not settings.private and not any(hop.kind == "direct" for hop in settings.upstream):
-        return ""
+        return False
     found = git_version(search_path)
     if found < OLDEST_GIT:
         number = ".".join(map(str, found)) or "none"
         raise StartError(f"-private and direct need git 2.32 or later on the PATH: found {number}")
+    return True
+
+
+def prepare_git(settings: Settings, search_path: str) -> str:
+    """Where bare repositories are kept, if any are wanted: in a folder cache, or else among the
+    machine's temporary files; nobody else can read them. Raises StartError."""
+    if not check_git(settings, search_path):
+        return ""
     folder = os.path.join(tempfile.gettempdir(), f"goproxy-git-{os.geteuid()}")
     if settings.cache.kind == "folder":
         folder = os.path.join(settings.cache.text, OWN_MARK + "git")
@@ -20000,6 +20007,7 @@ class Daemon:
         with contextlib.ExitStack() as undo:
             for sock in self._sockets:
                 undo.callback(sock.close)
+            check_git(settings, self._outside.search_path)  # before a store is made in vain, too
             self._storage = open_store(settings, means)
             self._layers = open_layers(settings, self._outside.dialer, environ, self._log)
             self._settings = _as_shared(settings, self._storage)

@@ -12252,6 +12252,7 @@ def test_private_modules_need_a_git_that_is_not_too_old(tmp_path: Path, told: st
         (tmp_path / "git").chmod(0o755)
     ended = finish(tmp_path, "-private=x.test", environ={"PATH": str(tmp_path)})
     assert (ended.status, ended.err.count("\n"), "need git 2.32" in ended.err) == (1, 1, True)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
