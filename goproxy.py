@@ -11801,7 +11801,7 @@ class _Kept(NamedTuple):
     stamp: object
 
 
-_NEGATIVE_SECONDS = 60.0
+ABSENT_SECONDS = 60.0
 _STALE_SECONDS = 86400.0
 _REFRESH_WAIT = 1.0
 
@@ -11957,9 +11957,9 @@ class Cache:
 
     def _remember(self, name: str, error: ProxyError) -> None:
         if isinstance(error, NotFound):
-            self._absent.put(name, unframed(error), min(self._ttl, _NEGATIVE_SECONDS))
+            self._absent.put(name, unframed(error), min(self._ttl, ABSENT_SECONDS))
         else:
-            self._failed.put(name, True, min(self._ttl, _NEGATIVE_SECONDS))
+            self._failed.put(name, True, min(self._ttl, ABSENT_SECONDS))
             self._log.error(f"{name}: {error}", status=error.status)
 
     def keep(self, name: str, data: bytes, replace: bool) -> bool:
@@ -17418,7 +17418,9 @@ def _respond(app: App, request: Request) -> Reply:
     except MustWait:
         raise
     except ProxyError as error:
-        return refuse_registry(app, request, error) if request.is_passed else refuse(error)
+        if request.is_passed:
+            return refuse_registry(app, request, error)
+        return refuse(error, min(app.settings.ttl, ABSENT_SECONDS))
     except MemoryError:
         app.log.error(f"{request.target}: out of memory", status=503)
         return refuse(Overloaded("out of memory"))
@@ -17427,11 +17429,11 @@ def _respond(app: App, request: Request) -> Reply:
         return refuse(ProxyError("internal error"))
 
 
-def refuse(error: ProxyError) -> Reply:
-    """An error as a reply that the go command shows to its user."""
+def refuse(error: ProxyError, ttl: float = 0) -> Reply:
+    """An error as a reply that the go command shows to its user; absence is so for ttl seconds."""
     words = "not found: " if isinstance(error, NotFound) else ""
     is_absent = isinstance(error, NotFound) and not isinstance(error, NotHere)
-    control = "public, max-age=60" if is_absent else "no-store"
+    control = f"public, max-age={int(ttl)}" if is_absent else "no-store"
     headers = [("Cache-Control", control), *error.headers()]
     return Reply(error.status, f"{words}{error}\n".encode(), headers=tuple(headers))
 

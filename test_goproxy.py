@@ -9983,7 +9983,8 @@ def test_without_a_ttl_the_repository_is_asked_each_time(run: Run, quote: Origin
     assert proxy.get(f"{ACME_QUOTE}/@v/list").versions == ["v1.0.0", "v1.1.0"]
     quote("tag", "v1.2.0", "dev")
     assert json.loads(proxy.get(f"{ACME_QUOTE}/@latest").body)["Version"] == "v1.2.0"
-    assert proxy.get(f"{ACME_QUOTE}/@v/v1.3.0.info").status == 404
+    answer = proxy.get(f"{ACME_QUOTE}/@v/v1.3.0.info")
+    assert (answer.status, answer.headers["cache-control"]) == (404, "public, max-age=0")
     quote("tag", "v1.3.0", "dev")
     assert proxy.get(f"{ACME_QUOTE}/@v/v1.3.0.info").status == 200
 
@@ -18973,6 +18974,8 @@ def test_an_ambiguous_framing_is_one_answer_and_the_end(shared: Shared) -> None:
 
 class Canned:
     """A server that has said it all, in the place of a dialer and of the connections it opens."""
+
+    route = goproxy.ProxyRoute()
 
     def __init__(self, said: bytes) -> None:
         self._said = io.BytesIO(said)
