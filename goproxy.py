@@ -9614,9 +9614,10 @@ def _refuse(response: Response, wanted: Sequence[int] = (200,)) -> None:
         raise (Gone if response.status == 410 else NotFound)(words or "not found upstream")
     if response.status in (401, 403):
         raise Forbidden(said)
-    if response.status in (429, 503):
-        retry_after = response.fields.get("retry-after", "")
-        seconds = int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 1
+    retry_after = response.fields.get("retry-after", "")
+    if response.status == 429 or (response.status == 503 and retry_after):
+        odd = 10 if retry_after else 1
+        seconds = int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else odd
         raise Overloaded(said, min(60, seconds))
     raise (Unreachable if response.status >= 500 else BadUpstream)(said)
 
